@@ -1,0 +1,14 @@
+"""Everything a notebook or a recipe needs: `from grdd_fastai.all import *`."""
+from fastai.callback.schedule import *  # noqa: F401  (fit_one_cycle, lr_find)
+
+from .augment import *
+from .callbacks import *
+from .data import *
+from .errors import *
+from .evaluate import *
+from .inference import *
+from .learners import *
+from .losses import *
+from .models import *
+from .pack import *
+from .prepare import *

@@ -1,0 +1,190 @@
+"""The callbacks of both stages: seeds, precision, rotation, relatedness distillation, few-shot accuracy."""
+import torch
+import torch.nn.functional as F
+from fastai.callback.core import Callback, CancelValidException
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.tracker import TrackerCallback
+from fastai.learner import ValueMetric
+from fastai.torch_core import to_float
+
+from .data import SeededDL
+from .evaluate import amp, embed, evaluate, features
+from .losses import kl_relatedness, relatedness
+
+__all__ = ['Seeded', 'Autocast', 'autocast_dtype', 'LossTerm', 'Rotation', 'RelatednessDistiller', 'FewShotAccuracy', 'KeepBest',
+           'rotate4']
+
+
+class Seeded(Callback):
+    "Make dropout, order and augmentation functions of `seed`, epoch and step; the caller's random state is left alone"
+    order = -10
+    def __init__(self, seed=0): self.seed,self.epochs_done = seed,0
+    def before_fit(self):
+        self.run = not hasattr(self.learn, 'lr_finder')
+        self.cpu_state = torch.get_rng_state()
+        self.cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    def before_train(self):
+        if hasattr(self.dl, 'epoch'): self.dl.epoch = self.epochs_done + self.epoch - 1 # one more begins now
+    def before_batch(self):
+        if self.training: torch.manual_seed(((self.seed*1_000_003 + self.epochs_done + self.epoch)*1_000_003 + self.iter) % 2**63)
+    def after_epoch(self): self.finished = self.epoch + 1
+    def after_fit(self):
+        self.epochs_done += getattr(self, 'finished', 0)
+        self.finished,self.run = 0,True
+        torch.set_rng_state(self.cpu_state)
+        if self.cuda_states: torch.cuda.set_rng_state_all(self.cuda_states)
+
+
+def autocast_dtype(device):
+    "bfloat16 where the device computes in it, else None: on a CPU with AVX512-BF16 or AMX, on Ampere and newer"
+    if device.type == 'cuda': return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
+    if device.type != 'cpu': return None
+    flags = (getattr(torch.cpu, f'_is_{k}_supported', lambda: False) for k in ('avx512_bf16', 'amx_tile'))
+    return torch.bfloat16 if any(f() for f in flags) else None
+
+
+class Autocast(Callback):
+    "bfloat16 autocast around the model's forward pass on CPU or GPU, where it is supported; the loss stays in float32"
+    order = MixedPrecision.order
+    def before_fit(self):
+        self.dtype,self.handles = autocast_dtype(torch.device(self.dls.device)),[]
+        if self.dtype is None: return
+        cast = amp(self.dls.device, self.dtype)
+        def enter(*_): cast.__enter__()
+        def leave(*_): cast.__exit__(None, None, None)
+        self.handles = [self.model.register_forward_pre_hook(enter), self.model.register_forward_hook(leave, always_call=True)]
+    def after_pred(self): self.learn.pred = to_float(self.pred)
+    def after_fit(self):
+        for h in self.handles: h.remove()
+
+
+class LossTerm(Callback):
+    "Adds terms to the training loss and shows each epoch's mean of every part"
+    order,run_valid,parts = MixedPrecision.order+1,False,()
+    def before_fit(self):
+        "Before the Recorder reads the names of the metrics"
+        self.totals,self.plain_metrics = {k:[0., 0] for k in self.parts},self.learn.metrics
+        self.learn.metrics = self.plain_metrics + [ValueMetric(lambda k=k: self.part_mean(k), k) for k in self.parts]
+    def before_train(self): self.totals = {k:[0., 0] for k in self.parts}
+    def part_mean(self, k): total,n = self.totals[k]; return float(total) / max(n, 1)
+    def set_loss(self, loss, **parts):
+        "The batch's loss becomes `loss`, trained on and logged; `parts` go into the epoch's means"
+        self.learn.loss_grad = loss
+        self.learn.loss = loss.detach().clone()
+        for k,v in parts.items(): self.totals[k][0] += v.detach().float(); self.totals[k][1] += 1
+    def after_fit(self): self.learn.metrics = self.plain_metrics
+
+
+# ---- stage one --------------------------------------------------------------------------------------------------------
+
+def rotate4(x):
+    "(B, C, H, W) -> (4B, C, H, W): the batch at 0, 90, 180 and 270 degrees"
+    return torch.cat([torch.rot90(x, k, (2, 3)) for k in range(4)])
+
+
+class Rotation(LossTerm):
+    "Train on each batch at 0, 90, 180 and 270 degrees; L_c + weight * L_r (Eq. 5-9), the category label kept"
+    parts = ('L_c', 'L_r')
+    def __init__(self, weight=1.): self.weight = weight
+    def before_batch(self):
+        x,y = self.xb[0],self.yb[0]
+        self.learn.xb,self.learn.yb = (rotate4(x),),(y.repeat(4),)
+        self.angles = torch.arange(4, device=x.device).repeat_interleave(len(x))
+    def after_pred(self):
+        "Runs after the model and leaves `learn.pred` the category prediction p"
+        self.learn.pred,self.rotation_pred = self.pred
+    def after_loss(self):
+        L_c,L_r = self.loss_grad,F.cross_entropy(self.rotation_pred.float(), self.angles)
+        self.set_loss(L_c + self.weight*L_r, L_c=L_c, L_r=L_r)
+
+
+# ---- stage two --------------------------------------------------------------------------------------------------------
+
+class RelatednessDistiller(LossTerm):
+    """Distil the frozen `teacher`'s query-support relatedness: kl_weight * L_kl + gamma * L_rt (Eq. 10-15)
+
+    L_rt is the Learner's loss (`EpisodicLoss`). The teacher is in eval mode, gets no gradient, is outside the optimiser and
+    on the batch's device; `after_fit` leaves its mode and flags as they were.
+    """
+    parts = ('L_kl', 'L_rt')
+    def __init__(self,
+        teacher, # the global learner phi, a timm model or module
+        T=4., # temperature; it divides the cosines, so T=1/4 multiplies them by 4
+        gamma=0.2, # weight of L_rt
+        decouple=True, # one softmax per support image; False: one over the whole matrix ('w/o RDD')
+        kl_weight=1., # weight of L_kl
+        hinton=False, # also weight L_kl by T^2, as Hinton's distillation does
+        reverse=False, # KL(student || teacher) instead of KL(teacher || student)
+        reduction='sum', # of the groups' KL: 'sum' (Eq. 12) or 'mean'
+        center=False, # subtract each episode's mean feature before the cosines
+        teacher_view='clean', # the teacher sees 'clean' base images, embedded once, or the 'same' augmented ones
+    ):
+        if teacher_view not in ('clean', 'same'): raise ValueError(f"teacher_view is 'clean' or 'same', not {teacher_view!r}")
+        self.teacher,self.gamma,self.center,self.teacher_view,self.bank = teacher,gamma,center,teacher_view,None
+        self.kl,self.kl_weight = dict(T=T, decouple=decouple, reverse=reverse, reduction=reduction),kl_weight*(T*T if hinton else 1)
+
+    def before_fit(self):
+        super().before_fit()
+        self.was = self.teacher.training,[(p, p.requires_grad) for p in self.teacher.parameters()]
+        self.teacher.eval().requires_grad_(False).to(self.dls.device)
+        self.amp = getattr(getattr(self.learn, 'autocast', None), 'dtype', None)
+        if self.teacher_view == 'clean' and self.bank is None:
+            clean = self.dls.train.new(cls=SeededDL, aug=None, bs=256, shuffle=False, drop_last=False)
+            self.bank = embed(self.teacher, clean, self.amp)[0]
+
+    def teacher_features(self):
+        "The teacher's features of the batch's images, (B, D)"
+        if self.teacher_view == 'same':
+            with torch.no_grad(), amp(self.dls.device, self.amp): return features(self.teacher, self.xb[0])
+        if self.iter == 0: self.rows = torch.as_tensor(self.dl.get_idxs(), device=self.bank.device) # the epoch's own draw
+        return self.bank[self.rows[self.iter*self.dl.bs:][:len(self.xb[0])]]
+
+    def after_loss(self):
+        split,L_rt = self.learn.loss_func.split,self.loss_grad
+        R_e,R_g = (relatedness(*split(h), center=self.center) for h in (self.pred, self.teacher_features()))
+        L_kl = kl_relatedness(R_e, R_g, **self.kl)
+        self.set_loss(self.kl_weight*L_kl + self.gamma*L_rt, L_kl=L_kl, L_rt=L_rt)
+
+    def after_fit(self):
+        super().after_fit()
+        training,flags = self.was
+        self.teacher.train(training)
+        for p,flag in flags: p.requires_grad_(flag)
+
+
+# ---- both stages ------------------------------------------------------------------------------------------------------
+
+class FewShotAccuracy(Callback):
+    "After each epoch, accuracy (%) on seeded episodes of the validation classes; a validation loss would mean nothing"
+    order = LossTerm.order + 1
+    def __init__(self, n_way=5, k_shot=1, n_query=15, n_episodes=1000, seed=0):
+        self.episodes,self.last = dict(n_way=n_way, k_shot=k_shot, n_query=n_query, n_episodes=n_episodes, seed=seed),float('nan')
+    def before_fit(self):
+        self.plain_metrics = self.learn.metrics
+        self.learn.metrics = self.plain_metrics + [ValueMetric(lambda: self.last, 'accuracy')]
+    def measure(self):
+        "`Evaluation` of the model as it is"
+        dl = self.dls.valid.new(cls=SeededDL, bs=256, shuffle=False, drop_last=False)
+        model = getattr(self.model, 'backbone', self.model)
+        h,y = embed(model, dl, getattr(getattr(self.learn, 'autocast', None), 'dtype', None))
+        return evaluate(h, y, **self.episodes)
+    def after_train(self):
+        if not hasattr(self.learn, 'lr_finder'): self.last = self.measure().accuracy
+    def before_validate(self): raise CancelValidException()
+    def after_fit(self): self.learn.metrics = self.plain_metrics
+
+
+class KeepBest(TrackerCallback):
+    "Keep the weights of the epoch with the best `monitor` in memory and load them when training ends"
+    order = TrackerCallback.order + 1
+    def __init__(self, monitor='accuracy', **kwargs): super().__init__(monitor=monitor, **kwargs)
+    def before_fit(self): super().before_fit(); self.best_state,self.best_epoch = None,None
+    def after_epoch(self):
+        super().after_epoch()
+        if self.new_best:
+            self.best_epoch = self.epoch
+            self.best_state = {k:v.detach().clone() for k,v in self.model.state_dict().items()}
+    def after_fit(self):
+        super().after_fit()
+        if self.best_state: self.model.load_state_dict(self.best_state)
+        self.best_state = None

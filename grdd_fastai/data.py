@@ -1,0 +1,203 @@
+"""fastai DataBlocks and DataLoaders over packed splits: batches for stage one, episodes for stage two."""
+import random
+from functools import cached_property, partial
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from fastai.data.block import DataBlock, TransformBlock
+from fastai.data.core import TfmdDL
+from fastai.data.transforms import Category, IntToFloatTensor, Normalize
+from fastai.torch_core import TensorCategory, TensorImage
+from fasttransform import DisplayedTransform
+
+from .augment import SeededAugmentation, train_augmentation
+from .errors import UserError
+
+__all__ = ['PackedImage', 'PackedLabel', 'SeededDL', 'EpisodicDL', 'category_block', 'episode_block', 'category_dls',
+           'episodic_dls', 'plain_dl', 'check_episode']
+
+
+# ---- rows of packed splits as fastai items ----------------------------------------------------------------------------
+
+class PackedImage(DisplayedTransform):
+    "Row, or rows of one split -> uint8 image(s) (..., 3, H, W); rows count through `splits` in turn"
+    def __init__(self, *splits):
+        self.images,self.starts = [s.images for s in splits],np.cumsum([0] + [len(s) for s in splits])
+    def encodes(self, rows):
+        rows = np.asarray(rows)
+        i = np.searchsorted(self.starts, rows.flat[0], 'right') - 1
+        return TensorImage(torch.from_numpy(np.array(self.images[i][rows - self.starts[i]])).movedim(-1, -3))
+
+class PackedLabel(DisplayedTransform):
+    "Row, or rows -> class code(s); the first split's classes come first and `c` is their number"
+    def __init__(self, *splits):
+        n_before = np.cumsum([0] + [len(s.vocab) for s in splits])
+        self.y = np.concatenate([s.y + n for s,n in zip(splits, n_before)])
+        self.vocab,self.c = [c for s in splits for c in s.vocab],len(splits[0].vocab)
+    def encodes(self, rows): return TensorCategory(torch.as_tensor(self.y[np.asarray(rows)]))
+    def decodes(self, o:TensorCategory): return Category(self.vocab[int(o)])
+
+
+def check_episode(split, n_way, k_shot, n_query):
+    "UserError if `split` cannot hold an episode of `n_way` classes with `k_shot + n_query` images each"
+    need,count = k_shot + n_query,np.bincount(split.y, minlength=len(split.vocab))
+    if n_way > len(count): raise UserError(
+        f'the {split.name} split has {len(count)} classes, too few for {n_way}-way episodes: lower the way or add classes')
+    if count.min() < need: raise UserError(
+        f'class {split.vocab[count.argmin()]} of the {split.name} split has {count.min()} images, too few for {k_shot} '
+        f'support + {n_query} query images: lower --query (or the shot) or add images')
+
+
+# ---- loaders ----------------------------------------------------------------------------------------------------------
+
+class SeededDL(TfmdDL):
+    """A `TfmdDL` whose order and augmentation are functions of `seed`, epoch and row, for any number of workers
+
+    `epoch` counts the iterations begun; our Learners set it. Packed splits are read a whole batch at a time; `aug` is an
+    albumentations `Compose` for their images. Any other fastai dataset is read item by item, as ever.
+    """
+    def __init__(self, dataset, bs=64, seed=0, aug=None, **kwargs):
+        self.seed,self.epoch,self.aug = seed,-1,aug
+        self.augment = SeededAugmentation(aug) if aug is not None else None
+        super().__init__(dataset, bs=bs, **kwargs)
+
+    def new(self, dataset=None, cls=None, **kwargs):
+        return super().new(dataset, cls, **{**dict(seed=self.seed, aug=self.aug), **kwargs})
+
+    @cached_property
+    def packed(self): return any(isinstance(f, PackedImage) for f in self.dataset.tls[0].tfms.fs)
+    @cached_property
+    def rows(self): return np.asarray(list(self.dataset.items))
+    def labels(self):
+        "Class code of every item of the dataset"
+        y = self.dataset.tls[-1]
+        return y.tfms(self.rows).numpy() if self.packed else np.asarray([int(o) for o in y])
+
+    def randomize(self):
+        self.epoch += 1
+        self.rng = random.Random(f'{self.seed} {self.epoch}')
+
+    def do_item(self, i): return (i or 0) if self.packed else super().do_item(i)
+    def do_batch(self, b):
+        if not self.packed: return super().do_batch(b)
+        rows = self.rows[np.asarray(b)]
+        x,y = (tl.tfms(rows) for tl in self.dataset.tls)
+        if self.augment: x = TensorImage(self.augment(x, self.seed, max(self.epoch, 0), rows))
+        return x,y
+
+
+class EpisodicDL(SeededDL):
+    """Episodes of `n_way` classes with `k_shot` support and `n_query` query images each, `n_episodes` an epoch
+
+    A batch is `per_step` episodes one after the other, (per_step * n_way * (k_shot + n_query), 3, H, W), each class-major
+    with a class's support before its queries: `split_episodes` takes it apart. Support and query are disjoint.
+    """
+    def __init__(self, dataset, n_way=5, k_shot=1, n_query=15, n_episodes=400, per_step=1, **kwargs):
+        self.episode = dict(n_way=n_way, k_shot=k_shot, n_query=n_query, n_episodes=n_episodes, per_step=per_step)
+        self.n_way,self.n_item,self.k_shot,self.n_episodes = n_way,k_shot + n_query,k_shot,n_episodes
+        for k in ('bs','shuffle','drop_last','n'): kwargs.pop(k, None) # episodes fix them
+        super().__init__(dataset, bs=per_step*n_way*self.n_item, **kwargs)
+
+    def new(self, dataset=None, cls=None, **kwargs):
+        return super().new(dataset, cls, **({**self.episode, **kwargs} if cls is None else kwargs))
+
+    @cached_property
+    def by_class(self):
+        y = self.labels()
+        classes = [np.flatnonzero(y==c) for c in np.unique(y)]
+        if len(classes) < self.n_way or min(map(len, classes)) < self.n_item:
+            raise UserError(f'{self.n_way}-way episodes of {self.n_item} images a class cannot be drawn from {len(classes)} '
+                            f'classes of {min(map(len, classes), default=0)} images or more: lower the way, shot or query')
+        return classes
+
+    def __len__(self): return -(-self.n_episodes // self.episode['per_step'])
+    def get_idxs(self):
+        "Drawn here, in the main process: as many workers as one likes give the same episodes"
+        rng = np.random.default_rng([self.seed, max(self.epoch, 0)])
+        return [int(i) for _ in range(self.n_episodes)
+                for c in rng.choice(len(self.by_class), self.n_way, replace=False)
+                for i in rng.choice(self.by_class[c], self.n_item, replace=False)]
+
+    def show_batch(self, b=None, max_n=None, ctxs=None, show=True, figsize=None, **kwargs):
+        "Draw the first episode: a class a row, its support images framed, then its queries (at most `max_n` a row)"
+        if not show: return super().show_batch(b, show=False)
+        x,y = self.decode(self.one_batch() if b is None else b)
+        n,names = min(self.n_item, max_n or self.k_shot + 7),self.dataset.tls[-1].tfms
+        _,axes = plt.subplots(self.n_way, n, figsize=figsize or (1.1*n, 1.2*self.n_way), squeeze=False)
+        for i,row in enumerate(axes):
+            for j,ax in enumerate(row):
+                k,support = i*self.n_item + j,j < self.k_shot
+                x[k].show(ctx=ax)
+                ax.set(xticks=[], yticks=[])
+                ax.axis('on')
+                for side in ax.spines.values(): side.set(color='C1' if support else '0.85', linewidth=3 if support else 1)
+                if i==0 and j in (0, self.k_shot): ax.set_title('support' if support else 'query', loc='left', fontsize=10)
+            row[0].set_ylabel(str(names.decode(y[i*self.n_item])), fontsize=9)
+
+
+# ---- blocks and DataLoaders -------------------------------------------------------------------------------------------
+
+def category_block(data, dl_type=SeededDL):
+    """DataBlock of a `FewShotData`: `category_block(data).dataloaders(data)` trains on the base classes
+
+    The validation set is the validation *classes*: images to embed and draw episodes from, never to classify.
+    """
+    splits = data.train,data.val
+    return DataBlock(blocks=(TransformBlock(type_tfms=PackedImage(*splits), batch_tfms=IntToFloatTensor),
+                             TransformBlock(type_tfms=PackedLabel(*splits))),
+                     get_items=lambda data: range(len(data.train) + len(data.val)),
+                     splitter=lambda items: (range(len(data.train)), range(len(data.train), len(items))),
+                     batch_tfms=Normalize.from_stats(*data.stats), dl_type=dl_type)
+
+def episode_block(data, n_way=5, k_shot=1, n_query=15, n_episodes=400, per_step=1):
+    "DataBlock of episodes: `episode_block(data, n_way=5, k_shot=1).dataloaders(data)`"
+    return category_block(data, partial(EpisodicDL, n_way=n_way, k_shot=k_shot, n_query=n_query, n_episodes=n_episodes,
+                                        per_step=per_step))
+
+def _dataloaders(block, data, aug, num_workers, **kwargs):
+    if num_workers is None: num_workers = 0 if not torch.cuda.is_available() else None # a CPU is busy as it is
+    aug = train_augmentation(data.px) if aug == 'default' else aug
+    return block.dataloaders(data, num_workers=num_workers, dl_kwargs=[dict(aug=aug), dict(aug=None)], **kwargs)
+
+def category_dls(
+    data, # FewShotData
+    bs=64, # images a batch, before rotation
+    aug='default', # albumentations Compose for uint8 images; 'default' is `train_augmentation`, None is none
+    seed=0, # of order and augmentation
+    num_workers=None, # None: 0 on a CPU, fastai's default beside a GPU
+    **kwargs
+):
+    "Stage one's DataLoaders: shuffled batches of base images, validation classes beside them"
+    bs = min(bs, len(data.train))
+    return _dataloaders(category_block(data), data, aug, num_workers, bs=bs, val_bs=256, seed=seed, **kwargs)
+
+def episodic_dls(
+    data, # FewShotData
+    n_way=5, # C, classes an episode
+    k_shot=1, # K, support images a class
+    n_query=15, # query images a class
+    n_episodes=400, # episodes an epoch
+    per_step=1, # episodes an optimiser step
+    aug='default', # albumentations Compose for uint8 images; 'default' is `train_augmentation`, None is none
+    seed=0, # of episodes and augmentation
+    num_workers=None, # None: 0 on a CPU, fastai's default beside a GPU
+    **kwargs
+):
+    "Stage two's DataLoaders: episodes of base classes, validation classes beside them"
+    check_episode(data.train, n_way, k_shot, n_query)
+    block = episode_block(data, n_way, k_shot, n_query, n_episodes, per_step)
+    return _dataloaders(block, data, aug, num_workers, seed=seed, **kwargs)
+
+def plain_dl(
+    data, # FewShotData
+    split='test', # 'train', 'val' or 'test'
+    bs=256, # images a batch
+    **kwargs
+):
+    "Every image of a split, in order, normalised and not augmented"
+    s = getattr(data, split)
+    block = DataBlock(blocks=(TransformBlock(type_tfms=PackedImage(s), batch_tfms=IntToFloatTensor),
+                              TransformBlock(type_tfms=PackedLabel(s))), get_items=lambda s: range(len(s)),
+                      splitter=lambda items: (range(len(items)), []), batch_tfms=Normalize.from_stats(*data.stats), dl_type=SeededDL)
+    return block.dataloaders(s, bs=bs, shuffle=False, drop_last=False, num_workers=0, **kwargs).train

@@ -1,0 +1,149 @@
+"""fastai Learners of both stages, and the schedules the paper trains them with."""
+import copy
+import difflib
+from functools import partial
+
+import timm
+import torch
+from fastai.callback.schedule import ParamScheduler
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.optimizer import OptimWrapper
+from fastai.torch_core import params
+from fastcore.basics import patch
+from fastcore.foundation import L
+from torch import nn
+
+from .callbacks import Autocast, FewShotAccuracy, KeepBest, RelatednessDistiller, Rotation, Seeded
+from .cpu import keep_freed_memory
+from .data import EpisodicDL
+from .errors import UserError
+from .losses import EpisodicLoss
+
+__all__ = ['check_backbone', 'create_backbone', 'GlobalNet', 'global_learner', 'meta_learner', 'sgd', 'poly', 'step_down']
+
+sgd = partial(OptimWrapper, opt=torch.optim.SGD, momentum=0.9)
+
+
+def check_backbone(arch):
+    "UserError unless `arch` names a timm model"
+    if timm.is_model(arch): return
+    near = difflib.get_close_matches(arch, timm.list_models(), 3)
+    raise UserError(f"unknown backbone {arch!r}: give a timm model's name" + (f', such as {", ".join(near)}' if near else ''))
+
+def create_backbone(
+    arch, # name of a timm model, ours among them
+    num_classes=0, # 0 for features
+    px=32, # image side, for networks whose shape depends on it
+    seed=0, # of the initial weights; the caller's random state is left alone
+    **kwargs
+):
+    "`timm.create_model` with seeded weights"
+    check_backbone(arch)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try: return timm.create_model(arch, num_classes=num_classes, img_size=px, **kwargs)
+        except TypeError as e:
+            if 'img_size' not in str(e): raise
+        torch.manual_seed(seed)
+        return timm.create_model(arch, num_classes=num_classes, **kwargs)
+
+
+class GlobalNet(nn.Module):
+    """The global learner in training: backbone phi with its classifier FC3, and FC4 from category prediction to rotation
+
+    Images (B, 3, H, W) -> category prediction p (B, n_classes); in training, with rotation, (p, r) with r (B, 4) (Eq. 2-4).
+    """
+    def __init__(self, backbone, rotation=True, rotation_from='logits'):
+        super().__init__()
+        if rotation_from not in ('logits', 'probabilities'): raise ValueError(f"rotation_from is 'logits' or 'probabilities', not {rotation_from!r}")
+        self.backbone,self.rotation_from = backbone,rotation_from
+        self.rotation_head = nn.Linear(backbone.num_classes, 4) if rotation else None
+    def forward(self, x):
+        p = self.backbone(x)
+        if self.rotation_head is None or not self.training: return p
+        return p,self.rotation_head(p if self.rotation_from == 'logits' else p.softmax(1))
+
+def _body_and_head(model):
+    head = L(params(model.backbone.get_classifier())) + (params(model.rotation_head) if model.rotation_head else [])
+    ids = {id(p) for p in head}
+    return L(L(p for p in params(model) if id(p) not in ids), head)
+
+
+def _learner(dls, model, loss_func, cbs, seed, amp, keep_best, valid, opt_func=sgd, wd=5e-4, **kwargs):
+    if torch.device(dls.device).type == 'cpu': keep_freed_memory()
+    model.to(memory_format=torch.channels_last)
+    cbs = [Seeded(seed), *([Autocast()] if amp else []), *cbs, FewShotAccuracy(**valid), *([KeepBest()] if keep_best else []),
+           *L(kwargs.pop('cbs', None))]
+    learn = Learner(dls, model, loss_func=loss_func, opt_func=opt_func, wd=wd, cbs=cbs, **kwargs)
+    learn.recorder.train_metrics,learn.recorder.valid_metrics = True,False # there is no validation loss
+    return learn
+
+
+def global_learner(
+    dls, # `category_dls`
+    arch, # name of a timm model, or a model with `dls.c` classes
+    rotation=True, # train on four rotations with L_c + L_r
+    rotation_weight=1., # of L_r
+    rotation_from='logits', # FC4 reads 'logits' or 'probabilities' of the category prediction
+    seed=0, # of weights, dropout, order and augmentation
+    amp=True, # bfloat16 where it is supported
+    keep_best=True, # end with the weights of the epoch that was best on the validation classes
+    valid=None, # episodes of the validation classes: n_way, k_shot, n_query, n_episodes, seed
+    **kwargs # of fastai's `Learner`
+) -> Learner:
+    "Stage one: a Learner of the global learner phi; `learn.model.backbone` is the network"
+    px = dls.one_batch()[0].shape[-1] if isinstance(arch, str) else None
+    backbone = create_backbone(arch, dls.c, px, seed) if isinstance(arch, str) else arch
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = GlobalNet(backbone, rotation, rotation_from)
+    return _learner(dls, model, CrossEntropyLossFlat(), [Rotation(rotation_weight)] if rotation else [], seed, amp, keep_best,
+                    valid or {}, splitter=_body_and_head, **kwargs)
+
+
+def meta_learner(
+    dls, # `episodic_dls`
+    student, # the network psi to start from (copied): stage one's backbone, or a timm model's name
+    teacher=None, # the trained global learner phi; None trains on episodic labels alone (CL+EL)
+    T=4., # temperature; it divides the cosines
+    gamma=0.2, # weight of L_rt
+    scale=10., # logit scale of L_rt
+    mean=True, # L_rt on the mean cosine per class, rather than the sum (Eq. 14); the same for one shot
+    seed=0, # of dropout, episodes and augmentation
+    amp=True, # bfloat16 where it is supported
+    keep_best=True, # end with the weights of the epoch that was best on the validation classes
+    valid=None, # episodes of the validation classes: n_way, k_shot, n_query, n_episodes, seed
+    distill=None, # further settings of `RelatednessDistiller`: decouple, kl_weight, hinton, reverse, ...
+    **kwargs # of fastai's `Learner`
+) -> Learner:
+    "Stage two: a Learner of the meta-learner psi; `learn.model` is the network"
+    e = dls.train
+    if not isinstance(e, EpisodicDL): raise ValueError('meta_learner trains on episodes: make dls with episodic_dls')
+    n_query = e.n_item - e.k_shot
+    model = create_backbone(student, 0, dls.one_batch()[0].shape[-1], seed) if isinstance(student, str) else copy.deepcopy(student)
+    if hasattr(model, 'reset_classifier'): model.reset_classifier(0)
+    cbs = [] if teacher is None else [RelatednessDistiller(teacher, T=T, gamma=gamma, **(distill or {}))]
+    valid = {**dict(n_way=e.n_way, k_shot=e.k_shot, n_query=n_query), **(valid or {})}
+    return _learner(dls, model, EpisodicLoss(e.n_way, e.k_shot, n_query, scale, mean), cbs, seed, amp, keep_best, valid, **kwargs)
+
+
+# ---- schedules --------------------------------------------------------------------------------------------------------
+
+def poly(lr, power=0.9):
+    "lr * (1 - pos)^power over training, pos from 0 to 1 (section 4.1)"
+    return lambda pos: lr * (1 - pos)**power
+
+def step_down(lr, last=1/3, factor=0.1):
+    "lr, times `factor` for the `last` part of training (section 4.1: the last 5 of 15 epochs)"
+    return lambda pos: lr * (factor if pos >= 1 - last - 1e-9 else 1)
+
+@patch
+def fit_poly(self:Learner, n_epoch, lr=0.05, power=0.9, cbs=None, **kwargs):
+    "Fit with the paper's 'poly' rate of stage one"
+    self.fit(n_epoch, lr, cbs=L(ParamScheduler({'lr':poly(lr, power)})) + L(cbs), **kwargs)
+
+@patch
+def fit_step(self:Learner, n_epoch, lr=1e-3, last=1/3, factor=0.1, cbs=None, **kwargs):
+    "Fit with the paper's stepped rate of stage two"
+    self.fit(n_epoch, lr, cbs=L(ParamScheduler({'lr':step_down(lr, last, factor)})) + L(cbs), **kwargs)

@@ -1,0 +1,214 @@
+"""Few-shot backbones registered in timm: ConvNet-4 and ResNet-12 in the variants papers use."""
+import torch
+import torch.nn.functional as F
+from timm.layers import DropBlock2d, SelectAdaptivePool2d
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
+
+__all__ = ['ConvNet4', 'ResNet12', 'ScheduledDropBlock']
+
+
+class FewShotBackbone(nn.Module):
+    "timm's model contract over `stages` and a pooled or flattened head; subclasses set `stages` and `feature_info`"
+
+    def _make_head(self, in_chans, num_classes, global_pool, drop_rate, map_size):
+        "`map_size`: side of the last feature map, needed only when it is flattened (`global_pool=''`)"
+        self.in_chans,self.drop_rate,self.map_size,self.grad_checkpointing = in_chans,drop_rate,map_size,False
+        self.reset_classifier(num_classes, global_pool)
+
+    def _init_weights(self, nonlinearity, a=0.):
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, a=a, mode='fan_out', nonlinearity=nonlinearity)
+                if m.bias is not None: nn.init.zeros_(m.bias)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse=False): return dict(stem=r'^stages\.0', blocks=r'^stages\.(\d+)')
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable=True): self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self): return self.head
+
+    def reset_classifier(self, num_classes, global_pool=None):
+        "Replace the classifier; `num_classes=0` leaves the features h"
+        if global_pool is not None:
+            self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+            mult = self.global_pool.feat_mult() if global_pool else self.map_size**2
+            self.num_features = self.head_hidden_size = self.feature_info[-1]['num_chs'] * mult
+        self.num_classes = num_classes
+        device = next(self.stages.parameters()).device
+        self.head = nn.Linear(self.num_features, num_classes, device=device) if num_classes > 0 else nn.Identity()
+
+    def forward_features(self, x):
+        "Images (B, in_chans, H, W) -> last feature map (B, C, H', W')"
+        if not self.grad_checkpointing or torch.jit.is_scripting(): return self.stages(x)
+        for stage in self.stages: x = torch.utils.checkpoint.checkpoint(stage, x, use_reentrant=False)
+        return x
+
+    def forward_head(self, x, pre_logits=False):
+        "Feature map -> features h (B, num_features), or logits (B, num_classes)"
+        x = self.global_pool(x).flatten(1)
+        x = F.dropout(x, p=self.drop_rate, training=self.training)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x): return self.forward_head(self.forward_features(x))
+
+
+# ---- ConvNet-4 ------------------------------------------------------------------------------------------------------
+
+def conv_block(n_in, n_out, pool=True, bias=True):
+    "3x3 convolution, BatchNorm, ReLU and, with `pool`, a 2x2 max-pool (before the ReLU: the same function, 4x fewer ReLUs)"
+    layers = [nn.Conv2d(n_in, n_out, 3, padding=1, bias=bias), nn.BatchNorm2d(n_out)]
+    return nn.Sequential(*layers, *([nn.MaxPool2d(2)] if pool else []), nn.ReLU(inplace=True))
+
+
+class ConvNet4(FewShotBackbone):
+    "Four convolution blocks; max-pools after the first `n_pool`; pooled (`global_pool='avg'`) or flattened (`''`) head"
+    def __init__(self, num_classes=64, in_chans=3, global_pool='avg', drop_rate=0., widths=(64,64,64,64), n_pool=3,
+                 img_size=32):
+        super().__init__()
+        chs = (in_chans, *widths)
+        self.stages = nn.Sequential(*[conv_block(chs[i], chs[i+1], pool=i < n_pool) for i in range(4)])
+        self.feature_info = [dict(num_chs=w, reduction=2**min(i+1, n_pool), module=f'stages.{i}')
+                             for i,w in enumerate(widths)]
+        self._init_weights('relu')
+        self._make_head(in_chans, num_classes, global_pool, drop_rate, img_size // 2**n_pool)
+
+
+class R2D2Net(FewShotBackbone):
+    """R2-D2's wide ConvNet-4 (96-192-384-512, BN, pool, LeakyReLU 0.1; no activation after block 4)
+
+    The features are the maps of blocks 3 and 4, flattened and concatenated: 8192-d at 32 px.
+    """
+    def __init__(self, num_classes=64, in_chans=3, global_pool='', drop_rate=0., widths=(96,192,384,512), img_size=32):
+        super().__init__()
+        if global_pool: raise ValueError("convnet4_r2d2 concatenates two flattened maps: global_pool must be ''")
+        chs = (in_chans, *widths)
+        def block(i, *tail): return nn.Sequential(
+            nn.Conv2d(chs[i], chs[i+1], 3, padding=1), nn.BatchNorm2d(chs[i+1]), nn.MaxPool2d(2), *tail)
+        act = lambda: nn.LeakyReLU(0.1)
+        self.stages = nn.Sequential(block(0, act(), nn.Dropout(.1)), block(1, act(), nn.Dropout(.1)),
+                                    block(2, act(), nn.Dropout(.3)), block(3, nn.Dropout(.3)))
+        self.feature_info = [dict(num_chs=w, reduction=2**(i+1), module=f'stages.{i}') for i,w in enumerate(widths)]
+        self._init_weights('leaky_relu', a=0.1)
+        self._make_head(in_chans, num_classes, global_pool, drop_rate, img_size // 16)
+        self.num_features = self.head_hidden_size = widths[2]*(img_size//8)**2 + widths[3]*(img_size//16)**2
+        self.reset_classifier(num_classes)
+
+    def forward_features(self, x):
+        "Images -> the maps of blocks 3 and 4, flattened and concatenated (B, num_features, 1, 1)"
+        x3 = self.stages[:3](x)
+        return torch.cat([x3.flatten(1), self.stages[3](x3).flatten(1)], 1)[..., None, None]
+
+
+# ---- ResNet-12 ------------------------------------------------------------------------------------------------------
+
+class ScheduledDropBlock(DropBlock2d):
+    "DropBlock whose rate climbs linearly from 0 to `drop_prob` over `n_steps` training batches, kept in a buffer"
+    def __init__(self, drop_prob=0.1, block_size=5, n_steps=40_000):
+        super().__init__(drop_prob=drop_prob, block_size=block_size, couple_channels=False)
+        self.max_drop_prob,self.n_steps = drop_prob,n_steps
+        self.register_buffer('step', torch.zeros((), dtype=torch.long))
+
+    def forward(self, x):
+        if not self.training or not self.max_drop_prob: return x
+        self.step += 1
+        self.drop_prob = self.max_drop_prob * min(1., self.step.item()/self.n_steps)
+        return super().forward(x)
+
+
+class ResNet12Block(nn.Module):
+    "Three 3x3 convolutions with a 1x1 shortcut, LeakyReLU 0.1, a 2x2 max-pool, then `drop`"
+    def __init__(self, n_in, n_out, drop):
+        super().__init__()
+        chs = (n_in, n_out, n_out, n_out)
+        for i in (1,2,3):
+            setattr(self, f'conv{i}', nn.Conv2d(chs[i-1], chs[i], 3, padding=1, bias=False))
+            setattr(self, f'bn{i}', nn.BatchNorm2d(chs[i]))
+        self.downsample = nn.Sequential(nn.Conv2d(n_in, n_out, 1, bias=False), nn.BatchNorm2d(n_out))
+        self.act,self.pool,self.drop = nn.LeakyReLU(0.1, inplace=True),nn.MaxPool2d(2),drop
+
+    def forward(self, x):
+        out = self.act(self.bn1(self.conv1(x)))
+        out = self.act(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out)) + self.downsample(x)
+        return self.drop(self.act(self.pool(out))) # the pool commutes with the activation and leaves it 4x less to do
+
+
+class ResNet12(FewShotBackbone):
+    """MetaOptNet's ResNet-12, as RFS and SKD use it: four residual blocks, pooled to `widths[-1]` features
+
+    `block_drop_rate`: dropout after blocks 1-2 and DropBlock after blocks 3-4; `block_size`: DropBlock's, 2 at 32 px and
+    5 at 84 px (the default follows `img_size`).
+    """
+    def __init__(self, num_classes=64, in_chans=3, global_pool='avg', drop_rate=0., widths=(64,160,320,640),
+                 block_drop_rate=0.1, block_size=None, drop_steps=40_000, img_size=32):
+        super().__init__()
+        if block_size is None: block_size = 2 if img_size < 64 else 5
+        chs = (in_chans, *widths)
+        drop = lambda i: (nn.Dropout(block_drop_rate) if i < 2 else
+                          ScheduledDropBlock(block_drop_rate, block_size, drop_steps))
+        self.stages = nn.Sequential(*[ResNet12Block(chs[i], chs[i+1], drop(i)) for i in range(4)])
+        self.feature_info = [dict(num_chs=w, reduction=2**(i+1), module=f'stages.{i}') for i,w in enumerate(widths)]
+        self._init_weights('leaky_relu', a=0.1)
+        self._make_head(in_chans, num_classes, global_pool, drop_rate, img_size // 16)
+
+
+# ---- registration ---------------------------------------------------------------------------------------------------
+
+def _cfg(first_conv, pool_size, **kwargs):
+    return dict(url='', num_classes=64, input_size=(3,32,32), pool_size=pool_size, fixed_input_size=False, crop_pct=1.,
+                interpolation='bicubic', mean=(0.5071,0.4867,0.4408), std=(0.2675,0.2565,0.2761), license='apache-2.0',
+                first_conv=first_conv, classifier='head', **kwargs)
+
+_conv,_res = 'stages.0.0','stages.0.conv1'
+default_cfgs = generate_default_cfgs({
+    'convnet4.untrained':      _cfg(_conv, (4,4)),
+    'convnet4_flat.untrained': _cfg(_conv, (2,2)),
+    'convnet4_128.untrained':  _cfg(_conv, (4,4)),
+    'convnet4_256.untrained':  _cfg(_conv, (4,4)),
+    'convnet4_r2d2.untrained': _cfg(_conv, (2,2)),
+    'resnet12.untrained':      _cfg((_res, 'stages.0.downsample.0'), (2,2)),
+    'resnet12_512.untrained':  _cfg((_res, 'stages.0.downsample.0'), (2,2)),
+})
+
+def _create(cls, variant, pretrained, **kwargs):
+    return build_model_with_cfg(cls, variant, pretrained, feature_cfg=dict(out_indices=(0,1,2,3), flatten_sequential=True),
+                                **kwargs)
+
+@register_model
+def convnet4(pretrained=False, **kwargs):
+    "4 x 64, pools after blocks 1-3, global average pool: 64-d (RFS, SKD)"
+    return _create(ConvNet4, 'convnet4', pretrained, **kwargs)
+
+@register_model
+def convnet4_flat(pretrained=False, **kwargs):
+    "4 x 64, four pools, flattened: 256-d at 32 px, 1600-d at 84 px (`img_size`)"
+    return _create(ConvNet4, 'convnet4_flat', pretrained, **dict(dict(n_pool=4, global_pool=''), **kwargs))
+
+@register_model
+def convnet4_128(pretrained=False, **kwargs):
+    "64-64-128-128, otherwise as `convnet4`"
+    return _create(ConvNet4, 'convnet4_128', pretrained, **dict(dict(widths=(64,64,128,128)), **kwargs))
+
+@register_model
+def convnet4_256(pretrained=False, **kwargs):
+    "64-96-128-256, otherwise as `convnet4`"
+    return _create(ConvNet4, 'convnet4_256', pretrained, **dict(dict(widths=(64,96,128,256)), **kwargs))
+
+@register_model
+def convnet4_r2d2(pretrained=False, **kwargs):
+    "R2-D2's 96-192-384-512 with concatenated features: 8192-d at 32 px (`img_size`)"
+    return _create(R2D2Net, 'convnet4_r2d2', pretrained, **kwargs)
+
+@register_model
+def resnet12(pretrained=False, **kwargs):
+    "64-160-320-640, 12.42 M parameters, 640-d (MetaOptNet, RFS, SKD)"
+    return _create(ResNet12, 'resnet12', pretrained, **kwargs)
+
+@register_model
+def resnet12_512(pretrained=False, **kwargs):
+    "64-128-256-512, 8.0 M parameters, 512-d (Meta-Baseline)"
+    return _create(ResNet12, 'resnet12_512', pretrained, **dict(dict(widths=(64,128,256,512)), **kwargs))

@@ -1,0 +1,261 @@
+"""Raw few-shot data sets, in the layouts people hold them in, as three pandas split CSVs of (filename, label)."""
+import hashlib, io, os, pickle, posixpath, random, re, shutil, tarfile, zipfile
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from .errors import UserError
+
+__all__ = ['SPLITS', 'Source', 'open_source', 'prepare', 'class_list']
+
+SPLITS = ('train', 'val', 'test') # base, validation and novel classes
+ALIASES = dict(train='train', base='train', val='val', valid='val', validation='val', test='test', novel='test')
+IMAGES = re.compile(r'(^|/)[^./][^/]*\.(png|jpe?g|bmp|webp|gif|tiff?|ppm|pgm)$', re.IGNORECASE)
+
+
+def _norm(name): return re.sub(r'[\s_]', '', name).lower()
+
+@lru_cache
+def class_list(name):
+    "The committed class list `name` ('cifar_fs', 'mini_imagenet') as a frame of (label, split), 64/16/20 classes"
+    here = Path(__file__).parent
+    path = next(p for p in (here/'class_lists'/f'{name}.csv', here.parent/'data'/f'{name}.csv') if p.exists())
+    return pd.read_csv(path, dtype=str)
+
+
+# ---- where bytes come from: a folder, a zip, or CIFAR-100's pickles ---------------------------------------------------
+
+class Folder:
+    "Files below a folder by relative path"
+    def __init__(self, path): self.path,self.name = Path(path),Path(path).resolve().name
+    @cached_property
+    def files(self):
+        found = (Path(d).relative_to(self.path).as_posix()+'/'+f for d,_,fs in os.walk(self.path, followlinks=True) for f in fs)
+        return sorted(f.removeprefix('./') for f in found)
+    def has(self, f): return (self.path/f).is_file()
+    def read(self, f): return (self.path/f).read_bytes()
+    def stamp(self, f): st = (self.path/f).stat(); return st.st_size,st.st_mtime_ns
+
+
+class Zip:
+    "Members of a zip archive by name, read in place"
+    def __init__(self, path):
+        self.path,self.name = Path(path),Path(path).stem
+        try: self.zip = zipfile.ZipFile(path)
+        except zipfile.BadZipFile as e: raise UserError(f'{path} is not a readable zip archive ({e}): fetch it again') from None
+        self.infos = {i.filename:i for i in self.zip.infolist()
+                      if not i.is_dir() and not i.filename.startswith('__MACOSX')}
+    @cached_property
+    def files(self): return sorted(self.infos)
+    def has(self, f): return f in self.infos
+    def read(self, f): return self.zip.read(self.infos[f])
+    def stamp(self, f): return self.infos[f].file_size,self.infos[f].CRC
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    "Loads arrays, lists, dicts, strings and numbers, and refuses anything else: a pickle can otherwise run any code"
+    allowed = {(m, n) for m in ('numpy.core.multiarray','numpy._core.multiarray') for n in ('_reconstruct','scalar')} | {
+        ('numpy','ndarray'), ('numpy','dtype'), ('_codecs','encode')}
+    def find_class(self, module, name):
+        if (module, name) in self.allowed: return super().find_class(module, name)
+        raise UserError(f'refused to unpickle {module}.{name}: only arrays, lists, dicts, strings and numbers are loaded')
+
+
+class CifarPickles:
+    "torchvision's CIFAR-100 archive (`train`, `test`, `meta` pickles), seen as class folders of PNGs"
+    def __init__(self, path, read, prefix):
+        self.path,self.name,tables = Path(path),'cifar100',{}
+        for part in ('meta','train','test'):
+            try: tables[part] = ArrayUnpickler(io.BytesIO(read(prefix+part)), encoding='latin1').load()
+            except UserError as e: raise UserError(f'{path}, {prefix}{part}: {e}') from None
+            except Exception as e: raise UserError(f'{path}, {prefix}{part}: not a CIFAR-100 pickle ({e}): fetch it again') from None
+        try:
+            names,self.images = tables['meta']['fine_label_names'],{}
+            for part in ('train','test'):
+                images = np.asarray(tables[part]['data'], np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+                for i,(image,y) in enumerate(zip(images, tables[part]['fine_labels'])):
+                    self.images[f'{names[y]}/{part}_{i:05d}.png'] = image
+        except Exception as e: raise UserError(f'{path}: not the CIFAR-100 archive ({e!r}): fetch it again') from None
+        self.files = sorted(self.images)
+    def has(self, f): return f in self.images
+    def read(self, f): return png(self.images[f])
+    def stamp(self, f): return hashlib.sha1(self.images[f].tobytes()).hexdigest()
+
+
+def png(image):
+    "A uint8 array (H, W, 3) as the bytes of a PNG"
+    buf = io.BytesIO()
+    Image.fromarray(image).save(buf, 'png')
+    return buf.getvalue()
+
+
+def _open_tree(path):
+    path = Path(path).expanduser()
+    if not path.exists(): raise UserError(f'no such file or folder: {path}; give --data a folder, a zip or CIFAR-100\'s archive')
+    if path.is_dir():
+        tree = Folder(path)
+        for prefix in ('', 'cifar-100-python/'):
+            if all(tree.has(prefix+f) for f in ('train','test','meta')): return CifarPickles(path, tree.read, prefix)
+        return tree
+    if zipfile.is_zipfile(path): return Zip(path)
+    if not tarfile.is_tarfile(path): raise UserError(f'{path} is neither a folder, a zip nor a tar archive: unpack it and give its folder')
+    with tarfile.open(path) as tar:
+        metas = [m for m in tar.getnames() if posixpath.basename(m) == 'meta']
+        if not metas: raise UserError(f'{path} is not CIFAR-100\'s python archive: unpack it and give its folder')
+        return CifarPickles(path, lambda f: tar.extractfile(f).read(), metas[0].removesuffix('meta'))
+
+
+# ---- which images belong to which split: one function a layout, each a frame or None --------------------------------
+
+def _split_csvs(tree, seed):
+    "train/val/test.csv of (filename, label), images in images/ beside them or beside them"
+    csvs = [''] if tree.has('train.csv') else [f.removesuffix('train.csv') for f in tree.files if f.endswith('/train.csv')]
+    if not csvs: return
+    base,frames = min(csvs, key=lambda f: (f.count('/'), f)),[]
+    for split in SPLITS:
+        csv = f'{base}{split}.csv'
+        if not tree.has(csv): raise UserError(f'{tree.path}: {base}train.csv is there but {csv} is not: give all of train.csv, val.csv and test.csv')
+        frames.append(_read_csv(tree, csv).assign(split=split))
+    return pd.concat(frames, ignore_index=True)
+
+def _read_csv(tree, csv):
+    where = f'{tree.path}, {csv}'
+    try: df = pd.read_csv(io.StringIO(tree.read(csv).decode('utf-8-sig')), dtype=str, keep_default_na=False)
+    except pd.errors.EmptyDataError: raise UserError(f'{where} is empty: it needs the columns filename,label and a row an image') from None
+    except (pd.errors.ParserError, UnicodeDecodeError) as e: raise UserError(f'{where} is not a readable CSV ({e})') from None
+    missing = [c for c in ('filename','label') if c not in df.columns]
+    if missing: raise UserError(f'{where} lacks the column{"s"[:len(missing)-1]} {", ".join(missing)}: it has {", ".join(map(str, df.columns))}')
+    if df.empty: raise UserError(f'{where} has no rows: it needs a row (filename,label) an image')
+    base,paths = csv.rpartition('/')[0],[]
+    for i,(f,label) in enumerate(zip(df.filename, df.label)):
+        row = f'{where}, row {i+2}'
+        if not f or not label: raise UserError(f'{row}: the {"filename" if not f else "label"} is empty: fill it in or remove the row')
+        f = posixpath.normpath(f)
+        if f.startswith(('/', '../')) or f == '..': raise UserError(f'{row}: {df.filename[i]} lies outside the data folder: give a path relative to images/ or to the CSV')
+        path = next((p for p in (posixpath.join(base, 'images', f), posixpath.join(base, f)) if tree.has(p)), None)
+        if path is None: raise UserError(f'{row}: {df.filename[i]} is neither in images/ beside the CSV nor beside it: add the image or remove the row')
+        paths.append(path)
+    return pd.DataFrame(dict(filename=df.filename, label=df.label, path=paths))
+
+def _official_cifar_fs(tree, seed):
+    "data/<class>/*.png with splits/bertinetto/{train,val,test}.txt"
+    roots = [f.removesuffix('splits/bertinetto/train.txt') for f in tree.files if f.endswith('splits/bertinetto/train.txt')]
+    if not roots: return
+    split_of = {}
+    for split in SPLITS:
+        f = f'{roots[0]}splits/bertinetto/{split}.txt'
+        if not tree.has(f): raise UserError(f'{tree.path} lacks {f}: fetch CIFAR-FS again')
+        split_of.update({c:split for c in tree.read(f).decode().split()})
+    df = _images(tree, roots[0]+'data/')
+    missing = sorted(set(split_of) - set(df.label))
+    if missing: raise UserError(f'{tree.path}: class {missing[0]} is in splits/bertinetto but has no images in {roots[0]}data/: fetch CIFAR-FS again')
+    return df.assign(split=df.label.map(split_of)).dropna()
+
+def _known_classes(tree, seed):
+    "Class folders, at any depth and in any part, that are exactly a committed class list's: the list splits them"
+    df = _images(tree)
+    for name in ('cifar_fs','mini_imagenet'):
+        known = {_norm(c):(c, s) for c,s in class_list(name).itertuples(index=False)}
+        if {_norm(c) for c in df.label} == set(known):
+            return df.assign(split=[known[_norm(c)][1] for c in df.label], label=[known[_norm(c)][0] for c in df.label])
+
+def _split_folders(tree, seed):
+    "train/val/test folders above class folders"
+    df = _images(tree)
+    parts = df.path.str.split('/')
+    for depth in range(parts.str.len().min() - 2):
+        names = parts.str[depth].str.lower()
+        if set(names.map(ALIASES)) == set(SPLITS): return df.assign(split=names.map(ALIASES))
+
+def _class_folders(tree, seed):
+    "Class folders: 64/16/20 % of the classes by `seed`"
+    df = _images(tree)
+    classes = sorted(df.label.unique())
+    if len(classes) < 3: raise UserError(f'{tree.path} has {len(classes)} class folder{"s"[:len(classes)!=1]}: at least 3 are needed, one for each of train, val and test')
+    n_val,n_test = (max(1, round(r*len(classes))) for r in (.16, .2))
+    random.Random(seed).shuffle(classes)
+    split_of = {c:'val' if i < n_val else 'test' if i < n_val+n_test else 'train' for i,c in enumerate(classes)}
+    return df.assign(split=df.label.map(split_of))
+
+def _images(tree, prefix=''):
+    "Every image below `prefix`, labelled with its folder's name"
+    paths = [f for f in tree.files if f.startswith(prefix) and '/' in f and IMAGES.search(f)]
+    if not paths: raise UserError(f'{tree.path}: no split CSVs and no images in class folders found: see data/README.md for the layouts that are read')
+    return pd.DataFrame(dict(filename=[f.removeprefix(prefix) for f in paths], label=[f.split('/')[-2] for f in paths], path=paths))
+
+LAYOUTS = (_split_csvs, _official_cifar_fs, _known_classes, _split_folders, _class_folders)
+
+
+class Source:
+    "A raw data set: `frames[split]` of (filename, label, path) and `read(path)`, the bytes of an image"
+    def __init__(self, tree, seed=0):
+        df = next(d for d in (layout(tree, seed) for layout in LAYOUTS) if d is not None)
+        self.tree,self.path,self.read = tree,tree.path,tree.read
+        self.frames = {s:df.loc[df.split==s, ['filename','label','path']].reset_index(drop=True) for s in SPLITS}
+        self._check(df)
+
+    def _check(self, df):
+        splits = df.groupby('label').split.unique()
+        for label,s in splits[splits.str.len() > 1].items():
+            raise UserError(f'{self.path}: class {label} is in both {s[0]} and {s[1]}: the classes of the splits must be disjoint')
+        again = df[df.duplicated('path')]
+        if len(again): raise UserError(f'{self.path}: {again.filename.iloc[0]} is listed twice: an image may be in one row only')
+        for s in SPLITS:
+            if self.frames[s].empty: raise UserError(f'{self.path}: the {s} split has no images')
+
+    @property
+    def name(self):
+        "'cifar_fs' or 'mini_imagenet' where the splits are that data set's, else the source's own name"
+        mine = {(_norm(c), s) for s,df in self.frames.items() for c in df.label.unique()}
+        return next((n for n in ('cifar_fs','mini_imagenet')
+                     if mine == {(_norm(c), s) for c,s in class_list(n).itertuples(index=False)}), self.tree.name)
+
+    def stamp(self):
+        "Changes when a CSV row or an image does (by size and time, or checksum), without reading the images"
+        h = hashlib.sha256()
+        for s,df in self.frames.items():
+            for r in df.itertuples(): h.update(repr((s, r.filename, r.label, r.path, self.tree.stamp(r.path))).encode())
+        return h.hexdigest()
+
+
+def open_source(
+    data=None, # a path in any layout of data/README.md, or None: CIFAR-FS through `untar_data(URLs.CIFAR_100)`
+    seed=0, # splits a folder of class folders
+):
+    "The raw data set at `data`; UserError where there is none"
+    return Source(_open_tree(_download() if data is None else data), seed)
+
+def _download():
+    from fastai.data.external import URLs, untar_data
+    try: return untar_data(URLs.CIFAR_100)
+    except Exception as e:
+        raise UserError(f'CIFAR-100 could not be fetched ({type(e).__name__}: {e}): give --data the path of a data set, or --demo') from None
+
+
+def prepare(
+    data, # a path in any layout, or None to fetch CIFAR-FS
+    out, # folder to fill with train.csv, val.csv, test.csv and images/; it must not exist or be empty
+    seed=0, # splits a folder of class folders
+):
+    "Write `data` out as split CSVs plus images and return the folder"
+    source,out = open_source(data, seed),Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())): raise UserError(f'{out} is there already: give --out a new folder')
+    tmp = out.with_name(out.name+'.part')
+    try:
+        shutil.rmtree(tmp, ignore_errors=True)
+        for split,df in source.frames.items():
+            names = [f'{split}/{f}' for f in df.path.map(lambda p: p.replace('../', ''))]
+            for path,name in zip(df.path, names):
+                target = tmp/'images'/name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(source.read(path))
+            df.assign(filename=names)[['filename','label']].to_csv(tmp/f'{split}.csv', index=False)
+        if out.exists(): out.rmdir()
+        tmp.rename(out)
+    except OSError as e:
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise UserError(f'{out} cannot be written ({e.strerror}): give --out a folder that can') from None
+    return out
