@@ -11,7 +11,7 @@ from .data import SeededDL
 from .evaluate import amp, embed, evaluate, features
 from .losses import kl_relatedness, relatedness
 
-__all__ = ['Seeded', 'Autocast', 'autocast_dtype', 'LossTerm', 'Rotation', 'RelatednessDistiller', 'FewShotAccuracy', 'KeepBest',
+__all__ = ['Seeded', 'Autocast', 'autocast_dtype', 'ShowsMetrics', 'LossTerm', 'Rotation', 'RelatednessDistiller', 'FewShotAccuracy', 'KeepBest',
            'rotate4']
 
 
@@ -58,13 +58,20 @@ class Autocast(Callback):
         for h in self.handles: h.remove()
 
 
-class LossTerm(Callback):
-    "Adds terms to the training loss and shows each epoch's mean of every part"
-    order,run_valid,parts = MixedPrecision.order+1,False,()
+class ShowsMetrics(Callback):
+    "While fitting, shows what `shown` returns among the Learner's metrics"
+    order = MixedPrecision.order+1 # before the Recorder reads the metrics' names
+    def shown(self): "Names and functions without arguments"; raise NotImplementedError
     def before_fit(self):
-        "Before the Recorder reads the names of the metrics"
-        self.totals,self.plain_metrics = {k:[0., 0] for k in self.parts},self.learn.metrics
-        self.learn.metrics = self.plain_metrics + [ValueMetric(lambda k=k: self.part_mean(k), k) for k in self.parts]
+        self.mine = [ValueMetric(f, k) for k,f in self.shown().items()]
+        self.learn.metrics = self.learn.metrics + self.mine
+    def after_fit(self): self.learn.metrics = self.learn.metrics.filter(lambda m: m not in self.mine)
+
+
+class LossTerm(ShowsMetrics):
+    "Adds terms to the training loss and shows each epoch's mean of every part"
+    run_valid,parts = False,()
+    def shown(self): return {k:lambda k=k: self.part_mean(k) for k in self.parts}
     def before_train(self): self.totals = {k:[0., 0] for k in self.parts}
     def part_mean(self, k): total,n = self.totals[k]; return float(total) / max(n, 1)
     def set_loss(self, loss, **parts):
@@ -72,7 +79,6 @@ class LossTerm(Callback):
         self.learn.loss_grad = loss
         self.learn.loss = loss.detach().clone()
         for k,v in parts.items(): self.totals[k][0] += v.detach().float(); self.totals[k][1] += 1
-    def after_fit(self): self.learn.metrics = self.plain_metrics
 
 
 # ---- stage one --------------------------------------------------------------------------------------------------------
@@ -154,14 +160,12 @@ class RelatednessDistiller(LossTerm):
 
 # ---- both stages ------------------------------------------------------------------------------------------------------
 
-class FewShotAccuracy(Callback):
+class FewShotAccuracy(ShowsMetrics):
     "After each epoch, accuracy (%) on seeded episodes of the validation classes; a validation loss would mean nothing"
     order = LossTerm.order + 1
     def __init__(self, n_way=5, k_shot=1, n_query=15, n_episodes=1000, seed=0):
         self.episodes,self.last = dict(n_way=n_way, k_shot=k_shot, n_query=n_query, n_episodes=n_episodes, seed=seed),float('nan')
-    def before_fit(self):
-        self.plain_metrics = self.learn.metrics
-        self.learn.metrics = self.plain_metrics + [ValueMetric(lambda: self.last, 'accuracy')]
+    def shown(self): return dict(accuracy=lambda: self.last)
     def measure(self):
         "`Evaluation` of the model as it is"
         dl = self.dls.valid.new(cls=SeededDL, bs=256, shuffle=False, drop_last=False)
@@ -171,7 +175,6 @@ class FewShotAccuracy(Callback):
     def after_train(self):
         if not hasattr(self.learn, 'lr_finder'): self.last = self.measure().accuracy
     def before_validate(self): raise CancelValidException()
-    def after_fit(self): self.learn.metrics = self.plain_metrics
 
 
 class KeepBest(TrackerCallback):

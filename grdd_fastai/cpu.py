@@ -1,5 +1,6 @@
 """What makes a CPU fast at training."""
-import ctypes, sys
+import ctypes
+import sys
 from functools import lru_cache
 
 __all__ = ['keep_freed_memory']

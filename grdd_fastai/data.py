@@ -2,6 +2,7 @@
 import random
 from functools import cached_property, partial
 
+import fastai.vision.data  # noqa: F401  (registers show_batch for images)
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -162,13 +163,14 @@ def _dataloaders(block, data, aug, num_workers, **kwargs):
 
 def category_dls(
     data, # FewShotData
-    bs=64, # images a batch, before rotation
+    bs=None, # images a batch, before rotation; None is the paper's 64, or 1% of a base set of under 6,400, at least 16
     aug='default', # albumentations Compose for uint8 images; 'default' is `train_augmentation`, None is none
     seed=0, # of order and augmentation
     num_workers=None, # None: 0 on a CPU, fastai's default beside a GPU
     **kwargs
 ):
     "Stage one's DataLoaders: shuffled batches of base images, validation classes beside them"
+    if bs is None: bs = min(64, max(16, len(data.train)//100)) # a small set needs steps more than it needs full batches
     bs = min(bs, len(data.train))
     return _dataloaders(category_block(data), data, aug, num_workers, bs=bs, val_bs=256, seed=seed, **kwargs)
 

@@ -1,5 +1,6 @@
 """GRDD from raw data to an accuracy: the program behind the recipes, read top to bottom."""
 from .data import category_dls, check_episode, episodic_dls, plain_dl
+from .errors import UserError
 from .evaluate import embed, evaluate
 from .learners import check_backbone, create_backbone, global_learner, meta_learner
 from .pack import few_shot_data
@@ -9,6 +10,7 @@ __all__ = ['grdd', 'PAPER', 'DEMO']
 
 PAPER = dict(teacher='resnet12', student='resnet12', epochs=90, meta_epochs=15, episodes=400, test_episodes=10_000)
 DEMO  = dict(teacher='convnet4', student='convnet4', epochs=6, meta_epochs=2, episodes=100, test_episodes=2000)
+DEMO_PX = 32
 
 
 def grdd(
@@ -26,7 +28,7 @@ def grdd(
     test_episodes:int=None, # of the novel classes (10000; demo: 2000)
     query:int=15, # query images per class and episode
     per_step:int=1, # episodes per optimiser step
-    bs:int=64, # images per batch of stage one, before rotation
+    bs:int=None, # images per batch of stage one, before rotation (64; 1% of fewer than 6400 base images, at least 16)
     lr:float=0.05, # initial rate of stage one, 'poly'
     meta_lr:float=1e-3, # rate of stage two, x0.1 for its last third
     T:float=4., # temperature; divides the cosines
@@ -39,10 +41,13 @@ def grdd(
     demo:bool=False, # small settings, and the embedded data set unless --data is given
 ):
     "Train the global learner and the meta-learner and score the novel classes"
+    if demo: px = DEMO_PX
     defaults,given = DEMO if demo else PAPER,locals()
     s = {k:given[k] if given[k] is not None else v for k,v in defaults.items()}
     settings = {k:v for k,v in given.items() if k != 'defaults'} | s
     for arch in (s['teacher'], s['student']): check_backbone(arch)
+    for k in ('epochs','meta_epochs','episodes','test_episodes','query','per_step','bs'):
+        if settings[k] is not None and settings[k] < 1: raise UserError(f'--{k.replace("_", "-")} is {settings[k]}: it must be at least 1')
     with Run(out, settings) as run:
         if demo: run.say('*** DEMO: small settings' + (' on drawn characters' if data is None else '') + '; not a result about GRDD ***')
         data = few_shot_data('demo' if demo and data is None else data, px, cache, seed)

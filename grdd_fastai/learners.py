@@ -70,11 +70,11 @@ def _body_and_head(model):
     return L(L(p for p in params(model) if id(p) not in ids), head)
 
 
-def _learner(dls, model, loss_func, cbs, seed, amp, keep_best, valid, opt_func=sgd, wd=5e-4, **kwargs):
+def _learner(dls, model, loss_func, stage_cbs, seed, amp, keep_best, valid, opt_func=sgd, wd=5e-4, cbs=None, **kwargs):
     if torch.device(dls.device).type == 'cpu': keep_freed_memory()
     model.to(memory_format=torch.channels_last)
-    cbs = [Seeded(seed), *([Autocast()] if amp else []), *cbs, FewShotAccuracy(**valid), *([KeepBest()] if keep_best else []),
-           *L(kwargs.pop('cbs', None))]
+    cbs = [Seeded(seed), *([Autocast()] if amp else []), *stage_cbs, FewShotAccuracy(**valid),
+           *([KeepBest()] if keep_best else []), *L(cbs)]
     learn = Learner(dls, model, loss_func=loss_func, opt_func=opt_func, wd=wd, cbs=cbs, **kwargs)
     learn.recorder.train_metrics,learn.recorder.valid_metrics = True,False # there is no validation loss
     return learn
@@ -123,9 +123,9 @@ def meta_learner(
     n_query = e.n_item - e.k_shot
     model = create_backbone(student, 0, dls.one_batch()[0].shape[-1], seed) if isinstance(student, str) else copy.deepcopy(student)
     if hasattr(model, 'reset_classifier'): model.reset_classifier(0)
-    cbs = [] if teacher is None else [RelatednessDistiller(teacher, T=T, gamma=gamma, **(distill or {}))]
+    distiller = [] if teacher is None else [RelatednessDistiller(teacher, T=T, gamma=gamma, **(distill or {}))]
     valid = {**dict(n_way=e.n_way, k_shot=e.k_shot, n_query=n_query), **(valid or {})}
-    return _learner(dls, model, EpisodicLoss(e.n_way, e.k_shot, n_query, scale, mean), cbs, seed, amp, keep_best, valid, **kwargs)
+    return _learner(dls, model, EpisodicLoss(e.n_way, e.k_shot, n_query, scale, mean), distiller, seed, amp, keep_best, valid, **kwargs)
 
 
 # ---- schedules --------------------------------------------------------------------------------------------------------

@@ -1,12 +1,19 @@
 """Images decoded once into a memory-mapped uint8 cache, row i = CSV row i."""
-import hashlib, io, json, os, shutil, sys, tempfile
+import hashlib
+import io
+import json
+import os
+import shutil
+import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from fastcore.imports import IN_NOTEBOOK
 from fastprogress.fastprogress import progress_bar
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .demo import DemoSource
 from .errors import UserError
@@ -63,8 +70,9 @@ def few_shot_data(
     cache,stamp = Path(cache or default_cache()).expanduser(),source.stamp()
     key = hashlib.sha256(f'{Path(source.path).resolve()} {px} {seed}'.encode()).hexdigest()[:12]
     folder = cache/f'{source.name}-{px}-{key}'
-    meta = folder/'meta.json'
-    if not meta.exists() or json.loads(meta.read_text()).get('stamp') != stamp: _pack(source, px, stamp, folder)
+    try: fresh = json.loads((folder/'meta.json').read_text())['stamp'] == stamp
+    except (OSError, ValueError, KeyError): fresh = False
+    if not fresh: _pack(source, px, stamp, folder)
     return FewShotData(folder)
 
 
@@ -80,7 +88,8 @@ def _pack(source, px, stamp, folder):
         print(f'packing {sum(n.values())} images of {source.name} at {px} px', file=sys.stderr)
         images = {s:np.lib.format.open_memmap(tmp/f'{s}.npy', 'w+', np.uint8, (n[s], px, px, 3)) for s in n}
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for s,at in progress_bar([(s, at) for s in n for at in range(0, n[s], BLOCK)]):
+            blocks = [(s, at) for s in n for at in range(0, n[s], BLOCK)]
+            for s,at in progress_bar(blocks) if IN_NOTEBOOK or sys.stderr.isatty() else blocks:
                 rows = range(at, min(at+BLOCK, n[s]))
                 block = np.stack(list(pool.map(lambda row: _decode_row(source, s, row, px), rows)))  # noqa: B023
                 images[s][at:at+len(block)] = block
@@ -110,4 +119,5 @@ def _decode_row(source, split, row, px):
     try: return decode(source.read(path), px)
     except UserError: raise
     except Exception as e:
-        raise UserError(f'{source.path}, {split} row {row+2}: {path} does not decode ({e}): replace the image or remove the row') from None
+        why = 'it is no image that is known' if isinstance(e, UnidentifiedImageError) else e
+        raise UserError(f'{source.path}, {split} row {row+2}: {path} does not decode ({why}): replace the image or remove the row') from None

@@ -1,5 +1,14 @@
 """Raw few-shot data sets, in the layouts people hold them in, as three pandas split CSVs of (filename, label)."""
-import hashlib, io, os, pickle, posixpath, random, re, shutil, tarfile, zipfile
+import hashlib
+import io
+import os
+import pickle
+import posixpath
+import random
+import re
+import shutil
+import tarfile
+import zipfile
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -36,7 +45,9 @@ class Folder:
         found = (Path(d).relative_to(self.path).as_posix()+'/'+f for d,_,fs in os.walk(self.path, followlinks=True) for f in fs)
         return sorted(f.removeprefix('./') for f in found)
     def has(self, f): return (self.path/f).is_file()
-    def read(self, f): return (self.path/f).read_bytes()
+    def read(self, f):
+        try: return (self.path/f).read_bytes()
+        except OSError as e: raise UserError(f'{self.path/f} cannot be read ({e.strerror}): mend or replace it') from None
     def stamp(self, f): st = (self.path/f).stat(); return st.st_size,st.st_mtime_ns
 
 
@@ -51,7 +62,9 @@ class Zip:
     @cached_property
     def files(self): return sorted(self.infos)
     def has(self, f): return f in self.infos
-    def read(self, f): return self.zip.read(self.infos[f])
+    def read(self, f):
+        try: return self.zip.read(self.infos[f])
+        except Exception as e: raise UserError(f'{self.path}: {f} cannot be read from the archive ({e}): fetch it again') from None
     def stamp(self, f): return self.infos[f].file_size,self.infos[f].CRC
 
 
@@ -154,14 +167,6 @@ def _official_cifar_fs(tree, seed):
     if missing: raise UserError(f'{tree.path}: class {missing[0]} is in splits/bertinetto but has no images in {roots[0]}data/: fetch CIFAR-FS again')
     return df.assign(split=df.label.map(split_of)).dropna()
 
-def _known_classes(tree, seed):
-    "Class folders, at any depth and in any part, that are exactly a committed class list's: the list splits them"
-    df = _images(tree)
-    for name in ('cifar_fs','mini_imagenet'):
-        known = {_norm(c):(c, s) for c,s in class_list(name).itertuples(index=False)}
-        if {_norm(c) for c in df.label} == set(known):
-            return df.assign(split=[known[_norm(c)][1] for c in df.label], label=[known[_norm(c)][0] for c in df.label])
-
 def _split_folders(tree, seed):
     "train/val/test folders above class folders"
     df = _images(tree)
@@ -169,6 +174,14 @@ def _split_folders(tree, seed):
     for depth in range(parts.str.len().min() - 2):
         names = parts.str[depth].str.lower()
         if set(names.map(ALIASES)) == set(SPLITS): return df.assign(split=names.map(ALIASES))
+
+def _known_classes(tree, seed):
+    "Class folders, at any depth and in any part, that are exactly a committed class list's: the list splits them"
+    df = _images(tree)
+    for name in ('cifar_fs','mini_imagenet'):
+        known = {_norm(c):(c, s) for c,s in class_list(name).itertuples(index=False)}
+        if {_norm(c) for c in df.label} == set(known):
+            return df.assign(split=[known[_norm(c)][1] for c in df.label], label=[known[_norm(c)][0] for c in df.label])
 
 def _class_folders(tree, seed):
     "Class folders: 64/16/20 % of the classes by `seed`"
@@ -186,7 +199,7 @@ def _images(tree, prefix=''):
     if not paths: raise UserError(f'{tree.path}: no split CSVs and no images in class folders found: see data/README.md for the layouts that are read')
     return pd.DataFrame(dict(filename=[f.removeprefix(prefix) for f in paths], label=[f.split('/')[-2] for f in paths], path=paths))
 
-LAYOUTS = (_split_csvs, _official_cifar_fs, _known_classes, _split_folders, _class_folders)
+LAYOUTS = (_split_csvs, _official_cifar_fs, _split_folders, _known_classes, _class_folders)
 
 
 class Source:

@@ -1,5 +1,12 @@
 """A run's folder: settings, versions, histories, weights and results of one recipe."""
-import contextlib, datetime, json, os, platform, subprocess, sys, time
+import contextlib
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -48,7 +55,9 @@ class Run:
         self.redirect = contextlib.redirect_stdout(sys.stderr)
         self.redirect.__enter__()
         return self
-    def __exit__(self, *exc): self.redirect.__exit__(*exc)
+    def __exit__(self, kind, *exc):
+        self.redirect.__exit__(kind, *exc)
+        if kind: print(file=sys.stderr) # end the line a progress bar may have left
 
     def write(self, name, obj): _write(self.out/name, json.dumps(obj, indent=1, default=str) + '\n')
 

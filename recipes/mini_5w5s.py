@@ -8,11 +8,18 @@ The defaults are the paper's: ResNet-12 teacher and student, 90 + 15 epochs. `--
 from fastcore.meta import delegates
 from fastcore.script import call_parse
 
+from grdd_fastai.errors import UserError
 from grdd_fastai.experiment import grdd
 
 
 @call_parse
 @delegates(grdd, but=['way', 'shot', 'px'])
-def main(out:str='runs/mini_5w5s', **kwargs): # folder for results, histories and weights
+def main(
+    data:str=None, # images/ beside train.csv, val.csv, test.csv, or any layout of data/README.md
+    out:str='runs/mini_5w5s', # folder for results, histories and weights
+    demo:bool=False, # small settings, and the embedded data set unless --data is given
+    **kwargs
+):
     "GRDD on miniImageNet, 5-way 5-shot"
-    return grdd(way=5, shot=5, px=84, out=out, **kwargs)
+    if data is None and not demo: raise UserError('miniImageNet cannot be fetched: give --data its folder, or --demo')
+    return grdd(way=5, shot=5, px=84, data=data, out=out, demo=demo, **kwargs)

@@ -1,0 +1,85 @@
+"""Episodes and their accuracy against loops, known answers and the laws of sampling."""
+import numpy as np
+import pytest
+import torch
+
+from grdd_fastai.data import plain_dl
+from grdd_fastai.errors import UserError
+from grdd_fastai.evaluate import BLOCK, embed, evaluate, mean_ci95, sample_episodes
+from grdd_fastai.learners import create_backbone
+
+Y = np.repeat(np.arange(8), 30)
+
+def all_episodes(*args, **kwargs): return [np.concatenate(o) for o in zip(*sample_episodes(*args, **kwargs))]
+
+
+@pytest.mark.parametrize('way, shot, query', [(5,1,15), (8,5,25), (2,3,1)])
+def test_episodes_are_disjoint_and_of_distinct_classes(way, shot, query):
+    support,query_rows = all_episodes(Y, way, shot, query, 300)
+    assert support.shape == (300, way, shot) and query_rows.shape == (300, way, query)
+    rows = np.concatenate([support, query_rows], -1)
+    assert all(len(set(e.flat)) == e.size for e in rows)
+    assert (Y[rows] == Y[support][..., :1]).all() and all(len(set(c)) == way for c in Y[support][..., 0])
+
+def test_seed_gives_the_episodes_and_more_begin_with_the_fewer():
+    a,b,c = (all_episodes(Y, n_episodes=n, seed=s) for n,s in ((BLOCK+7, 0), (BLOCK//2, 0), (BLOCK//2, 1)))
+    assert (a[0][:BLOCK//2] == b[0]).all() and (a[1][:BLOCK//2] == b[1]).all() and not (b[0] == c[0]).all()
+
+def test_every_class_and_image_is_equally_likely_in_every_place():
+    support,query = all_episodes(Y, 5, 2, 3, 20_000)
+    for place in (support[..., 0], support[..., 1], query[..., 0], query[..., 2]):
+        count = np.bincount(place.ravel(), minlength=len(Y))
+        expected = place.size / len(Y)
+        chi2 = ((count - expected)**2 / expected).sum()
+        assert abs(chi2 - (len(Y)-1)) < 5*np.sqrt(2*(len(Y)-1))
+
+def test_classes_of_unequal_size():
+    y = np.array([0]*4 + [1]*50 + [2]*7)
+    support,query = all_episodes(y, 3, 1, 3, 200)
+    assert set(support[y[support] == 0]) | set(query[y[query] == 0]) == {0,1,2,3}
+
+def test_accuracy_is_the_naive_loops():
+    g = torch.Generator().manual_seed(0)
+    h = torch.randn(len(Y), 6, generator=g) + torch.eye(8)[Y][:, :6]
+    accs = []
+    for support,query in zip(*all_episodes(Y, 5, 2, 4, 40, seed=3)):
+        right = 0
+        for c in range(5):
+            for q in query[c]:
+                sigma = [sum(float(torch.dot(h[s], h[q])/h[s].norm()/h[q].norm()) for s in support[k]) for k in range(5)]
+                right += int(np.argmax(sigma) == c)
+        accs.append(100*right/20)
+    ev = evaluate(h, Y, 5, 2, 4, 40, seed=3)
+    assert np.allclose(ev.episodes, accs) and ev.accuracy == pytest.approx(np.mean(accs))
+    assert ev.ci95 == pytest.approx(1.96*np.std(accs, ddof=1)/np.sqrt(40))
+
+def test_separable_features_are_always_right_and_random_ones_at_chance():
+    ev = evaluate(torch.eye(8)[Y], Y, n_episodes=600)
+    assert ev.accuracy == 100 and ev.ci95 == 0
+    ev = evaluate(torch.randn(len(Y), 16, generator=torch.Generator().manual_seed(0)), Y, n_episodes=600)
+    assert abs(ev.accuracy - 20) < 2
+
+def test_paired_difference_is_far_tighter_than_two_intervals():
+    g = torch.Generator().manual_seed(0)
+    h = torch.eye(8)[Y] + .5*torch.randn(len(Y), 8, generator=g)
+    a,b = evaluate(h, Y, n_episodes=500),evaluate(h + .05*torch.randn(h.shape, generator=g), Y, n_episodes=500)
+    assert (a-b).accuracy == pytest.approx(a.accuracy - b.accuracy) and (a-b).ci95 < .5*a.ci95
+
+def test_mean_ci95_by_hand(): assert mean_ci95([1, 3]) == (2, pytest.approx(1.96))
+
+def test_embed_is_the_network_on_each_normalised_image(data):
+    net = create_backbone('convnet4', 7, 16).train()
+    h,y = embed(net, plain_dl(data, 'val', bs=50))
+    assert net.training and (y.numpy() == data.val.y).all() and h.shape == (len(data.val), 64)
+    net.eval().reset_classifier(0)
+    mean,std = (torch.tensor(s).view(3, 1, 1) for s in data.stats)
+    for i in (0, 63, len(data.val)-1):
+        x = (torch.tensor(data.val.images[i]).permute(2, 0, 1)/255 - mean)/std
+        with torch.no_grad(): assert torch.allclose(net(x[None])[0], h[i], atol=1e-4)
+
+@pytest.mark.parametrize('kwargs, says', [(dict(n_way=9), '9 classes, there are 8'), (dict(n_query=30), 'only 30')])
+def test_impossible_episodes_are_one_sentence(kwargs, says):
+    with pytest.raises(UserError, match=says): evaluate(torch.eye(8)[Y], Y, **kwargs)
+
+def test_nan_features_are_one_sentence():
+    with pytest.raises(UserError, match='NaN'): evaluate(torch.full((len(Y), 2), float('nan')), Y)

@@ -1,0 +1,111 @@
+"""Every registered backbone against its paper's parameter count and feature size, and against timm's contract."""
+import pytest
+import timm
+import torch
+from torch import nn
+
+import grdd_fastai  # noqa: F401
+from grdd_fastai.models import ResNet12, ScheduledDropBlock
+
+
+# name: parameters without classifier (counted by hand from widths), features at 32 px, at 84 px
+def conv4(*w, c=3): return sum(9*a*b + b + 2*b for a,b in zip((c, *w), w))
+def res12(*w, c=3): return sum(9*(a*b + 2*b*b) + 6*b + a*b + 2*b for a,b in zip((c, *w), w))
+BACKBONES = dict(
+    convnet4=(conv4(64,64,64,64), 64, 64), convnet4_flat=(conv4(64,64,64,64), 256, 1600),
+    convnet4_128=(conv4(64,64,128,128), 128, 128), convnet4_256=(conv4(64,96,128,256), 256, 256),
+    convnet4_r2d2=(conv4(96,192,384,512), 8192, 384*100 + 512*25),
+    resnet12=(res12(64,160,320,640), 640, 640), resnet12_512=(res12(64,128,256,512), 512, 512))
+PUBLISHED = dict(convnet4=.113, convnet4_128=.261, convnet4_256=.464, convnet4_r2d2=2.6, resnet12=12.42, resnet12_512=8.0) # millions
+
+def test_all_are_listed():
+    assert set(BACKBONES) == {n for n in timm.list_models() if n.startswith(('convnet4', 'resnet12'))}
+
+@pytest.mark.parametrize('name', BACKBONES)
+def test_parameters_and_features(name):
+    n_params,*sizes = BACKBONES[name]
+    for px,size in zip((32, 84), sizes):
+        net = timm.create_model(name, num_classes=0, img_size=px).eval()
+        assert sum(p.numel() for p in net.parameters()) == n_params
+        with torch.no_grad(): assert net(torch.randn(2, 3, px, px)).shape == (2, size) and net.num_features == size
+    if name in PUBLISHED: assert n_params/1e6 == pytest.approx(PUBLISHED[name], rel=.005)
+
+@pytest.mark.parametrize('name', BACKBONES)
+def test_timm_contract(name):
+    net = timm.create_model(name, num_classes=7, in_chans=1).eval()
+    x = torch.randn(2, 1, 32, 32)
+    with torch.no_grad():
+        h = net.forward_head(net.forward_features(x), pre_logits=True)
+        assert torch.equal(net.get_classifier()(h), net(x)) and net(x).shape == (2, 7)
+        net.reset_classifier(0)
+        assert torch.equal(net(x), h)
+        net.reset_classifier(5)
+        assert net(x).shape == (2, 5) and net.num_classes == 5
+    cfg = net.pretrained_cfg
+    for k in ('num_classes','input_size','pool_size','mean','std','interpolation','crop_pct','first_conv','classifier'): assert cfg[k], k
+    assert isinstance(net.get_submodule(cfg['classifier']), nn.Linear)
+    for k in (cfg['first_conv'],) if isinstance(cfg['first_conv'], str) else cfg['first_conv']: assert net.get_submodule(k).in_channels == 1
+    assert [f['num_chs'] for f in net.feature_info] == [net.get_submodule(f['module'])(y).shape[1] for f,y in zip(net.feature_info, _stage_inputs(net, x))]
+
+def _stage_inputs(net, x):
+    for stage in net.stages:
+        yield x
+        x = stage(x)
+
+@pytest.mark.parametrize('name', ['convnet4', 'resnet12'])
+def test_features_only_gives_the_stages(name):
+    net = timm.create_model(name, features_only=True).eval()
+    maps = net(torch.randn(1, 3, 32, 32))
+    assert [m.shape[1] for m in maps] == net.feature_info.channels() and [32//m.shape[-1] for m in maps] == net.feature_info.reduction()
+
+@pytest.mark.parametrize('name', BACKBONES)
+def test_every_parameter_gets_a_gradient(name):
+    net = timm.create_model(name, num_classes=3)
+    net(torch.randn(4, 3, 32, 32)).sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+def test_pool_before_activation_is_the_same_function():
+    "The published order, convolution, BatchNorm, ReLU, pool, rebuilt from the same layers; gradients too"
+    net = timm.create_model('convnet4', num_classes=3)
+    x = torch.randn(4, 3, 32, 32)
+    def published(x):
+        for i,stage in enumerate(net.stages):
+            x = torch.relu(stage[1](stage[0](x)))
+            if i < 3: x = nn.functional.max_pool2d(x, 2)
+        return net.head(x.mean((2, 3)))
+    grads = []
+    for f in (net, published):
+        net.zero_grad()
+        out = f(x)
+        out.square().sum().backward()
+        grads.append((out.detach(), net.stages[0][0].weight.grad.clone()))
+    for a,b in zip(*grads): assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+def test_resnet12_eval_is_the_published_block():
+    "A block written out with functional calls, activation before the pool"
+    net = timm.create_model('resnet12', num_classes=0).eval()
+    b,x = net.stages[0],torch.randn(2, 3, 8, 8)
+    act = lambda x: nn.functional.leaky_relu(x, .1)
+    y = act(b.bn3(b.conv3(act(b.bn2(b.conv2(act(b.bn1(b.conv1(x))))))))+ b.downsample[1](b.downsample[0](x)))
+    assert torch.allclose(b(x), nn.functional.max_pool2d(y, 2), atol=1e-5)
+
+def test_dropblock_schedule_climbs_survives_saving_and_rests_in_eval():
+    net = ResNet12(widths=(4,4,4,4), num_classes=2, drop_steps=10)
+    blocks = [m for m in net.modules() if isinstance(m, ScheduledDropBlock)]
+    x = torch.randn(2, 3, 32, 32)
+    for _ in range(4): net.train()(x)
+    net.eval()(x)
+    assert [b.step.item() for b in blocks] == [4, 4] and blocks[0].drop_prob == pytest.approx(.1*4/10)
+    other = ResNet12(widths=(4,4,4,4), num_classes=2, drop_steps=10)
+    other.load_state_dict(net.state_dict())
+    other.train()(x)
+    assert other.stages[3].drop.step.item() == 5 and other.stages[3].drop.drop_prob == pytest.approx(.05)
+
+def test_dropblock_size_follows_the_image():
+    assert [timm.create_model('resnet12', img_size=px).stages[2].drop.block_size for px in (32, 84)] == [2, 5]
+
+def test_dropblock_drops_squares_and_keeps_the_mean():
+    torch.manual_seed(0)
+    drop = ScheduledDropBlock(.2, block_size=2, n_steps=1).train()
+    y = drop(torch.ones(64, 8, 8, 8))
+    assert .1 < (y == 0).float().mean() < .3 and y.mean().item() == pytest.approx(1, abs=.01)
