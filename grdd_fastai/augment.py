@@ -1,4 +1,5 @@
 """Training augmentation by albumentations, a function of seed, epoch and row."""
+import copy
 import random
 
 import albumentations as A
@@ -20,9 +21,9 @@ def train_augmentation(px):
 class SeededAugmentation:
     "Apply an albumentations `compose` to each image from a random state of its own"
     def __init__(self, compose):
-        self.compose,self.bits,self.py_random = compose,np.random.Philox(0),random.Random()
+        self.compose,self.bits,self.py_random = copy.deepcopy(compose),np.random.Philox(0),random.Random() # the user's keeps its own state
         self.state = self.bits.state
-        compose.set_random_state(np.random.Generator(self.bits), self.py_random)
+        self.compose.set_random_state(np.random.Generator(self.bits), self.py_random)
 
     def __call__(self, images, seed, epoch, rows):
         "uint8 images (B, 3, H, W) of `rows` -> the same, augmented"

@@ -7,7 +7,7 @@ from fastai.callback.tracker import TrackerCallback
 from fastai.learner import ValueMetric
 from fastai.torch_core import to_float
 
-from .data import SeededDL
+from .data import SeededDL, rows_by_class
 from .evaluate import amp, embed, evaluate, features
 from .losses import kl_relatedness, relatedness
 
@@ -20,7 +20,7 @@ class Seeded(Callback):
     order = -10
     def __init__(self, seed=0): self.seed,self.epochs_done = seed,0
     def before_fit(self):
-        self.run = not hasattr(self.learn, 'lr_finder')
+        self.run,self.finished = not hasattr(self.learn, 'lr_finder'),0
         self.cpu_state = torch.get_rng_state()
         self.cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     def before_train(self):
@@ -29,8 +29,8 @@ class Seeded(Callback):
         if self.training: torch.manual_seed(((self.seed*1_000_003 + self.epochs_done + self.epoch)*1_000_003 + self.iter) % 2**63)
     def after_epoch(self): self.finished = self.epoch + 1
     def after_fit(self):
-        self.epochs_done += getattr(self, 'finished', 0)
-        self.finished,self.run = 0,True
+        self.epochs_done += self.finished
+        self.run = True
         torch.set_rng_state(self.cpu_state)
         if self.cuda_states: torch.cuda.set_rng_state_all(self.cuda_states)
 
@@ -126,23 +126,25 @@ class RelatednessDistiller(LossTerm):
         teacher_view='clean', # the teacher sees 'clean' base images, embedded once, or the 'same' augmented ones
     ):
         if teacher_view not in ('clean', 'same'): raise ValueError(f"teacher_view is 'clean' or 'same', not {teacher_view!r}")
-        self.teacher,self.gamma,self.center,self.teacher_view,self.bank = teacher,gamma,center,teacher_view,None
+        self.teacher,self.gamma,self.center,self.teacher_view,self.bank_of = teacher,gamma,center,teacher_view,None
         self.kl,self.kl_weight = dict(T=T, decouple=decouple, reverse=reverse, reduction=reduction),kl_weight*(T*T if hinton else 1)
 
     def before_fit(self):
         super().before_fit()
         self.was = self.teacher.training,[(p, p.requires_grad) for p in self.teacher.parameters()]
+        self.rows_epoch = None
         self.teacher.eval().requires_grad_(False).to(self.dls.device)
         self.amp = getattr(getattr(self.learn, 'autocast', None), 'dtype', None)
-        if self.teacher_view == 'clean' and self.bank is None:
-            clean = self.dls.train.new(cls=SeededDL, aug=None, bs=256, shuffle=False, drop_last=False)
+        if self.teacher_view == 'clean' and self.bank_of != (id(self.teacher), id(self.dls.train.dataset)):
+            self.bank_of,clean = (id(self.teacher), id(self.dls.train.dataset)), self.dls.train.new(cls=SeededDL, aug=None, bs=256, shuffle=False, drop_last=False)
             self.bank = embed(self.teacher, clean, self.amp)[0]
 
     def teacher_features(self):
         "The teacher's features of the batch's images, (B, D)"
         if self.teacher_view == 'same':
             with torch.no_grad(), amp(self.dls.device, self.amp): return features(self.teacher, self.xb[0])
-        if self.iter == 0: self.rows = torch.as_tensor(self.dl.get_idxs(), device=self.bank.device) # the epoch's own draw
+        if self.rows_epoch != self.dl.epoch: # the epoch's own draw, once more
+            self.rows_epoch,self.rows = self.dl.epoch,torch.as_tensor(self.dl.get_idxs(), device=self.bank.device)
         return self.bank[self.rows[self.iter*self.dl.bs:][:len(self.xb[0])]]
 
     def after_loss(self):
@@ -161,11 +163,20 @@ class RelatednessDistiller(LossTerm):
 # ---- both stages ------------------------------------------------------------------------------------------------------
 
 class FewShotAccuracy(ShowsMetrics):
-    "After each epoch, accuracy (%) on seeded episodes of the validation classes; a validation loss would mean nothing"
+    """After each epoch of a fit, accuracy (%) on seeded episodes of the validation classes
+
+    A loss over classes the network has no outputs for would mean nothing: a fit skips it.
+    """
     order = LossTerm.order + 1
     def __init__(self, n_way=5, k_shot=1, n_query=15, n_episodes=1000, seed=0):
-        self.episodes,self.last = dict(n_way=n_way, k_shot=k_shot, n_query=n_query, n_episodes=n_episodes, seed=seed),float('nan')
+        self.episodes = dict(n_way=n_way, k_shot=k_shot, n_query=n_query, n_episodes=n_episodes, seed=seed)
+        self.last,self.fitting = float('nan'),False
     def shown(self): return dict(accuracy=lambda: self.last)
+    def before_fit(self):
+        "Episodes that cannot be drawn are an error now, not after the first epoch"
+        super().before_fit()
+        self.fitting,e = not hasattr(self.learn, 'gather_preds'),self.episodes
+        rows_by_class(self.dls.valid.labels(), e['n_way'], e['k_shot'], e['n_query'], 'the validation set')
     def measure(self):
         "`Evaluation` of the model as it is"
         dl = self.dls.valid.new(cls=SeededDL, bs=256, shuffle=False, drop_last=False)
@@ -174,7 +185,11 @@ class FewShotAccuracy(ShowsMetrics):
         return evaluate(h, y, **self.episodes)
     def after_train(self):
         if not hasattr(self.learn, 'lr_finder'): self.last = self.measure().accuracy
-    def before_validate(self): raise CancelValidException()
+    def before_validate(self):
+        if self.fitting: raise CancelValidException()
+    def after_fit(self):
+        super().after_fit()
+        self.fitting = False
 
 
 class KeepBest(TrackerCallback):

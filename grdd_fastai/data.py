@@ -16,7 +16,7 @@ from .augment import SeededAugmentation, train_augmentation
 from .errors import UserError
 
 __all__ = ['PackedImage', 'PackedLabel', 'SeededDL', 'EpisodicDL', 'category_block', 'episode_block', 'category_dls',
-           'episodic_dls', 'plain_dl', 'check_episode']
+           'episodic_dls', 'plain_dl', 'check_episode', 'rows_by_class']
 
 
 # ---- rows of packed splits as fastai items ----------------------------------------------------------------------------
@@ -42,12 +42,20 @@ class PackedLabel(DisplayedTransform):
 
 def check_episode(split, n_way, k_shot, n_query):
     "UserError if `split` cannot hold an episode of `n_way` classes with `k_shot + n_query` images each"
-    need,count = k_shot + n_query,np.bincount(split.y, minlength=len(split.vocab))
-    if n_way > len(count): raise UserError(
-        f'the {split.name} split has {len(count)} classes, too few for {n_way}-way episodes: lower the way or add classes')
-    if count.min() < need: raise UserError(
-        f'class {split.vocab[count.argmin()]} of the {split.name} split has {count.min()} images, too few for {k_shot} '
-        f'support + {n_query} query images: lower --query (or the shot) or add images')
+    rows_by_class(split.y, n_way, k_shot, n_query, f'the {split.name} split', split.vocab)
+
+def rows_by_class(y, n_way, k_shot, n_query, where='the data', vocab=None):
+    "Rows of each class of `y`, or a UserError if they cannot fill an episode"
+    for name,v in dict(way=n_way, shot=k_shot, query=n_query).items():
+        if v < 1: raise UserError(f'an episode of {v} {name}: it must be at least 1')
+    classes = np.unique(y)
+    rows = [np.flatnonzero(y==c) for c in classes]
+    if n_way > len(rows): raise UserError(f'{where} has {len(rows)} classes, too few for {n_way}-way episodes: lower the way or add classes')
+    least = min(range(len(rows)), key=lambda i: len(rows[i]))
+    if len(rows[least]) < k_shot + n_query: raise UserError(
+        f'class {vocab[least] if vocab else classes[least]} of {where} has {len(rows[least])} images, too few for {k_shot} support + {n_query} '
+        'query images: lower --query (or the shot) or add images')
+    return rows
 
 
 # ---- loaders ----------------------------------------------------------------------------------------------------------
@@ -105,12 +113,7 @@ class EpisodicDL(SeededDL):
 
     @cached_property
     def by_class(self):
-        y = self.labels()
-        classes = [np.flatnonzero(y==c) for c in np.unique(y)]
-        if len(classes) < self.n_way or min(map(len, classes)) < self.n_item:
-            raise UserError(f'{self.n_way}-way episodes of {self.n_item} images a class cannot be drawn from {len(classes)} '
-                            f'classes of {min(map(len, classes), default=0)} images or more: lower the way, shot or query')
-        return classes
+        return rows_by_class(self.labels(), self.n_way, self.k_shot, self.n_item - self.k_shot)
 
     def __len__(self): return -(-self.n_episodes // self.episode['per_step'])
     def get_idxs(self):

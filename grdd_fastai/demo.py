@@ -43,11 +43,11 @@ class DemoSource:
     "A `Source` of 100 classes, 64/16/20, drawn on demand: image i of a class is a function of seed, class and i"
     name = path = 'demo'
     def __init__(self, seed=0, n_per_class=80):
-        chars,self.seed,self.n_per_class,self.frames = list(CHARS),seed,n_per_class,{}
+        chars,self.seed,self.n_per_class,self.frames,self.key = list(CHARS),seed,n_per_class,{},f'demo {seed}'
         np.random.default_rng(seed).shuffle(chars)
         for s in SPLITS:
             mine,chars = chars[:N_CLASSES[s]],chars[N_CLASSES[s]:]
-            files = [(f'u{ord(c):04x}_{i:03d}.png', f'u{ord(c):04x}') for c in sorted(mine) for i in range(n_per_class)]
+            files = [(f'u{ord(c):04x}_{i:03d}.png', c) for c in sorted(mine) for i in range(n_per_class)]
             df = pd.DataFrame(files, columns=['filename','label'])
             self.frames[s] = df.assign(path=df.filename)
 
@@ -55,4 +55,4 @@ class DemoSource:
         char,i = int(path[1:5], 16),int(path[6:9])
         return png(draw(chr(char), np.random.default_rng([self.seed, char, i])))
 
-    def stamp(self): return hashlib.sha256(repr(('demo 1', self.seed, self.n_per_class)).encode()).hexdigest()
+    def stamp(self): return hashlib.sha256(repr(('demo 2', self.seed, self.n_per_class)).encode()).hexdigest()

@@ -6,3 +6,6 @@ __all__ = ['UserError']
 
 class UserError(CliError, ValueError):
     "Something the user can mend; a recipe prints it as the last line on stderr and exits with 1"
+    def __init__(self, sentence): super().__init__(sentence); self.sentence = sentence
+    def __str__(self): return self.sentence # fastai puts a callback's name into `args`
+    def __reduce__(self): return type(self),(self.sentence,)

@@ -4,12 +4,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from .data import rows_by_class
 from .errors import UserError
 from .inference import sum_of_cosines
 
 __all__ = ['Evaluation', 'features', 'embed', 'sample_episodes', 'evaluate', 'mean_ci95']
 
-BLOCK = 500 # episodes drawn and classified at a time
+BLOCK = 500 # episodes drawn at a time
+CHUNK = 2**26 # bytes of features classified at a time
 
 
 def features(model, x):
@@ -30,11 +32,17 @@ def embed(
     "Features (N, D) in float32 and labels (N) of all images of `dl`, in order"
     was_training,device = model.training,next(model.parameters()).device
     model.eval()
+    h,y,at = None,[],0
     try:
-        with amp(device, dtype): out = [(features(model, x.as_subclass(torch.Tensor).to(device)).float(), y) for x,y in dl]
+        with amp(device, dtype):
+            for x,y_b in dl:
+                h_b = features(model, x.as_subclass(torch.Tensor).to(device))
+                if h is None: h = torch.empty(len(dl.dataset), *h_b.shape[1:], device=device) # once, never copied
+                h[at:at+len(h_b)] = h_b
+                at += len(h_b)
+                y.append(y_b.as_subclass(torch.Tensor))
     finally: model.train(was_training)
-    h,y = (torch.cat([o.as_subclass(torch.Tensor) for o in part]) for part in zip(*out))
-    return h,y.to(device)
+    return h,torch.cat(y).to(device)
 
 
 def sample_episodes(
@@ -47,11 +55,9 @@ def sample_episodes(
 ):
     "Yield blocks of episodes: rows of the support (E, C, K) and of the query images (E, C, n_query), disjoint"
     y = np.asarray(y.cpu() if isinstance(y, torch.Tensor) else y)
-    by_class,m = [np.flatnonzero(y==c) for c in np.unique(y)],k_shot + n_query
+    by_class,m = rows_by_class(y, n_way, k_shot, n_query),k_shot + n_query
+    if n_episodes < 1: raise UserError(f'{n_episodes} episodes are asked for: it must be at least 1')
     size = np.array([len(rows) for rows in by_class])
-    if n_way > len(size): raise UserError(f'{n_way}-way episodes need {n_way} classes, there are {len(size)}: lower the way')
-    if size.min() < m: raise UserError(
-        f'{k_shot} support + {n_query} query images a class are asked for, a class has only {size.min()}: lower --query or the shot')
     table = np.stack([np.pad(rows, (0, size.max() - len(rows))) for rows in by_class])
     for block in range(-(-n_episodes // BLOCK)):
         rng = np.random.default_rng([seed, block])
@@ -97,10 +103,10 @@ def evaluate(
 ):
     "Accuracy over `n_episodes` seeded episodes drawn from features"
     if not torch.isfinite(h).all(): raise UserError('the features hold NaN or infinite values: the network diverged, lower its learning rate')
-    accs,E = [],None
-    for support,query in sample_episodes(y, n_way, k_shot, n_query, n_episodes, seed):
-        E = len(support)
-        s,q = (h[torch.as_tensor(rows.reshape(E, -1), device=h.device)] for rows in (support, query))
-        s_y,q_y = (torch.arange(n_way, device=h.device).repeat_interleave(k).expand(E, -1) for k in (k_shot, n_query))
-        accs.append((classifier(s, s_y, q).argmax(-1) == q_y).float().mean(1).cpu())
+    accs,size = [],max(1, CHUNK // max(1, n_way*(k_shot + n_query)*h[0].numel()*h.element_size()))
+    for block in sample_episodes(y, n_way, k_shot, n_query, n_episodes, seed):
+        for at in range(0, len(block[0]), size):
+            support,query = (torch.as_tensor(rows[at:at+size], device=h.device).flatten(1) for rows in block)
+            s_y,q_y = (torch.arange(n_way, device=h.device).repeat_interleave(k).expand(len(support), -1) for k in (k_shot, n_query))
+            accs.append((classifier(h[support], s_y, h[query]).argmax(-1) == q_y).float().mean(1).cpu())
     return Evaluation(100 * torch.cat(accs).double().numpy())

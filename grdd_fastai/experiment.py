@@ -1,10 +1,14 @@
 """GRDD from raw data to an accuracy: the program behind the recipes, read top to bottom."""
+import math
+from types import SimpleNamespace
+
+from .checkpoint import Stopped
 from .data import category_dls, check_episode, episodic_dls, plain_dl
 from .errors import UserError
 from .evaluate import embed, evaluate
 from .learners import check_backbone, create_backbone, global_learner, meta_learner
 from .pack import few_shot_data
-from .run import Run, save_weights
+from .run import Run
 
 __all__ = ['grdd', 'PAPER', 'DEMO']
 
@@ -39,54 +43,69 @@ def grdd(
     independent_teacher:bool=False, # train the teacher apart where it has the student's architecture
     fp32:bool=False, # float32 instead of bfloat16
     demo:bool=False, # small settings, and the embedded data set unless --data is given
+    resume:bool=False, # go on with the run in --out; begin it where there is none
+    max_minutes:float=None, # stop after this long with everything saved, for --resume
 ):
     "Train the global learner and the meta-learner and score the novel classes"
     if demo: px = DEMO_PX
-    defaults,given = DEMO if demo else PAPER,locals()
-    s = {k:given[k] if given[k] is not None else v for k,v in defaults.items()}
-    settings = {k:v for k,v in given.items() if k != 'defaults'} | s
-    for arch in (s['teacher'], s['student']): check_backbone(arch)
-    for k in ('epochs','meta_epochs','episodes','test_episodes','query','per_step','bs'):
-        if settings[k] is not None and settings[k] < 1: raise UserError(f'--{k.replace("_", "-")} is {settings[k]}: it must be at least 1')
-    with Run(out, settings) as run:
-        if demo: run.say('*** DEMO: small settings' + (' on drawn characters' if data is None else '') + '; not a result about GRDD ***')
-        data = few_shot_data('demo' if demo and data is None else data, px, cache, seed)
-        run.say(f'{data}')
-        for split in (data.train, data.val, data.test): check_episode(split, way, shot, query)
-        run.write('data.json', dict(name=data.name, px=px, fingerprint=data.fingerprint, stats=data.stats))
-        valid = dict(n_way=way, k_shot=shot, n_query=query)
+    defaults,given = DEMO if demo else PAPER,{k:v for k,v in locals().items() if k not in ('out','cache','resume','max_minutes')}
+    settings = given | {k:given[k] if given[k] is not None else v for k,v in defaults.items()}
+    s = SimpleNamespace(**settings)
+    _check_settings(settings | dict(max_minutes=max_minutes))
+    for arch in {s.teacher, s.student}: check_backbone(arch, px)
+    share = s.teacher == s.student and not independent_teacher
+    plan = ['student_cl'] + ([] if share else ['teacher']) + ['student_grdd', 'evaluation']
+    with Run(out, settings, resume, max_minutes, plan) as run:
+        if run.result: return run.print(run.result)
+        try: return _stages(run, s, share, cache)
+        except Stopped as stop: return run.stopped(stop)
 
-        # stage one: global category knowledge, Eq. 2-9
-        def stage_one(arch, name, seed):
-            learn = global_learner(category_dls(data, bs=bs, seed=seed), arch, rotation=rotation, seed=seed, amp=not fp32, valid=valid)
-            run.say(f'stage one: {name}, {arch}')
-            run.fit(learn, name, lambda learn: learn.fit_poly(s['epochs'], lr))
-            save_weights(learn.model.backbone, run.out/name, arch=arch, classes=data.train.vocab, px=px, stats=data.stats,
-                         fingerprint=data.fingerprint)
-            return learn.model.backbone,learn.keep_best.best
-        student_cl,val_cl = stage_one(s['student'], 'student_cl', seed)
-        share = s['teacher'] == s['student'] and not independent_teacher
-        teacher_net = student_cl if share else stage_one(s['teacher'], 'teacher', seed + (s['teacher'] == s['student']))[0]
 
-        # stage two: relatedness decoupled-distillation, Eq. 10-15
-        dls = episodic_dls(data, way, shot, query, s['episodes'], per_step, seed=seed)
-        learn = meta_learner(dls, student_cl, teacher_net, T, gamma, scale, seed=seed, amp=not fp32, valid=valid)
-        run.say(f'stage two: {s["student"]} from {s["teacher"]}')
-        run.fit(learn, 'student_grdd', lambda learn: learn.fit_step(s['meta_epochs'], meta_lr))
-        save_weights(learn.model, run.out/'student_grdd', arch=s['student'], px=px, stats=data.stats, fingerprint=data.fingerprint)
+def _check_settings(settings):
+    "UserError for a number no run can have"
+    bounds = {**dict.fromkeys(('epochs','meta_epochs','episodes','test_episodes','query','per_step','bs'), 'at least 1'),
+              **dict.fromkeys(('lr','meta_lr','T','scale','max_minutes'), 'positive'), 'gamma':'at least 0', 'seed':'from 0 to 4294967295'}
+    ok = {'at least 1':lambda v: v >= 1, 'positive':lambda v: 0 < v < math.inf, 'at least 0':lambda v: 0 <= v < math.inf,
+          'from 0 to 4294967295':lambda v: 0 <= v < 2**32}
+    for k,bound in bounds.items():
+        if settings[k] is not None and not ok[bound](settings[k]):
+            raise UserError(f'--{k.replace("_", "-").lower()} is {settings[k]}: it must be {bound}')
 
-        # the novel classes, the same episodes for all three and for every seed
-        novel,scores = plain_dl(data, 'test'),{}
-        untrained = create_backbone(s['student'], 0, px, seed).to(dls.device)
-        for name,net in dict(untrained=untrained, cl=student_cl, grdd=learn.model).items():
-            scores[name] = evaluate(*embed(net, novel), way, shot, query, s['test_episodes'])
-            run.log_novel(what=name, accuracy=scores[name].accuracy, ci95=scores[name].ci95, test_episodes=s['test_episodes'])
-            run.say(f'{name:>10}: {scores[name]}')
-        gain = scores['grdd'] - scores['cl']
-        return run.finish(
-            dataset=data.name, way=way, shot=shot, query=query, teacher=s['teacher'], student=s['student'], epochs=s['epochs'],
-            meta_epochs=s['meta_epochs'], episodes=s['episodes'], test_episodes=s['test_episodes'],
-            accuracy=round(scores['grdd'].accuracy, 3), ci95=round(scores['grdd'].ci95, 3),
-            accuracy_cl=round(scores['cl'].accuracy, 3), ci95_cl=round(scores['cl'].ci95, 3),
-            gain=round(gain.accuracy, 3), ci95_gain=round(gain.ci95, 3), accuracy_untrained=round(scores['untrained'].accuracy, 3),
-            val_accuracy=round(learn.keep_best.best, 3), val_accuracy_cl=round(val_cl, 3), seed=seed, demo=demo)
+def _stages(run, s, share, cache):
+    "Data, stage one, stage two and the novel classes, for settings `s`"
+    if s.demo or s.data == 'demo': run.say('*** DEMO: small settings' + (' on drawn characters' if s.data is None else '') + '; not a result about GRDD ***')
+    data = few_shot_data('demo' if s.demo and s.data is None else s.data, s.px, cache, s.seed)
+    for split in (data.train, data.val, data.test): check_episode(split, s.way, s.shot, s.query)
+    run.begin(data)
+    common = dict(amp=not s.fp32, valid=dict(n_way=s.way, k_shot=s.shot, n_query=s.query))
+    card = dict(px=s.px, stats=data.stats, fingerprint=data.fingerprint, settings={k:v for k,v in run.settings.items() if k != 'data'})
+
+    # stage one: global category knowledge, Eq. 2-9
+    def stage_one(name, arch, seed):
+        run.say(f'stage one: {name}, {arch}')
+        learn = global_learner(category_dls(data, bs=s.bs, seed=seed), arch, rotation=s.rotation, seed=seed, **common)
+        return run.stage(name, learn, lambda learn: learn.fit_poly(s.epochs, s.lr), arch=arch, classes=data.train.vocab, **card)
+    student_cl,val_cl = stage_one('student_cl', s.student, s.seed)
+    teacher = student_cl if share else stage_one('teacher', s.teacher, s.seed + (s.teacher == s.student))[0]
+
+    # stage two: relatedness decoupled-distillation, Eq. 10-15
+    run.say(f'stage two: {s.student} from {s.teacher}')
+    dls = episodic_dls(data, s.way, s.shot, s.query, s.episodes, s.per_step, seed=s.seed)
+    learn = meta_learner(dls, student_cl, teacher, s.T, s.gamma, s.scale, seed=s.seed, **common)
+    student,val = run.stage('student_grdd', learn, lambda learn: learn.fit_step(s.meta_epochs, s.meta_lr), arch=s.student, **card)
+
+    # the novel classes, the same episodes for all three and for every seed
+    novel,scores = plain_dl(data, 'test'),{}
+    untrained = create_backbone(s.student, len(data.train.vocab), s.px, s.seed).to(dls.device)
+    for name,net in dict(untrained=untrained, cl=student_cl, grdd=student).items():
+        scores[name] = evaluate(*embed(net, novel), s.way, s.shot, s.query, s.test_episodes)
+        run.log_novel(what=name, accuracy=scores[name].accuracy, ci95=scores[name].ci95, test_episodes=s.test_episodes)
+        run.say(f'{name:>10}: {scores[name]}')
+    gain = scores['grdd'] - scores['cl']
+    return run.finish(
+        dataset=data.name, way=s.way, shot=s.shot, query=s.query, teacher=s.teacher, student=s.student, epochs=s.epochs,
+        meta_epochs=s.meta_epochs, episodes=s.episodes, test_episodes=s.test_episodes,
+        accuracy=round(scores['grdd'].accuracy, 3), ci95=round(scores['grdd'].ci95, 3),
+        accuracy_cl=round(scores['cl'].accuracy, 3), ci95_cl=round(scores['cl'].ci95, 3),
+        gain=round(gain.accuracy, 3), ci95_gain=round(gain.ci95, 3), accuracy_untrained=round(scores['untrained'].accuracy, 3),
+        val_accuracy=round(val, 3), val_accuracy_cl=round(val_cl, 3), seed=s.seed, demo=s.demo)

@@ -5,6 +5,7 @@ from functools import partial
 
 import timm
 import torch
+from fastai.callback.core import CancelEpochException
 from fastai.callback.schedule import ParamScheduler
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
@@ -14,22 +15,27 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import nn
 
-from .callbacks import Autocast, FewShotAccuracy, KeepBest, RelatednessDistiller, Rotation, Seeded
+from .callbacks import Autocast, FewShotAccuracy, KeepBest, RelatednessDistiller, Rotation, Seeded, ShowsMetrics
 from .cpu import keep_freed_memory
 from .data import EpisodicDL
 from .errors import UserError
+from .evaluate import features
 from .losses import EpisodicLoss
 
-__all__ = ['check_backbone', 'create_backbone', 'GlobalNet', 'global_learner', 'meta_learner', 'sgd', 'poly', 'step_down']
+__all__ = ['check_backbone', 'create_backbone', 'GlobalNet', 'FewShotLearner', 'global_learner', 'meta_learner', 'sgd', 'poly', 'step_down']
 
 sgd = partial(OptimWrapper, opt=torch.optim.SGD, momentum=0.9)
 
 
-def check_backbone(arch):
-    "UserError unless `arch` names a timm model"
-    if timm.is_model(arch): return
-    near = difflib.get_close_matches(arch, timm.list_models(), 3)
-    raise UserError(f"unknown backbone {arch!r}: give a timm model's name" + (f', such as {", ".join(near)}' if near else ''))
+def check_backbone(arch, px=None):
+    "UserError unless `arch` names a timm model and, with `px`, takes images of that side"
+    if not timm.is_model(arch):
+        near = difflib.get_close_matches(arch, timm.list_models(), 3)
+        raise UserError(f"unknown backbone {arch!r}: give a timm model's name" + (f', such as {", ".join(near)}' if near else ''))
+    if px is None: return
+    try:
+        with torch.no_grad(): features(create_backbone(arch, 0, px).eval(), torch.zeros(1, 3, px, px))
+    except Exception as e: raise UserError(f'{arch} does not take images of {px} px ({str(e).splitlines()[0]}): choose another backbone') from None
 
 def create_backbone(
     arch, # name of a timm model, ours among them
@@ -64,6 +70,24 @@ class GlobalNet(nn.Module):
         if self.rotation_head is None or not self.training: return p
         return p,self.rotation_head(p if self.rotation_from == 'logits' else p.softmax(1))
 
+class FewShotLearner(Learner):
+    """A Learner whose next fit may begin at `first_epoch`, where a checkpoint left off
+
+    Whatever ends a fit, Ctrl-C too, its callbacks undo what they changed. `validate` is accuracy on the validation classes.
+    """
+    first_epoch = 0
+    def fit(self, *args, **kwargs):
+        try: super().fit(*args, **kwargs)
+        except BaseException: # fastai calls after_fit for its own Cancel exceptions only
+            for cb in self.cbs.filter(lambda cb: isinstance(cb, (Seeded, Autocast, ShowsMetrics))): cb.after_fit()
+            raise
+    def validate(self, *args, **kwargs): return L([self.few_shot_accuracy.measure().accuracy])
+    def _do_fit(self):
+        for epoch in range(self.first_epoch, self.n_epoch):
+            self.epoch = epoch
+            self._with_events(self._do_epoch, 'epoch', CancelEpochException)
+        self.first_epoch = 0
+
 def _body_and_head(model):
     head = L(params(model.backbone.get_classifier())) + (params(model.rotation_head) if model.rotation_head else [])
     ids = {id(p) for p in head}
@@ -75,21 +99,21 @@ def _learner(dls, model, loss_func, stage_cbs, seed, amp, keep_best, valid, opt_
     model.to(memory_format=torch.channels_last)
     cbs = [Seeded(seed), *([Autocast()] if amp else []), *stage_cbs, FewShotAccuracy(**valid),
            *([KeepBest()] if keep_best else []), *L(cbs)]
-    learn = Learner(dls, model, loss_func=loss_func, opt_func=opt_func, wd=wd, cbs=cbs, **kwargs)
+    learn = FewShotLearner(dls, model, loss_func=loss_func, opt_func=opt_func, wd=wd, cbs=cbs, **kwargs)
     learn.recorder.train_metrics,learn.recorder.valid_metrics = True,False # there is no validation loss
     return learn
 
 
 def global_learner(
     dls, # `category_dls`
-    arch, # name of a timm model, or a model with `dls.c` classes
+    arch, # name of a timm model, or a timm model with `dls.c` classes
     rotation=True, # train on four rotations with L_c + L_r
     rotation_weight=1., # of L_r
     rotation_from='logits', # FC4 reads 'logits' or 'probabilities' of the category prediction
     seed=0, # of weights, dropout, order and augmentation
     amp=True, # bfloat16 where it is supported
     keep_best=True, # end with the weights of the epoch that was best on the validation classes
-    valid=None, # episodes of the validation classes: n_way, k_shot, n_query, n_episodes, seed
+    valid=None, # episodes of the validation classes: n_way=5, k_shot=1, n_query=15, n_episodes=1000, seed=0
     **kwargs # of fastai's `Learner`
 ) -> Learner:
     "Stage one: a Learner of the global learner phi; `learn.model.backbone` is the network"
@@ -113,7 +137,7 @@ def meta_learner(
     seed=0, # of dropout, episodes and augmentation
     amp=True, # bfloat16 where it is supported
     keep_best=True, # end with the weights of the epoch that was best on the validation classes
-    valid=None, # episodes of the validation classes: n_way, k_shot, n_query, n_episodes, seed
+    valid=None, # episodes of the validation classes: n_way=5, k_shot as in training, n_query=15, n_episodes=1000, seed=0
     distill=None, # further settings of `RelatednessDistiller`: decouple, kl_weight, hinton, reverse, ...
     **kwargs # of fastai's `Learner`
 ) -> Learner:
@@ -124,8 +148,8 @@ def meta_learner(
     model = create_backbone(student, 0, dls.one_batch()[0].shape[-1], seed) if isinstance(student, str) else copy.deepcopy(student)
     if hasattr(model, 'reset_classifier'): model.reset_classifier(0)
     distiller = [] if teacher is None else [RelatednessDistiller(teacher, T=T, gamma=gamma, **(distill or {}))]
-    valid = {**dict(n_way=e.n_way, k_shot=e.k_shot, n_query=n_query), **(valid or {})}
-    return _learner(dls, model, EpisodicLoss(e.n_way, e.k_shot, n_query, scale, mean), distiller, seed, amp, keep_best, valid, **kwargs)
+    return _learner(dls, model, EpisodicLoss(e.n_way, e.k_shot, n_query, scale, mean), distiller, seed, amp, keep_best,
+                    {'k_shot':e.k_shot, **(valid or {})}, **kwargs)
 
 
 # ---- schedules --------------------------------------------------------------------------------------------------------

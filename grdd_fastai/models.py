@@ -97,8 +97,13 @@ class R2D2Net(FewShotBackbone):
         self.num_features = self.head_hidden_size = widths[2]*(img_size//8)**2 + widths[3]*(img_size//16)**2
         self.reset_classifier(num_classes)
 
+    def reset_classifier(self, num_classes, global_pool=None):
+        if global_pool: raise ValueError("convnet4_r2d2 concatenates two flattened maps: global_pool must be ''")
+        super().reset_classifier(num_classes, global_pool)
+
     def forward_features(self, x):
         "Images -> the maps of blocks 3 and 4, flattened and concatenated (B, num_features, 1, 1)"
+        if self.grad_checkpointing: raise NotImplementedError('convnet4_r2d2 has no gradient checkpointing')
         x3 = self.stages[:3](x)
         return torch.cat([x3.flatten(1), self.stages[3](x3).flatten(1)], 1)[..., None, None]
 

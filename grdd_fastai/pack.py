@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,10 +17,22 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from .demo import DemoSource
 from .errors import UserError
 from .prepare import SPLITS, open_source
+from .storage import locked
 
 __all__ = ['Split', 'FewShotData', 'few_shot_data', 'default_cache', 'decode']
 
 BLOCK = 1024 # images decoded at a time
+
+
+def _check(meta): return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+def _fingerprint(folder, splits):
+    "SHA-256 of the packed images and CSVs, read a block at a time"
+    h = hashlib.sha256()
+    for split in splits:
+        for at in range(0, len(split), BLOCK): h.update(np.ascontiguousarray(split.images[at:at+BLOCK]))
+    for split in splits: h.update((folder/f'{split.name}.csv').read_bytes())
+    return h.hexdigest()
 
 
 def default_cache():
@@ -32,9 +43,16 @@ def default_cache():
 def decode(image, px):
     "The bytes of an image in any format -> RGB uint8 (px, px, 3): upright, shorter side to `px`, centre crop"
     im = ImageOps.exif_transpose(Image.open(io.BytesIO(image)))
-    if im.mode.startswith('I'): im = Image.fromarray((np.asarray(im) / 256).clip(0, 255).astype(np.uint8)) # 16 bit
+    if im.mode[0] in 'IF': im = Image.fromarray(_to_8_bit(np.asarray(im, float), im.mode))
     im = im.convert('RGB')
     return np.asarray(im if im.size == (px, px) else ImageOps.fit(im, (px, px), Image.Resampling.BICUBIC))
+
+
+def _to_8_bit(a, mode):
+    "Deep grey levels by the range they use: [0, 1], 8 bit, 16 bit, or their own maximum"
+    top = a.max() if a.size else 0
+    full = 1 if mode == 'F' and top <= 1 else 255 if top <= 255 else 65535 if top <= 65535 else top
+    return (a * (255/full)).clip(0, 255).astype(np.uint8)
 
 
 class Split:
@@ -51,11 +69,13 @@ class FewShotData:
     "The splits `train`, `val` and `test` of a data set with the base classes' `stats` (mean, std) and a `fingerprint`"
     def __init__(self, folder):
         meta = json.loads((folder/'meta.json').read_text())
+        if meta.pop('check') != _check(meta): raise ValueError('the checksum of its meta.json is wrong')
         self.name,self.px,self.fingerprint,self.stats = (meta[k] for k in ('name','px','fingerprint','stats'))
         self.folder = folder
         for s in SPLITS:
-            df = pd.read_csv(folder/f'{s}.csv', dtype=str, keep_default_na=False)
+            df = pd.read_csv(folder/f'{s}.csv', dtype=str, keep_default_na=False, encoding_errors='surrogateescape')
             setattr(self, s, Split(s, np.load(folder/f'{s}.npy', mmap_mode='r'), df))
+        if _fingerprint(folder, (self.train, self.val, self.test)) != self.fingerprint: raise ValueError('its checksum is wrong')
     def __repr__(self): return f'FewShotData({self.name}: {self.train}, {self.val}, {self.test})'
 
 
@@ -66,27 +86,35 @@ def few_shot_data(
     seed=0, # splits a folder of class folders, draws the demo
 ):
     "Pack `data` once, and again when its CSVs or images change, and open it"
-    source = DemoSource(seed) if data == 'demo' else open_source(data, seed)
-    cache,stamp = Path(cache or default_cache()).expanduser(),source.stamp()
-    key = hashlib.sha256(f'{Path(source.path).resolve()} {px} {seed}'.encode()).hexdigest()[:12]
+    source = DemoSource(seed) if data == 'demo' and not Path('demo').exists() else open_source(data, seed)
+    cache,stamp = Path(cache or default_cache()).expanduser().resolve(),source.stamp()
+    if cache.is_relative_to(Path(source.path).resolve()): raise UserError(f'the cache folder {cache} lies inside the data {source.path}: give --cache another')
+    key = hashlib.sha256(f'{source.key} {px}'.encode(errors='surrogateescape')).hexdigest()[:12]
     folder = cache/f'{source.name}-{px}-{key}'
-    try: fresh = json.loads((folder/'meta.json').read_text())['stamp'] == stamp
-    except (OSError, ValueError, KeyError): fresh = False
-    if not fresh: _pack(source, px, stamp, folder)
-    return FewShotData(folder)
+    try: cache.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise UserError(f'the cache folder {cache} cannot be written ({e.strerror}): give --cache another') from None
+    with locked(cache/f'.{folder.name}.lock'): # of several processes one packs, the others wait
+        if _stamp(folder) == stamp:
+            try: return FewShotData(folder)
+            except Exception as e: print(f'{folder} is damaged ({type(e).__name__}: {e}) and packed anew', file=sys.stderr) # whatever the damage
+        _pack(source, px, stamp, folder)
+        return FewShotData(folder)
 
+
+def _stamp(folder):
+    try: return json.loads((folder/'meta.json').read_text())['stamp']
+    except (OSError, ValueError, KeyError, TypeError): return None
 
 def _pack(source, px, stamp, folder):
     "Decode `source` into a new folder beside `folder`, then put it in its place"
+    tmp = folder.with_name(f'.{folder.name}.part')
+    shutil.rmtree(tmp, ignore_errors=True) # of a process that was killed
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        tmp = Path(tempfile.mkdtemp(prefix=f'.{folder.name}-', dir=folder.parent))
-    except OSError as e: raise UserError(f'the cache folder {folder.parent} cannot be written ({e.strerror}): give --cache another') from None
-    try:
+        tmp.mkdir()
         fingerprint,histogram = hashlib.sha256(),np.zeros((3, 256), np.int64)
         n = {s:len(df) for s,df in source.frames.items()}
         print(f'packing {sum(n.values())} images of {source.name} at {px} px', file=sys.stderr)
-        images = {s:np.lib.format.open_memmap(tmp/f'{s}.npy', 'w+', np.uint8, (n[s], px, px, 3)) for s in n}
+        images = {s:_new_memmap(tmp/f'{s}.npy', (n[s], px, px, 3)) for s in n}
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             blocks = [(s, at) for s in n for at in range(0, n[s], BLOCK)]
             for s,at in progress_bar(blocks) if IN_NOTEBOOK or sys.stderr.isatty() else blocks:
@@ -97,16 +125,23 @@ def _pack(source, px, stamp, folder):
                 if s == 'train': histogram += [np.bincount(block[..., c].ravel(), minlength=256) for c in range(3)]
         for s,df in source.frames.items():
             images[s].flush()
-            csv = df[['filename','label']].to_csv(index=False)
-            (tmp/f'{s}.csv').write_text(csv)
-            fingerprint.update(csv.encode())
-        (tmp/'meta.json').write_text(json.dumps(dict(
-            name=source.name, px=px, source=str(source.path), stamp=stamp, fingerprint=fingerprint.hexdigest(), stats=_stats(histogram))))
+            csv = df[['filename','label']].to_csv(index=False).encode(errors='surrogateescape')
+            (tmp/f'{s}.csv').write_bytes(csv)
+            fingerprint.update(csv)
+        meta = dict(name=source.name, px=px, source=str(source.path), stamp=stamp, fingerprint=fingerprint.hexdigest(), stats=_stats(histogram))
+        (tmp/'meta.json').write_text(json.dumps(meta | dict(check=_check(meta))))
         shutil.rmtree(folder, ignore_errors=True)
         tmp.rename(folder)
     except OSError as e: raise UserError(f'the cache {folder} cannot be written ({e.strerror}): give --cache another folder') from None
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
+
+def _new_memmap(path, shape):
+    "A uint8 memmap whose room on the disk is taken now: a full disk is an error here, not a crash later"
+    memmap = np.lib.format.open_memmap(path, 'w+', np.uint8, shape)
+    if hasattr(os, 'posix_fallocate'):
+        with open(path, 'r+b') as f: os.posix_fallocate(f.fileno(), 0, os.path.getsize(path))
+    return memmap
 
 def _stats(histogram):
     "Mean and standard deviation of each channel in [0, 1] from the counts (3, 256) of its values"

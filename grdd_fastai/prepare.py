@@ -1,4 +1,5 @@
 """Raw few-shot data sets, in the layouts people hold them in, as three pandas split CSVs of (filename, label)."""
+import csv
 import hashlib
 import io
 import os
@@ -6,9 +7,11 @@ import pickle
 import posixpath
 import random
 import re
-import shutil
+import sys
 import tarfile
+import tempfile
 import zipfile
+import zlib
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from .errors import UserError
 __all__ = ['SPLITS', 'Source', 'open_source', 'prepare', 'class_list']
 
 SPLITS = ('train', 'val', 'test') # base, validation and novel classes
+LARGEST = 2**28 # bytes a member of an archive may unpack to
 ALIASES = dict(train='train', base='train', val='val', valid='val', validation='val', test='test', novel='test')
 IMAGES = re.compile(r'(^|/)[^./][^/]*\.(png|jpe?g|bmp|webp|gif|tiff?|ppm|pgm)$', re.IGNORECASE)
 
@@ -44,7 +48,9 @@ class Folder:
     def files(self):
         found = (Path(d).relative_to(self.path).as_posix()+'/'+f for d,_,fs in os.walk(self.path, followlinks=True) for f in fs)
         return sorted(f.removeprefix('./') for f in found)
-    def has(self, f): return (self.path/f).is_file()
+    def has(self, f):
+        try: return (self.path/f).is_file()
+        except (OSError, ValueError): return False # a name no file can have
     def read(self, f):
         try: return (self.path/f).read_bytes()
         except OSError as e: raise UserError(f'{self.path/f} cannot be read ({e.strerror}): mend or replace it') from None
@@ -63,6 +69,7 @@ class Zip:
     def files(self): return sorted(self.infos)
     def has(self, f): return f in self.infos
     def read(self, f):
+        if self.infos[f].file_size > LARGEST: raise UserError(f'{self.path}: {f} would unpack to {self.infos[f].file_size >> 20} MiB: remove it, no file of a data set is so large')
         try: return self.zip.read(self.infos[f])
         except Exception as e: raise UserError(f'{self.path}: {f} cannot be read from the archive ({e}): fetch it again') from None
     def stamp(self, f): return self.infos[f].file_size,self.infos[f].CRC
@@ -71,7 +78,8 @@ class Zip:
 class ArrayUnpickler(pickle.Unpickler):
     "Loads arrays, lists, dicts, strings and numbers, and refuses anything else: a pickle can otherwise run any code"
     allowed = {(m, n) for m in ('numpy.core.multiarray','numpy._core.multiarray') for n in ('_reconstruct','scalar')} | {
-        ('numpy','ndarray'), ('numpy','dtype'), ('_codecs','encode')}
+        ('numpy','ndarray'), ('numpy','dtype'), ('_codecs','encode'),
+        ('numpy.core.numeric','_frombuffer'), ('numpy._core.numeric','_frombuffer')}
     def find_class(self, module, name):
         if (module, name) in self.allowed: return super().find_class(module, name)
         raise UserError(f'refused to unpickle {module}.{name}: only arrays, lists, dicts, strings and numbers are loaded')
@@ -106,19 +114,28 @@ def png(image):
 
 
 def _open_tree(path):
-    path = Path(path).expanduser()
-    if not path.exists(): raise UserError(f'no such file or folder: {path}; give --data a folder, a zip or CIFAR-100\'s archive')
+    try: there = (path := Path(path).expanduser()).exists()
+    except (OSError, RuntimeError, ValueError): there = False
+    if not there: raise UserError(f"no such file or folder: {path}; give --data a folder, a zip or CIFAR-100's archive")
     if path.is_dir():
         tree = Folder(path)
         for prefix in ('', 'cifar-100-python/'):
             if all(tree.has(prefix+f) for f in ('train','test','meta')): return CifarPickles(path, tree.read, prefix)
         return tree
-    if zipfile.is_zipfile(path): return Zip(path)
-    if not tarfile.is_tarfile(path): raise UserError(f'{path} is neither a folder, a zip nor a tar archive: unpack it and give its folder')
-    with tarfile.open(path) as tar:
-        metas = [m for m in tar.getnames() if posixpath.basename(m) == 'meta']
-        if not metas: raise UserError(f'{path} is not CIFAR-100\'s python archive: unpack it and give its folder')
-        return CifarPickles(path, lambda f: tar.extractfile(f).read(), metas[0].removesuffix('meta'))
+    if zipfile.is_zipfile(path):
+        tree = Zip(path)
+        prefix = next((f.removesuffix('meta') for f in tree.files if f.endswith('cifar-100-python/meta')), None)
+        return tree if prefix is None else CifarPickles(path, tree.read, prefix)
+    try:
+        if not tarfile.is_tarfile(path): raise UserError(f'{path} is neither a folder, a zip nor a tar archive: unpack it and give its folder')
+        with tarfile.open(path) as tar:
+            members = {m.name:m for m in tar.getmembers() if m.isfile() and m.size <= LARGEST}
+            metas = [f for f in members if posixpath.basename(f) == 'meta']
+            if not metas: raise UserError(f"{path} is not CIFAR-100's python archive: unpack it and give its folder")
+            parts = {f:tar.extractfile(m).read() for f,m in members.items() if posixpath.basename(f) in ('meta','train','test')}
+            while tar.fileobj.read(2**20): pass # the archive's own checksum stands at its end
+        return CifarPickles(path, parts.__getitem__, metas[0].removesuffix('meta'))
+    except (EOFError, tarfile.TarError, zlib.error, OSError) as e: raise UserError(f'{path} is not a whole archive ({e}): fetch it again') from None
 
 
 # ---- which images belong to which split: one function a layout, each a frame or None --------------------------------
@@ -129,27 +146,31 @@ def _split_csvs(tree, seed):
     if not csvs: return
     base,frames = min(csvs, key=lambda f: (f.count('/'), f)),[]
     for split in SPLITS:
-        csv = f'{base}{split}.csv'
-        if not tree.has(csv): raise UserError(f'{tree.path}: {base}train.csv is there but {csv} is not: give all of train.csv, val.csv and test.csv')
-        frames.append(_read_csv(tree, csv).assign(split=split))
+        name = f'{base}{split}.csv'
+        if not tree.has(name): raise UserError(f'{tree.path}: {base}train.csv is there but {name} is not: give all of train.csv, val.csv and test.csv')
+        frames.append(_read_csv(tree, name).assign(split=split))
     return pd.concat(frames, ignore_index=True)
 
-def _read_csv(tree, csv):
-    where = f'{tree.path}, {csv}'
-    try: df = pd.read_csv(io.StringIO(tree.read(csv).decode('utf-8-sig')), dtype=str, keep_default_na=False)
-    except pd.errors.EmptyDataError: raise UserError(f'{where} is empty: it needs the columns filename,label and a row an image') from None
-    except (pd.errors.ParserError, UnicodeDecodeError) as e: raise UserError(f'{where} is not a readable CSV ({e})') from None
+def _read_csv(tree, name):
+    where = f'{tree.path}, {name}'
+    try: lines = list(csv.reader(io.StringIO(tree.read(name).decode('utf-8-sig'), newline=''), strict=True))
+    except (csv.Error, UnicodeDecodeError) as e: raise UserError(f'{where} is not a readable CSV ({e}): save it as CSV in UTF-8') from None
+    if not lines: raise UserError(f'{where} is empty: it needs the columns filename,label and a row an image')
+    header,*rows = lines
+    for i,row in enumerate(rows):
+        if row and len(row) != len(header): raise UserError(f'{where}, row {i+2} has {len(row)} fields, the header {len(header)}: mend the row')
+    df = pd.DataFrame([(i+2, *row) for i,row in enumerate(rows) if row], columns=['row', *header], dtype=object)
     missing = [c for c in ('filename','label') if c not in df.columns]
-    if missing: raise UserError(f'{where} lacks the column{"s"[:len(missing)-1]} {", ".join(missing)}: it has {", ".join(map(str, df.columns))}')
+    if missing: raise UserError(f'{where} lacks the column{"s"[:len(missing)-1]} {", ".join(missing)}: it has {", ".join(header)}')
     if df.empty: raise UserError(f'{where} has no rows: it needs a row (filename,label) an image')
-    base,paths = csv.rpartition('/')[0],[]
-    for i,(f,label) in enumerate(zip(df.filename, df.label)):
-        row = f'{where}, row {i+2}'
+    base,paths = name.rpartition('/')[0],[]
+    for n,filename,label in zip(df.row, df.filename, df.label):
+        row,f = f'{where}, row {n}',filename
         if not f or not label: raise UserError(f'{row}: the {"filename" if not f else "label"} is empty: fill it in or remove the row')
         f = posixpath.normpath(f)
-        if f.startswith(('/', '../')) or f == '..': raise UserError(f'{row}: {df.filename[i]} lies outside the data folder: give a path relative to images/ or to the CSV')
+        if f.startswith(('/', '../')) or f == '..': raise UserError(f'{row}: {filename} lies outside the data folder: give a path relative to images/ or to the CSV')
         path = next((p for p in (posixpath.join(base, 'images', f), posixpath.join(base, f)) if tree.has(p)), None)
-        if path is None: raise UserError(f'{row}: {df.filename[i]} is neither in images/ beside the CSV nor beside it: add the image or remove the row')
+        if path is None: raise UserError(f'{row}: {filename} is neither in images/ beside the CSV nor beside it: add the image or remove the row')
         paths.append(path)
     return pd.DataFrame(dict(filename=df.filename, label=df.label, path=paths))
 
@@ -161,7 +182,9 @@ def _official_cifar_fs(tree, seed):
     for split in SPLITS:
         f = f'{roots[0]}splits/bertinetto/{split}.txt'
         if not tree.has(f): raise UserError(f'{tree.path} lacks {f}: fetch CIFAR-FS again')
-        split_of.update({c:split for c in tree.read(f).decode().split()})
+        for c in tree.read(f).decode().split():
+            if c in split_of: raise UserError(f'{tree.path}: class {c} is in both {split_of[c]} and {split}: the classes of the splits must be disjoint')
+            split_of[c] = split
     df = _images(tree, roots[0]+'data/')
     missing = sorted(set(split_of) - set(df.label))
     if missing: raise UserError(f'{tree.path}: class {missing[0]} is in splits/bertinetto but has no images in {roots[0]}data/: fetch CIFAR-FS again')
@@ -171,16 +194,18 @@ def _split_folders(tree, seed):
     "train/val/test folders above class folders"
     df = _images(tree)
     parts = df.path.str.split('/')
-    for depth in range(parts.str.len().min() - 2):
-        names = parts.str[depth].str.lower()
-        if set(names.map(ALIASES)) == set(SPLITS): return df.assign(split=names.map(ALIASES))
+    for depth in range(parts.str.len().max() - 2):
+        split = parts.str[depth].str.lower().map(ALIASES).where(parts.str.len() > depth + 2)
+        if set(split.dropna()) == set(SPLITS): return _without(tree, df.assign(split=split), split.isna(), 'outside the train, val and test folders')
 
 def _known_classes(tree, seed):
     "Class folders, at any depth and in any part, that are exactly a committed class list's: the list splits them"
     df = _images(tree)
     for name in ('cifar_fs','mini_imagenet'):
         known = {_norm(c):(c, s) for c,s in class_list(name).itertuples(index=False)}
-        if {_norm(c) for c in df.label} == set(known):
+        other = ~df.label.map(_norm).isin(set(known))
+        if set(df.label[~other].map(_norm)) == set(known) and other.mean() < .1: # all of ImageNet is not miniImageNet
+            df = _without(tree, df, other, f'outside the class folders of {name}')
             return df.assign(split=[known[_norm(c)][1] for c in df.label], label=[known[_norm(c)][0] for c in df.label])
 
 def _class_folders(tree, seed):
@@ -192,6 +217,10 @@ def _class_folders(tree, seed):
     random.Random(seed).shuffle(classes)
     split_of = {c:'val' if i < n_val else 'test' if i < n_val+n_test else 'train' for i,c in enumerate(classes)}
     return df.assign(split=df.label.map(split_of))
+
+def _without(tree, df, drop, why):
+    if drop.any(): print(f'{tree.path}: {drop.sum()} images {why} are left out, {df.path[drop].iloc[0]} the first', file=sys.stderr)
+    return df[~drop]
 
 def _images(tree, prefix=''):
     "Every image below `prefix`, labelled with its folder's name"
@@ -205,7 +234,8 @@ LAYOUTS = (_split_csvs, _official_cifar_fs, _split_folders, _known_classes, _cla
 class Source:
     "A raw data set: `frames[split]` of (filename, label, path) and `read(path)`, the bytes of an image"
     def __init__(self, tree, seed=0):
-        df = next(d for d in (layout(tree, seed) for layout in LAYOUTS) if d is not None)
+        layout,df = next((f, d) for f,d in ((f, f(tree, seed)) for f in LAYOUTS) if d is not None)
+        self.key = f'{Path(tree.path).resolve()} {seed if layout is _class_folders else ""}' # what the splits depend on
         self.tree,self.path,self.read = tree,tree.path,tree.read
         self.frames = {s:df.loc[df.split==s, ['filename','label','path']].reset_index(drop=True) for s in SPLITS}
         self._check(df)
@@ -254,21 +284,23 @@ def prepare(
     seed=0, # splits a folder of class folders
 ):
     "Write `data` out as split CSVs plus images and return the folder"
-    source,out = open_source(data, seed),Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())): raise UserError(f'{out} is there already: give --out a new folder')
-    tmp = out.with_name(out.name+'.part')
+    source = open_source(data, seed)
     try:
-        shutil.rmtree(tmp, ignore_errors=True)
-        for split,df in source.frames.items():
-            names = [f'{split}/{f}' for f in df.path.map(lambda p: p.replace('../', ''))]
-            for path,name in zip(df.path, names):
-                target = tmp/'images'/name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(source.read(path))
-            df.assign(filename=names)[['filename','label']].to_csv(tmp/f'{split}.csv', index=False)
-        if out.exists(): out.rmdir()
-        tmp.rename(out)
-    except OSError as e:
-        shutil.rmtree(tmp, ignore_errors=True)
-        raise UserError(f'{out} cannot be written ({e.strerror}): give --out a folder that can') from None
+        out = Path(out).expanduser().resolve()
+        if out.exists() and (not out.is_dir() or any(out.iterdir())): raise UserError(f'{out} is there already: give --out a new folder')
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f'.{out.name}-', dir=out.parent) as tmp:
+            whole = Path(tmp)/'whole'
+            for split,df in source.frames.items():
+                names = [f'{split}/{path.lstrip("/").replace("..", "_")}' for path in df.path]
+                for path,name in zip(df.path, names):
+                    target = whole/'images'/name
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(source.read(path))
+                text = df.assign(filename=names)[['filename','label']].to_csv(index=False)
+                (whole/f'{split}.csv').write_bytes(text.encode(errors='surrogateescape'))
+            if out.exists(): out.rmdir()
+            whole.rename(out)
+    except (OSError, RuntimeError) as e:
+        raise UserError(f'{out} cannot be written ({getattr(e, "strerror", None) or e}): give --out a folder that can') from None
     return out

@@ -111,6 +111,13 @@ def test_new_keeps_what_an_episode_is(data):
     plain = dl.new(cls=SeededDL, bs=10, aug=None)
     assert type(plain) is SeededDL and len(plain.one_batch()[0]) == 10 and plain.aug is None
 
+def test_new_and_a_shared_compose_keep_the_randomness(data):
+    compose = A.Compose([A.RandomCrop(8, 8), A.HorizontalFlip(p=.5)])
+    dls = category_dls(data, bs=40, aug=compose)
+    first = batches(dls, 2)
+    dls.train.new(), next(iter(episodic_dls(data, aug=compose).train))
+    assert equal(first, batches(dls, 2))
+
 def test_too_small_for_an_episode_is_one_sentence(data):
     with pytest.raises(UserError, match='train split has 6 classes, too few for 7-way'): episodic_dls(data, 7)
     with pytest.raises(UserError, match='class train0 of the train split has 20 images, too few for 1 support'): episodic_dls(data, 5, 1, 20)

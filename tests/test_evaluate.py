@@ -77,9 +77,19 @@ def test_embed_is_the_network_on_each_normalised_image(data):
         x = (torch.tensor(data.val.images[i]).permute(2, 0, 1)/255 - mean)/std
         with torch.no_grad(): assert torch.allclose(net(x[None])[0], h[i], atol=1e-4)
 
-@pytest.mark.parametrize('kwargs, says', [(dict(n_way=9), '9 classes, there are 8'), (dict(n_query=30), 'only 30')])
+@pytest.mark.parametrize('kwargs, says', [(dict(n_way=9), 'has 8 classes, too few for 9-way'), (dict(n_query=30), 'has 30 images, too few for 1 support')])
 def test_impossible_episodes_are_one_sentence(kwargs, says):
     with pytest.raises(UserError, match=says): evaluate(torch.eye(8)[Y], Y, **kwargs)
+
+@pytest.mark.parametrize('kwargs', [dict(n_episodes=0), dict(k_shot=0), dict(n_query=0), dict(n_way=0)])
+def test_nothing_to_evaluate_is_one_sentence(kwargs):
+    with pytest.raises(UserError, match='at least 1'): evaluate(torch.eye(8)[Y], Y, **kwargs)
+
+def test_wide_features_take_no_more_memory_and_change_nothing(monkeypatch):
+    h = torch.randn(len(Y), 16, generator=torch.Generator().manual_seed(0))
+    whole = evaluate(h, Y, n_episodes=200)
+    monkeypatch.setattr('grdd_fastai.evaluate.CHUNK', 3*5*16*16*4) # three episodes
+    assert (evaluate(h, Y, n_episodes=200).episodes == whole.episodes).all()
 
 def test_nan_features_are_one_sentence():
     with pytest.raises(UserError, match='NaN'): evaluate(torch.full((len(Y), 2), float('nan')), Y)

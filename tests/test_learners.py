@@ -245,3 +245,53 @@ def test_few_shot_accuracy_is_silent_in_lr_find(data):
     learn.few_shot_accuracy.measure = lambda: calls.append(1)
     with learn.no_bar(): learn.lr_find(num_it=4, show_plot=False)
     assert not calls and isinstance(learn.few_shot_accuracy, FewShotAccuracy)
+
+# ---- what a review found ----------------------------------------------------------------------------------------------
+
+class Interrupt(Callback):
+    run_valid = False
+    def after_batch(self): raise KeyboardInterrupt()
+
+@pytest.mark.parametrize('stage', [lambda d, t: stage_one(d, amp=True), lambda d, t: stage_two(d, t, amp=True)])
+def test_ctrl_c_leaves_no_trace_either(data, stage):
+    teacher = net(5).train()
+    learn,rng = stage(data, teacher),torch.get_rng_state()
+    with pytest.raises(KeyboardInterrupt): fit(learn, 1, cbs=Interrupt())
+    assert not learn.model._forward_hooks and list(learn.metrics) == [] and torch.equal(rng, torch.get_rng_state())
+    assert teacher.training and all(p.requires_grad for p in teacher.parameters())
+    fit(learn)
+    names = list(learn.recorder.metric_names)
+    assert len(names) == len(set(names))
+
+def test_validate_is_accuracy_on_the_validation_classes(data):
+    learn = stage_one(data)
+    h,y = embed(learn.model.backbone, plain_dl(data, 'val'))
+    assert learn.validate()[0] == pytest.approx(evaluate(h, y, **VALID).accuracy)
+
+def test_predictions_of_base_images_work(data):
+    learn = fit(stage_one(data))
+    with learn.no_bar(): p,y = learn.get_preds(dl=learn.dls.train.new(aug=None, shuffle=False, drop_last=False))
+    assert p.shape == (120, 6) and torch.allclose(p.sum(1), torch.ones(120), atol=1e-4) and (y.numpy() == data.train.y).all()
+
+def test_training_may_be_wider_than_validation(data):
+    learn = meta_learner(episodic_dls(data, 6, 1, 3, 2), net(1), valid=dict(n_query=5, n_episodes=10))
+    assert fit(learn).few_shot_accuracy.episodes['n_way'] == 5
+
+def test_impossible_validation_is_an_error_before_training(data):
+    learn = meta_learner(episodic_dls(data, 3, 1, 3, 2), net(1), valid=dict(n_way=7), cbs=Grab())
+    with pytest.raises(UserError, match='validation set has 6 classes, too few for 7-way'): fit(learn)
+    assert 'losses' not in vars(learn.grab)
+
+def test_the_teachers_bank_follows_the_data(data, csv_set, cache):
+    from grdd_fastai.pack import few_shot_data
+    learn = fit(stage_two(data, net(5)))
+    old = learn.relatedness_distiller.bank.clone()
+    learn.dls = episodic_dls(few_shot_data(csv_set, px=24, cache=cache), 3, 2, 4, 2, aug=None)
+    assert not torch.equal(fit(learn).relatedness_distiller.bank, old)
+
+def test_an_error_in_a_callback_stays_one_sentence(data):
+    learn = stage_one(data)
+    def diverged(): raise UserError('one sentence')
+    learn.few_shot_accuracy.measure = diverged
+    with pytest.raises(UserError) as e: fit(learn)
+    assert str(e.value) == 'one sentence'

@@ -12,6 +12,9 @@ from grdd_fastai.pack import decode, few_shot_data
 from grdd_fastai.prepare import SPLITS
 
 
+def visible(folder): return [p for p in folder.iterdir() if not p.name.startswith('.')]
+
+
 def test_row_i_is_csv_row_i(csv_set, data):
     for s in SPLITS:
         split,df = getattr(data, s),pd.read_csv(csv_set/f'{s}.csv')
@@ -35,7 +38,7 @@ def test_packed_once_and_again_when_anything_changes(tmp_path):
     pd.read_csv(root/'train.csv')[1:].to_csv(root/'train.csv', index=False) # a row
     assert len(pack().train) == len(first.train) - 1
     assert {p.name for p in root.iterdir()} == {'images','train.csv','val.csv','test.csv'} # nothing is written to the source
-    assert len(list((tmp_path/'cache').iterdir())) == 1 # and nothing stale is left behind
+    assert len(visible(tmp_path/'cache')) == 1 # and nothing stale is left behind
 
 def test_fingerprint_is_of_the_content_not_of_the_place(tmp_path):
     a,b = (few_shot_data(write_csv_set(tmp_path/n, (3, 3, 3), 4), px=16, cache=tmp_path/'c') for n in 'ab')
@@ -48,6 +51,38 @@ def test_any_format_becomes_rgb(tmp_path, mode, suffix):
     im.save(tmp_path/f'x.{suffix}')
     x = decode((tmp_path/f'x.{suffix}').read_bytes(), 16)
     assert x.shape == (16, 16, 3) and x.dtype == np.uint8 and abs(x.astype(int) - (255 if mode == '1' else 200)).max() <= 6
+
+@pytest.mark.parametrize('a, mode', [(np.array([[0., .5], [1., 1.]]), 'F'), (np.array([[0, 128], [255, 255]]), 'I'), (np.array([[0, 32768], [65535, 65535]]), 'I')])
+def test_deep_grey_levels_are_not_black(tmp_path, a, mode):
+    Image.fromarray(a.astype(np.float32 if mode == 'F' else np.int32)).save(tmp_path/'x.tiff')
+    assert np.abs(decode((tmp_path/'x.tiff').read_bytes(), 2)[..., 0].astype(int) - [[0, 128], [255, 255]]).max() <= 1
+
+def test_the_seed_packs_again_only_what_it_splits(csv_set, tmp_path):
+    few_shot_data(csv_set, px=16, cache=tmp_path/'c', seed=0), few_shot_data(csv_set, px=16, cache=tmp_path/'c', seed=1)
+    assert len(visible(tmp_path/'c')) == 1
+
+def test_the_cache_never_lies_in_the_source(csv_set):
+    with pytest.raises(UserError, match='lies inside the data'): few_shot_data(csv_set, px=16, cache=csv_set/'cache')
+
+@pytest.mark.parametrize('name', ['train.npy','val.npy','test.csv','meta.json'])
+def test_a_damaged_cache_is_packed_anew(csv_set, tmp_path, capsys, name):
+    first = few_shot_data(csv_set, px=16, cache=tmp_path/'c')
+    b = bytearray((first.folder/name).read_bytes())
+    b[-9] ^= 1
+    (first.folder/name).write_bytes(b)
+    second = few_shot_data(csv_set, px=16, cache=tmp_path/'c')
+    assert 'packed anew' in capsys.readouterr().err or name == 'meta.json'
+    assert second.fingerprint == first.fingerprint and (np.asarray(second.train.images) == np.asarray(few_shot_data(csv_set, px=16, cache=tmp_path/'d').train.images)).all()
+    (first.folder/name).unlink()
+    assert few_shot_data(csv_set, px=16, cache=tmp_path/'c').fingerprint == first.fingerprint
+
+def test_two_processes_pack_once(csv_set, tmp_path):
+    import subprocess
+    import sys
+    code = f"from grdd_fastai.pack import few_shot_data; few_shot_data({str(csv_set)!r}, px=16, cache={str(tmp_path/'c')!r})"
+    ps = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code], stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [p.communicate()[1] for p in ps]
+    assert all(p.returncode == 0 for p in ps) and sum('packing' in s for s in said) == 1
 
 def test_a_photo_is_upright_and_cropped_at_its_centre(tmp_path):
     a = np.zeros((30, 60, 3), np.uint8)
@@ -64,7 +99,7 @@ def test_an_image_that_does_not_decode_is_named_and_leaves_nothing(tmp_path):
     with pytest.raises(UserError, match=r'val row 8: images/val1/02\.png does not decode'): few_shot_data(root, px=16, cache=tmp_path/'cache')
     (root/'images'/'val1'/'02.png').write_text('not an image')
     with pytest.raises(UserError, match='it is no image that is known'): few_shot_data(root, px=16, cache=tmp_path/'cache')
-    assert list((tmp_path/'cache').iterdir()) == []
+    assert not [p for p in (tmp_path/'cache').iterdir() if p.is_dir()]
 
 def test_a_cache_that_cannot_be_written_is_named(csv_set, tmp_path):
     (tmp_path/'file').write_text('')

@@ -158,6 +158,8 @@ FAULTS = dict(
     no_label=(lambda r: edit(r, 'train.csv', lambda t: t.replace('train0/03.png,train0', 'train0/03.png,', 1)), r'row 5: the label is empty'),
     two_splits=(lambda r: edit(r, 'val.csv', lambda t: t.replace(',val0', ',train0')), r'class train0 is in both'),
     twice=(lambda r: edit(r, 'val.csv', lambda t: t.replace('val0/01.png', 'val0/00.png')), r'val0/00\.png is listed twice'),
+    fields=(lambda r: edit(r, 'val.csv', lambda t: t.replace('val0/00.png,val0', 'val0/00.png,val0,', 1)), r'val\.csv, row 2 has 3 fields, the header 2'),
+    quotes=(lambda r: edit(r, 'val.csv', lambda t: t.replace('val0/00.png', '"val0/00.png', 1)), r'val\.csv is not a readable CSV'),
     binary=(lambda r: (r/'train.csv').write_bytes(b'\xff\xfe\x00\x01'*9), r'train\.csv is not a readable CSV'),
 )
 
@@ -168,6 +170,55 @@ def test_a_bad_csv_is_one_sentence(tmp_path, fault):
     harm(root)
     with pytest.raises(UserError, match=says) as e: open_source(root)
     assert '\n' not in str(e.value) and str(root) in str(e.value)
+
+def test_stray_images_do_not_change_a_split(tmp_path, capsys):
+    for s,cs in dict(train=['a','b'], val=['c'], test=['d']).items():
+        for c in cs: write_images(tmp_path/'parts'/s/c, ['1.png'])
+    write_images(tmp_path/'parts'/'docs', ['logo.png'])
+    assert classes(open_source(tmp_path/'parts')) == dict(train=['a','b'], val=['c'], test=['d'])
+    for i,c in enumerate(class_list('cifar_fs').label): write_images(tmp_path/'cifar'/c, [f'{i}.png'], px=4)
+    write_images(tmp_path/'cifar'/'docs', ['logo.png'])
+    assert open_source(tmp_path/'cifar').name == 'cifar_fs'
+    assert capsys.readouterr().err.count('logo.png the first') == 2
+
+def test_a_class_in_two_official_lists_is_one_sentence(tmp_path):
+    (tmp_path/'splits'/'bertinetto').mkdir(parents=True)
+    for s,c in zip(SPLITS, 'aba'): (tmp_path/'splits'/'bertinetto'/f'{s}.txt').write_text(c)
+    with pytest.raises(UserError, match='class a is in both train and test'): open_source(tmp_path)
+
+def test_a_broken_download_is_one_sentence(tmp_path):
+    path,_ = cifar_archive(tmp_path/'a.tar.gz', how='tar')
+    whole = path.read_bytes()
+    for n in (len(whole)//2, len(whole)*3//4, 100):
+        path.write_bytes(whole[:n])
+        with pytest.raises(UserError, match='fetch it again|neither a folder'): open_source(path)
+
+def test_a_zipped_archive_is_read(tmp_path):
+    path,_ = cifar_archive(tmp_path/'a')
+    assert open_source(zipped(path, tmp_path/'a.zip')).name == 'cifar_fs'
+
+@pytest.mark.parametrize('name', ['x'*300, '~nobody-of-this-name/x', 'nul\0byte'])
+def test_impossible_names_are_one_sentence(csv_set, tmp_path, name):
+    with pytest.raises(UserError, match='no such file'): open_source(name)
+    root = shutil.copytree(csv_set, tmp_path/'set')
+    (root/'val.csv').write_text(f'filename,label\n{name},v\n')
+    with pytest.raises(UserError, match='val.csv'): open_source(root)
+
+def test_names_that_are_no_utf8_are_read(tmp_path, cache):
+    for c in (b'caf\xe9', b'b', b'c'): write_images(tmp_path/os.fsdecode(c), ['1.png','2.png'])
+    from grdd_fastai.pack import few_shot_data
+    data = few_shot_data(tmp_path, px=8, cache=cache)
+    assert os.fsdecode(b'caf\xe9') in data.train.vocab + data.val.vocab + data.test.vocab
+
+def test_prepare_leaves_nothing_of_a_failure(csv_set, tmp_path):
+    bad = zipped(csv_set, tmp_path/'bad.zip')
+    b = bytearray(bad.read_bytes())
+    b[3000:3100] = bytes(100)
+    bad.write_bytes(b)
+    mine = tmp_path/'out.part'
+    mine.mkdir()
+    with pytest.raises(UserError, match='cannot be read'): prepare(bad, tmp_path/'out')
+    assert {p.name for p in tmp_path.iterdir()} == {'bad.zip', 'out.part'}
 
 def test_other_faults_are_one_sentence(tmp_path):
     (tmp_path/'text.txt').write_text('hello')

@@ -33,10 +33,10 @@ def test_each_recipe_runs_and_fills_its_folder(csv_set, cache, tmp_path, name):
     assert r['shot'] == int(name[-2]) and r['way'] == 5 and r['dataset'] == csv_set.name and r['status'] == 'finished'
     assert json.loads((tmp_path/'run'/'result.json').read_text()) == r
     settings,read = json.loads((tmp_path/'run'/'settings.json').read_text()),json.loads((tmp_path/'run'/'data.json').read_text())
-    assert settings['epochs'] == 1 and settings['px'] == (84 if 'mini' in name else 32) and {'commit','versions','device'} <= set(settings)
+    assert settings['settings']['epochs'] == 1 and settings['settings']['px'] == (84 if 'mini' in name else 32) and {'commit','versions','device'} <= set(settings)
     assert len(read['fingerprint']) == 64
     history = pd.read_csv(tmp_path/'run'/'history_student_grdd.csv')
-    assert list(history.columns) == ['epoch','train_loss','L_kl','L_rt','accuracy','time'] and len(history) == 1
+    assert list(history.columns) == ['epoch','train_loss','L_kl','L_rt','accuracy'] and len(history) == 1
     scorings = [json.loads(line) for line in (tmp_path/'run'/'novel_scorings.jsonl').read_text().splitlines()]
     assert [s['what'] for s in scorings] == ['untrained','cl','grdd'] and scorings[2]['accuracy'] == pytest.approx(r['accuracy'], abs=1e-3)
 
@@ -117,7 +117,28 @@ def test_wrong_settings_are_one_sentence(csv_set, tmp_path):
     assert 'output folder' in wrong(tmp_path, data=str(csv_set), out=str(tmp_path/'file'/'run'))
     assert '20 images, too few for 1 support + 20 query' in wrong(tmp_path, data=str(csv_set), query=20)
     assert 'val split has 3 classes, too few for 5-way' in wrong(tmp_path, data=str(write_csv_set(tmp_path/'few', (6, 3, 6), 8)))
-    assert '--epochs is 0' in wrong(tmp_path, data=str(csv_set), epochs=0)
+    for k,v,says in (('epochs',0,'--epochs is 0'), ('lr',float('nan'),'--lr is nan: it must be positive'), ('lr',-1,'--lr is -1'), ('T',0,'--t is 0'),
+                     ('gamma',-1,'--gamma is -1'), ('seed',-1,'--seed is -1'), ('seed',2**64,'--seed is'), ('max_minutes',0,'--max-minutes is 0')):
+        assert says in wrong(tmp_path, data=str(csv_set), **{k:v})
+    assert 'inception_v3 does not take images of 32 px' in wrong(tmp_path, data=str(csv_set), teacher='inception_v3')
+    assert not (tmp_path/'run').exists() # a run that never began leaves nothing
+
+def test_a_folder_of_the_users_own_is_left_alone(csv_set, cache, tmp_path):
+    out,main = tmp_path/'mine',recipe('cifarfs_5w1s')
+    out.mkdir()
+    for name in ('package.json','my.safetensors','history_of_rome.csv'): (out/name).write_text('precious')
+    main(data=str(csv_set), cache=str(cache), out=str(out), **SMALL)
+    assert all((out/n).read_text() == 'precious' for n in ('package.json','my.safetensors','history_of_rome.csv'))
+    before = (out/'result.json').read_bytes(),(out/'student_grdd.safetensors').read_bytes()
+    with pytest.raises(UserError, match='no such file'): main(data='/no/where', cache=str(cache), out=str(out), **SMALL)
+    assert before == ((out/'result.json').read_bytes(), (out/'student_grdd.safetensors').read_bytes())
+    (out/'settings.json').write_text('{}')
+    (out/'settings.json').write_text('{"editor.fontSize": 12}')
+    with pytest.raises(UserError, match="not a run's"): main(data=str(csv_set), cache=str(cache), out=str(out), **SMALL)
+
+def test_an_undefined_interval_is_null(csv_set, cache, tmp_path):
+    r = recipe('cifarfs_5w1s')(data=str(csv_set), cache=str(cache), out=str(tmp_path/'run'), **{**SMALL, 'test_episodes':1})
+    assert r['ci95'] is None and 'NaN' not in (tmp_path/'run'/'result.json').read_text()
 
 def test_mini_imagenet_has_to_be_brought():
     with pytest.raises(UserError, match='miniImageNet cannot be fetched'): recipe('mini_5w5s')(out='never')

@@ -1,0 +1,168 @@
+"""Checkpoint and resume a fit, to the bit: what a Learner of ours needs to go on as if it had never stopped."""
+import signal
+import threading
+import time
+from pathlib import Path
+
+import torch
+from fastai.callback.core import Callback, CancelBatchException
+from fastcore.foundation import L
+
+from .callbacks import LossTerm
+from .errors import UserError
+from .storage import load_tensors, save_tensors
+
+__all__ = ['Stopped', 'Deadline', 'Checkpoint', 'SkipBatches', 'StopOnNaN', 'learner_state', 'load_learner_state',
+           'load_checkpoint', 'previous']
+
+MINUTES = 5 # between checkpoints inside an epoch
+
+
+class Stopped(Exception):
+    "The run was stopped, its state is saved; `code` is the exit code"
+    def __init__(self, why, code): super().__init__(why); self.code = code
+
+
+class Deadline:
+    "Says when to stop: after `max_minutes`, or once SIGINT or SIGTERM came (while used as a context)"
+    def __init__(self, max_minutes=None):
+        self.end,self.signal,self.fitting = None if max_minutes is None else time.monotonic() + 60*max_minutes,None,False
+    def __enter__(self):
+        if threading.current_thread() is not threading.main_thread(): self.old = {}
+        else: self.old = {s:signal.signal(s, self.caught) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+    def __exit__(self, *_):
+        for s,handler in self.old.items(): signal.signal(s, handler)
+    def caught(self, number, frame):
+        "While fitting, the next step boundary saves; elsewhere everything is saved already"
+        if self.signal or not self.fitting: raise Stopped(signal.Signals(number).name, 128 + number)
+        self.signal = number
+    def check(self):
+        "The reason to stop now as a `Stopped`, or None"
+        if self.signal: return Stopped(signal.Signals(self.signal).name, 128 + self.signal)
+        if self.end is not None and time.monotonic() >= self.end: return Stopped('the time is used up', 0)
+
+
+# ---- a Learner's state as tensors and JSON ----------------------------------------------------------------------------
+
+def learner_state(learn):
+    "(tensors, meta): weights, optimiser, best weights so far, history and running means of a Learner of ours"
+    tensors = {f'model/{k}':v for k,v in learn.model.state_dict().items()}
+    opt = learn.opt.state_dict()
+    scalars = {}
+    for i,state in opt['state'].items():
+        for k,v in state.items():
+            if isinstance(v, torch.Tensor): tensors[f'opt/{i}/{k}'] = v
+            elif v is not None: scalars[f'{i}/{k}'] = v
+    meta = dict(opt=scalars, groups=[{k:v for k,v in g.items() if k != 'params'} for g in opt['param_groups']],
+                values=[[float(v) for v in row] for row in learn.recorder.values],
+                smooth_loss=[float(learn.recorder.smooth_loss.val), learn.recorder.smooth_loss.count],
+                parts={cb.name:{k:[float(t), n] for k,(t,n) in cb.totals.items()} for cb in learn.cbs if isinstance(cb, LossTerm)})
+    best = getattr(learn, 'keep_best', None)
+    if best is not None and best.best_state:
+        tensors.update({f'best/{k}':v for k,v in best.best_state.items()})
+        meta['best'] = [float(best.best), best.best_epoch]
+    return tensors,meta
+
+def part(tensors, prefix): return {k.removeprefix(prefix):v for k,v in tensors.items() if k.startswith(prefix)}
+
+def load_learner_state(learn, tensors, meta):
+    "Undo `learner_state`, inside a fit that has begun"
+    device = learn.dls.device
+    learn.model.load_state_dict(part(tensors, 'model/'))
+    opt = learn.opt.opt if hasattr(learn.opt, 'opt') else learn.opt
+    ps,state = [p for g in opt.param_groups for p in g['params']],{}
+    for k,v in part(tensors, 'opt/').items():
+        i,name = k.split('/')
+        if v.shape == ps[int(i)].shape: v = torch.empty_like(ps[int(i)]).copy_(v) # in the parameter's memory layout
+        state.setdefault(int(i), {})[name] = v
+    for k,v in meta['opt'].items():
+        i,name = k.split('/')
+        state.setdefault(int(i), {})[name] = v
+    groups = [{**g, 'params':now['params']} for g,now in zip(meta['groups'], opt.state_dict()['param_groups'])]
+    opt.load_state_dict(dict(state=state, param_groups=groups))
+    learn.recorder.values = [L(row) for row in meta['values']]
+    learn.recorder.smooth_loss.val,learn.recorder.smooth_loss.count = torch.tensor(meta['smooth_loss'][0]),meta['smooth_loss'][1]
+    if 'best' in meta:
+        learn.keep_best.best,learn.keep_best.best_epoch = meta['best']
+        learn.keep_best.best_state = {k:v.to(device) for k,v in part(tensors, 'best/').items()}
+
+
+def load_checkpoint(path, say=print):
+    "(tensors, meta) of the checkpoint at `path`, of the one before it where that is damaged, None where there is none"
+    paths = [p for p in (Path(path), previous(path)) if p.exists()]
+    for p in paths:
+        try: return load_tensors(p)
+        except UserError as e: say(f'{e}' + ('; the checkpoint before it is used' if p != paths[-1] else ''))
+    if paths: raise UserError(f'no checkpoint in {Path(path).parent} is whole: start again in another --out')
+
+def previous(path):
+    "Where the checkpoint before the one at `path` is kept"
+    return Path(path).with_suffix('.previous')
+
+
+class Checkpoint(Callback):
+    "Save the fit's state to `path` at each epoch's end, every `minutes`, and when `deadline` says stop; go on from `resume`"
+    order = 70 # after every other: the state is whole
+    def __init__(self,
+        path, # of the checkpoint; the one before it lies beside it until the new one is whole
+        about, # function whose dict (stage, seconds, ...) goes into the checkpoint
+        deadline, # `Deadline`
+        minutes=None, # between checkpoints inside an epoch (`MINUTES`)
+        resume=None, # (tensors, meta) of `load_checkpoint`
+    ):
+        self.path,self.about,self.deadline,self.state = Path(path),about,deadline,resume
+        self.minutes = MINUTES if minutes is None else minutes
+
+    def before_fit(self):
+        self.saved,self.skip = time.monotonic(),0
+        if not self.state: return
+        tensors,meta = self.state
+        load_learner_state(self.learn, tensors, meta)
+        self.learn.first_epoch,self.skip,self.totals = meta['epoch'],meta['step'],meta['parts']
+        self.state = None
+
+    def before_train(self):
+        "The epoch's first `skip` batches were trained on before: `SkipBatches` passes them by"
+        self.learn.skip_batches.n,self.skip = self.skip,0
+        if self.learn.skip_batches.n:
+            for cb in self.learn.cbs:
+                if isinstance(cb, LossTerm): cb.totals = {k:[torch.tensor(t), n] for k,(t,n) in self.totals[cb.name].items()}
+
+    def after_batch(self):
+        if not self.training or self.iter < self.learn.skip_batches.n or self.iter + 1 == self.n_iter: return
+        stop = self.deadline.check()
+        if stop or time.monotonic() - self.saved >= 60*self.minutes: self.save(self.epoch, self.iter + 1)
+        if stop: raise stop
+
+    def after_epoch(self):
+        self.save(self.epoch + 1, 0)
+        if self.epoch + 1 < self.n_epoch and (stop := self.deadline.check()): raise stop
+
+    def save(self, epoch, step):
+        (tensors,meta),about = learner_state(self.learn),self.about()
+        bad = next((k for k,v in tensors.items() if not torch.isfinite(v).all()), None)
+        if bad: raise UserError(f'{about["stage"]}, epoch {epoch}, step {step}: {bad} holds NaN or infinite values: lower the '
+                                'learning rate; the last good checkpoint is kept')
+        if self.path.exists(): self.path.replace(previous(self.path))
+        save_tensors(self.path, tensors, about | meta | dict(epoch=epoch, step=step))
+        self.saved = time.monotonic()
+
+
+class SkipBatches(Callback):
+    "Pass by the first `n` batches of an epoch, uncounted in loss and metrics, with the schedule moving on"
+    order,run_valid,n = -20,False,0
+    def before_batch(self):
+        if self.iter >= self.n: return
+        self.learn.yb = () # nothing for the Recorder
+        raise CancelBatchException()
+
+
+class StopOnNaN(Callback):
+    "A loss that is NaN or infinite ends the fit with the epoch and the step"
+    order,run_valid = 65,False
+    def __init__(self, stage): self.stage = stage
+    def after_loss(self):
+        if not torch.isfinite(self.learn.loss): raise UserError(
+            f'{self.stage}, epoch {self.epoch}, step {self.iter}: the loss is {float(self.learn.loss)}: lower the learning rate; '
+            'the last good checkpoint is kept')

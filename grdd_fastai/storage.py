@@ -1,0 +1,88 @@
+"""Files that are whole or not there: atomic writes, tensors with a verified checksum, one run a folder."""
+import contextlib
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+
+from .errors import UserError
+
+try:
+    import fcntl
+except ImportError: # Windows: no locks
+    fcntl = None
+
+__all__ = ['atomic_write', 'write_json', 'digest', 'save_tensors', 'load_tensors', 'locked']
+
+
+def atomic_write(path, content):
+    "Write bytes or text to `path` so that a crash at any moment leaves the old file or the new one"
+    path = Path(path)
+    tmp = path.with_name(f'.{path.name}.part')
+    try:
+        with open(tmp, 'wb') as f:
+            f.write(content if isinstance(content, bytes) else content.encode())
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+        sync_folder(path.parent)
+    except OSError as e:
+        with contextlib.suppress(OSError): tmp.unlink(missing_ok=True)
+        raise UserError(f'{path} cannot be written ({e.strerror}): make room or give another folder; what was there is kept') from None
+
+def sync_folder(folder):
+    "Make renames in `folder` last"
+    if os.name != 'posix': return
+    fd = os.open(folder, os.O_RDONLY)
+    try: os.fsync(fd)
+    finally: os.close(fd)
+
+def write_json(path, obj): atomic_write(path, json.dumps(obj, indent=1, default=str) + '\n')
+
+
+def digest(tensors, text=''):
+    "SHA-256 of named tensors and a text"
+    h = hashlib.sha256(text.encode())
+    for k in sorted(tensors):
+        v = tensors[k]
+        h.update(repr((k, str(v.dtype), tuple(v.shape))).encode())
+        h.update(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()
+
+def save_tensors(path, tensors, meta):
+    "Named tensors and a JSON-able `meta` as one safetensors file with its checksum; the same bytes for the same content"
+    text = json.dumps(meta, sort_keys=True)
+    tensors = {k:v.detach().cpu().contiguous() for k,v in tensors.items()}
+    header = json.dumps(dict(meta=text, sha256=digest(tensors, text)), sort_keys=True)
+    atomic_write(path, save(tensors, metadata=dict(grdd=header))) # one key: safetensors orders several at random
+
+def load_tensors(path):
+    "(tensors, meta) of `save_tensors`; UserError unless the file is whole and its checksum right"
+    path = Path(path)
+    if not path.is_file(): raise UserError(f'no such file: {path}')
+    try:
+        with safe_open(path, 'pt') as f:
+            header = json.loads((f.metadata() or {})['grdd'])
+            tensors = {k:f.get_tensor(k) for k in f.keys()} # noqa: SIM118  (no mapping)
+        text,sha256 = header['meta'],header['sha256']
+        if digest(tensors, text) != sha256: raise ValueError('its checksum is wrong')
+        return tensors,json.loads(text)
+    except Exception as e: raise UserError(f'{path} is damaged or not ours ({e}): remove it or take it from a copy') from None
+
+
+@contextlib.contextmanager
+def locked(path, busy=None):
+    "Hold the lock file `path`; wait for its holder, or raise UserError(`busy`). A dead process holds nothing"
+    if fcntl is None:
+        yield
+        return
+    try: f = open(path, 'a')
+    except OSError as e: raise UserError(f'{Path(path).parent} cannot be written ({e.strerror}): give another folder') from None
+    with f:
+        try: fcntl.flock(f, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+        except BlockingIOError: raise UserError(busy) from None
+        yield
