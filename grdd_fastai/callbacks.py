@@ -135,9 +135,10 @@ class RelatednessDistiller(LossTerm):
         self.rows_epoch = None
         self.teacher.eval().requires_grad_(False).to(self.dls.device)
         self.amp = getattr(getattr(self.learn, 'autocast', None), 'dtype', None)
-        if self.teacher_view == 'clean' and self.bank_of != (id(self.teacher), id(self.dls.train.dataset)):
-            self.bank_of,clean = (id(self.teacher), id(self.dls.train.dataset)), self.dls.train.new(cls=SeededDL, aug=None, bs=256, shuffle=False, drop_last=False)
-            self.bank = embed(self.teacher, clean, self.amp)[0]
+        bank_of = id(self.teacher),id(self.dls.train.dataset)
+        if self.teacher_view == 'clean' and self.bank_of != bank_of:
+            clean = self.dls.train.new(cls=SeededDL, aug=None, bs=256, shuffle=False, drop_last=False)
+            self.bank,self.bank_of = embed(self.teacher, clean, self.amp)[0],bank_of
 
     def teacher_features(self):
         "The teacher's features of the batch's images, (B, D)"

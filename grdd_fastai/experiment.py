@@ -42,6 +42,7 @@ def grdd(
     rotation:bool=True, # leave out stage one's rotation task
     independent_teacher:bool=False, # train the teacher apart where it has the student's architecture
     fp32:bool=False, # float32 instead of bfloat16
+    deterministic:bool=False, # deterministic CUDA kernels, to repeat and resume a run to the bit; a CPU does so anyway
     demo:bool=False, # small settings, and the embedded data set unless --data is given
     resume:bool=False, # go on with the run in --out; begin it where there is none
     max_minutes:float=None, # stop after this long with everything saved, for --resume

@@ -1,6 +1,7 @@
 """fastai Learners of both stages, and the schedules the paper trains them with."""
 import copy
 import difflib
+from contextlib import suppress
 from functools import partial
 
 import timm
@@ -79,14 +80,15 @@ class FewShotLearner(Learner):
     def fit(self, *args, **kwargs):
         try: super().fit(*args, **kwargs)
         except BaseException: # fastai calls after_fit for its own Cancel exceptions only
-            for cb in self.cbs.filter(lambda cb: isinstance(cb, (Seeded, Autocast, ShowsMetrics))): cb.after_fit()
+            for cb in self.cbs.filter(lambda cb: isinstance(cb, (Seeded, Autocast, ShowsMetrics))):
+                with suppress(AttributeError): cb.after_fit() # one whose before_fit was not reached has nothing to undo
             raise
+        finally: self.first_epoch = 0
     def validate(self, *args, **kwargs): return L([self.few_shot_accuracy.measure().accuracy])
     def _do_fit(self):
         for epoch in range(self.first_epoch, self.n_epoch):
             self.epoch = epoch
             self._with_events(self._do_epoch, 'epoch', CancelEpochException)
-        self.first_epoch = 0
 
 def _body_and_head(model):
     head = L(params(model.backbone.get_classifier())) + (params(model.rotation_head) if model.rotation_head else [])

@@ -20,7 +20,7 @@ from .checkpoint import Checkpoint, Deadline, SkipBatches, StopOnNaN, load_check
 from .errors import UserError
 from .storage import atomic_write, digest, locked, write_json
 
-__all__ = ['Run', 'git_commit', 'save_weights', 'load_weights']
+__all__ = ['Run', 'git_commit', 'save_weights', 'load_weights', 'deterministic']
 
 STAGES = ('student_cl', 'teacher', 'student_grdd')
 
@@ -47,6 +47,20 @@ def load_weights(model, path):
         model.load_state_dict(tensors)
     except Exception as e: raise UserError(f'{path}.safetensors and its .json cannot be used ({e}): remove both, or take them from a copy') from None
     return card
+
+
+@contextlib.contextmanager
+def deterministic(on=True):
+    "Deterministic kernels inside, where `on`: what CUDA needs to repeat a run to the bit; slower"
+    was = torch.are_deterministic_algorithms_enabled(),torch.backends.cudnn.benchmark
+    if on:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8') # cuBLAS reads it when CUDA starts
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    try: yield
+    finally:
+        torch.use_deterministic_algorithms(was[0])
+        torch.backends.cudnn.benchmark = was[1]
 
 
 class History(Callback):
@@ -80,6 +94,7 @@ class Run:
             self.stack.callback(self._leave)
             self.stack.enter_context(locked(self.out/'.lock', f'another run is at work in {self.out}: wait for it or give --out another'))
             self.stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+            self.stack.enter_context(deterministic(self.settings.get('deterministic', False)))
             self.stack.enter_context(self.deadline)
             self.result = self._look()
         except BaseException:

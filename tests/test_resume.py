@@ -163,6 +163,26 @@ def test_a_full_disk_is_one_sentence_and_keeps_what_was_there(tmp_path, monkeypa
     tensors,meta = load_tensors(tmp_path/'x')
     assert meta == dict(n=1) and tensors['a'].tolist() == [1, 1] and [p.name for p in tmp_path.iterdir()] == ['x']
 
+def test_a_full_disk_in_a_run_keeps_the_last_checkpoint(csv_set, cache, tmp_path, undisturbed, monkeypatch):
+    out,real,calls = tmp_path/'run',os.fsync,[]
+    def full(fd):
+        calls.append(fd)
+        if len(calls) == 9: raise OSError(28, 'No space left on device')
+        real(fd)
+    monkeypatch.setattr(os, 'fsync', full)
+    with pytest.raises(UserError, match='No space left on device'): recipe('cifarfs_5w1s')(out=str(out), **settings(csv_set, cache))
+    recipe('cifarfs_5w1s')(out=str(out), resume=True, **settings(csv_set, cache))
+    assert leavings(out) == undisturbed
+
+def test_deterministic_is_for_the_run_alone(csv_set, cache, tmp_path, undisturbed):
+    r = recipe('cifarfs_5w1s')(out=str(tmp_path/'run'), deterministic=True, **settings(csv_set, cache))
+    assert not torch.are_deterministic_algorithms_enabled() and r['accuracy'] == undisturbed[1]['accuracy']
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_on_a_gpu_deterministic_runs_repeat_to_the_bit(csv_set, cache, tmp_path):
+    for n in 'ab': recipe('cifarfs_5w1s')(out=str(tmp_path/n), deterministic=True, **settings(csv_set, cache))
+    assert leavings(tmp_path/'a') == leavings(tmp_path/'b')
+
 def test_saving_is_the_same_bytes_each_time(tmp_path):
     t = dict(a=torch.randn(3, 4), b=torch.arange(5), c=torch.randn(2).bfloat16())
     for n in 'xy': save_tensors(tmp_path/n, t, dict(k=[1, 2.5], j='é'))
