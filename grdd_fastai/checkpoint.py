@@ -19,8 +19,8 @@ MINUTES = 5 # between checkpoints inside an epoch
 
 
 class Stopped(Exception):
-    "The run was stopped, its state is saved; `code` is the exit code"
-    def __init__(self, why, code): super().__init__(why); self.code = code
+    "The run was stopped, its state is saved; `code` is the exit code, `where` the place in the stage"
+    def __init__(self, why, code): super().__init__(why); self.code,self.where = code,''
 
 
 class Deadline:
@@ -133,11 +133,15 @@ class Checkpoint(Callback):
         if not self.training or self.iter < self.learn.skip_batches.n or self.iter + 1 == self.n_iter: return
         stop = self.deadline.check()
         if stop or time.monotonic() - self.saved >= 60*self.minutes: self.save(self.epoch, self.iter + 1)
-        if stop: raise stop
+        if stop: self.stop(stop, self.epoch, self.iter + 1)
 
     def after_epoch(self):
         self.save(self.epoch + 1, 0)
-        if self.epoch + 1 < self.n_epoch and (stop := self.deadline.check()): raise stop
+        if self.epoch + 1 < self.n_epoch and (stop := self.deadline.check()): self.stop(stop, self.epoch + 1, 0)
+
+    def stop(self, stop, epoch, step):
+        stop.where = f' from epoch {epoch}, step {step} on, of {self.n_epoch} epochs'
+        raise stop
 
     def save(self, epoch, step):
         (tensors,meta),about = learner_state(self.learn),self.about()

@@ -79,13 +79,13 @@ def _stages(run, s, share, cache):
     for split in (data.train, data.val, data.test): check_episode(split, s.way, s.shot, s.query)
     run.begin(data)
     common = dict(amp=not s.fp32, valid=dict(n_way=s.way, k_shot=s.shot, n_query=s.query))
-    card = dict(px=s.px, stats=data.stats, fingerprint=data.fingerprint, settings={k:v for k,v in run.settings.items() if k != 'data'})
+    card = dict(classes=data.train.vocab, px=s.px, stats=data.stats, fingerprint=data.fingerprint, settings={k:v for k,v in run.settings.items() if k != 'data'})
 
     # stage one: global category knowledge, Eq. 2-9
     def stage_one(name, arch, seed):
         run.say(f'stage one: {name}, {arch}')
         learn = global_learner(category_dls(data, bs=s.bs, seed=seed), arch, rotation=s.rotation, seed=seed, **common)
-        return run.stage(name, learn, lambda learn: learn.fit_poly(s.epochs, s.lr), arch=arch, classes=data.train.vocab, **card)
+        return run.stage(name, learn, lambda learn: learn.fit_poly(s.epochs, s.lr), arch=arch, **card)
     student_cl,val_cl = stage_one('student_cl', s.student, s.seed)
     teacher = student_cl if share else stage_one('teacher', s.teacher, s.seed + (s.teacher == s.student))[0]
 

@@ -196,7 +196,7 @@ class Run:
 
     def stopped(self, stop):
         "Say what is left, write it to `result.json`; a signal's exit code goes to the shell"
-        left = ', '.join(self.plan)
+        left = ', '.join([self.plan[0] + stop.where, *self.plan[1:]])
         self.say(f'stopped ({stop}): left to do are {left}; --resume goes on')
         result = self.settings | dict(seconds=self.seconds(), status='stopped', left=left)
         self._report(result) if self.begun else self.print(result)
