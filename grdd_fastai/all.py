@@ -12,3 +12,4 @@ from .losses import *
 from .models import *
 from .pack import *
 from .prepare import *
+from .run import *

@@ -20,7 +20,8 @@ MINUTES = 5 # between checkpoints inside an epoch
 
 class Stopped(Exception):
     "The run was stopped, its state is saved; `code` is the exit code, `where` the place in the stage"
-    def __init__(self, why, code): super().__init__(why); self.code,self.where = code,''
+    def __init__(self, why, code): super().__init__(why); self.why,self.code,self.where = why,code,''
+    def __str__(self): return self.why # fastai puts a callback's name into `args`
 
 
 class Deadline:

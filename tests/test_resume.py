@@ -44,7 +44,8 @@ def test_stopping_after_every_single_step_changes_nothing(csv_set, cache, tmp_pa
         sessions += 1
         if r['status'] == 'finished': break
         assert r['status'] == 'stopped' and re.search(r'^student_\w+ from epoch \d, step \d on, of 2 epochs|^teacher from', r['left']) and sessions < 50
-        assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])['status'] == 'stopped'
+        said = capsys.readouterr()
+        assert json.loads(said.out.strip().splitlines()[-1])['status'] == 'stopped' and 'stopped (the time is used up): left to do are' in said.err
         if not os.path.exists(out/'student_cl.json'):
             with pytest.raises(UserError, match='holds an unfinished run'): recipe('cifarfs_5w1s')(out=str(out), **settings(csv_set, cache))
     assert sessions > 12 and leavings(out) == undisturbed and not list(out.glob('checkpoint*'))
