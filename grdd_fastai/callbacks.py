@@ -7,7 +7,7 @@ from fastai.callback.tracker import TrackerCallback
 from fastai.learner import ValueMetric
 from fastai.torch_core import to_float
 
-from .data import SeededDL, rows_by_class
+from .data import rows_by_class
 from .evaluate import amp, embed, evaluate, features
 from .losses import kl_relatedness, relatedness
 
@@ -56,6 +56,11 @@ class Autocast(Callback):
     def after_pred(self): self.learn.pred = to_float(self.pred)
     def after_fit(self):
         for h in self.handles: h.remove()
+
+
+def amp_dtype(learn):
+    "What the Learner's forward passes are autocast to in its fits, None for float32"
+    return getattr(getattr(learn, 'autocast', None), 'dtype', None)
 
 
 class ShowsMetrics(Callback):
@@ -134,11 +139,10 @@ class RelatednessDistiller(LossTerm):
         self.was = self.teacher.training,[(p, p.requires_grad) for p in self.teacher.parameters()]
         self.rows_epoch = None
         self.teacher.eval().requires_grad_(False).to(self.dls.device)
-        self.amp = getattr(getattr(self.learn, 'autocast', None), 'dtype', None)
+        self.amp = amp_dtype(self.learn)
         bank_of = id(self.teacher),id(self.dls.train.dataset)
         if self.teacher_view == 'clean' and self.bank_of != bank_of:
-            clean = self.dls.train.new(cls=SeededDL, aug=None, bs=256, shuffle=False, drop_last=False)
-            self.bank,self.bank_of = embed(self.teacher, clean, self.amp)[0],bank_of
+            self.bank,self.bank_of = embed(self.teacher, self.dls.train.plain(), self.amp)[0],bank_of
 
     def teacher_features(self):
         "The teacher's features of the batch's images, (B, D)"
@@ -180,9 +184,7 @@ class FewShotAccuracy(ShowsMetrics):
         rows_by_class(self.dls.valid.labels(), e['n_way'], e['k_shot'], e['n_query'], 'the validation set')
     def measure(self):
         "`Evaluation` of the model as it is"
-        dl = self.dls.valid.new(cls=SeededDL, bs=256, shuffle=False, drop_last=False)
-        model = getattr(self.model, 'backbone', self.model)
-        h,y = embed(model, dl, getattr(getattr(self.learn, 'autocast', None), 'dtype', None))
+        h,y = embed(getattr(self.model, 'backbone', self.model), self.dls.valid.plain(), amp_dtype(self.learn))
         return evaluate(h, y, **self.episodes)
     def after_train(self):
         if not hasattr(self.learn, 'lr_finder'): self.last = self.measure().accuracy

@@ -34,13 +34,14 @@ class Deadline:
         return self
     def __exit__(self, *_):
         for s,handler in self.old.items(): signal.signal(s, handler)
+    def signalled(self, number): return Stopped(signal.Signals(number).name, 128 + number)
     def caught(self, number, frame):
         "While fitting, the next step boundary saves; elsewhere everything is saved already"
-        if self.signal or not self.fitting: raise Stopped(signal.Signals(number).name, 128 + number)
+        if self.signal or not self.fitting: raise self.signalled(number)
         self.signal = number
     def check(self):
         "The reason to stop now as a `Stopped`, or None"
-        if self.signal: return Stopped(signal.Signals(self.signal).name, 128 + self.signal)
+        if self.signal: return self.signalled(self.signal)
         if self.end is not None and time.monotonic() >= self.end: return Stopped('the time is used up', 0)
 
 

@@ -74,6 +74,10 @@ class SeededDL(TfmdDL):
     def new(self, dataset=None, cls=None, **kwargs):
         return super().new(dataset, cls, **{**dict(seed=self.seed, aug=self.aug), **kwargs})
 
+    def plain(self, bs=256):
+        "Every item once, in order and not augmented"
+        return self.new(cls=SeededDL, aug=None, bs=bs, shuffle=False, drop_last=False)
+
     @cached_property
     def packed(self): return any(isinstance(f, PackedImage) for f in self.dataset.tls[0].tfms.fs)
     @cached_property
@@ -104,7 +108,7 @@ class EpisodicDL(SeededDL):
     """
     def __init__(self, dataset, n_way=5, k_shot=1, n_query=15, n_episodes=400, per_step=1, **kwargs):
         self.episode = dict(n_way=n_way, k_shot=k_shot, n_query=n_query, n_episodes=n_episodes, per_step=per_step)
-        self.n_way,self.n_item,self.k_shot,self.n_episodes = n_way,k_shot + n_query,k_shot,n_episodes
+        self.n_way,self.k_shot,self.n_query,self.n_item,self.n_episodes = n_way,k_shot,n_query,k_shot + n_query,n_episodes
         for k in ('bs','shuffle','drop_last','n'): kwargs.pop(k, None) # episodes fix them
         super().__init__(dataset, bs=per_step*n_way*self.n_item, **kwargs)
 
@@ -113,7 +117,7 @@ class EpisodicDL(SeededDL):
 
     @cached_property
     def by_class(self):
-        return rows_by_class(self.labels(), self.n_way, self.k_shot, self.n_item - self.k_shot)
+        return rows_by_class(self.labels(), self.n_way, self.k_shot, self.n_query)
 
     def __len__(self): return -(-self.n_episodes // self.episode['per_step'])
     def get_idxs(self):
@@ -142,17 +146,20 @@ class EpisodicDL(SeededDL):
 
 # ---- blocks and DataLoaders -------------------------------------------------------------------------------------------
 
+def _packed_block(stats, splits, dl_type):
+    "DataBlock over packed splits: trains on the first, validates on the rest"
+    return DataBlock(blocks=(TransformBlock(type_tfms=PackedImage(*splits), batch_tfms=IntToFloatTensor),
+                             TransformBlock(type_tfms=PackedLabel(*splits))),
+                     get_items=lambda _: range(sum(map(len, splits))),
+                     splitter=lambda items: (range(len(splits[0])), range(len(splits[0]), len(items))),
+                     batch_tfms=Normalize.from_stats(*stats), dl_type=dl_type)
+
 def category_block(data, dl_type=SeededDL):
     """DataBlock of a `FewShotData`: `category_block(data).dataloaders(data)` trains on the base classes
 
     The validation set is the validation *classes*: images to embed and draw episodes from, never to classify.
     """
-    splits = data.train,data.val
-    return DataBlock(blocks=(TransformBlock(type_tfms=PackedImage(*splits), batch_tfms=IntToFloatTensor),
-                             TransformBlock(type_tfms=PackedLabel(*splits))),
-                     get_items=lambda data: range(len(data.train) + len(data.val)),
-                     splitter=lambda items: (range(len(data.train)), range(len(data.train), len(items))),
-                     batch_tfms=Normalize.from_stats(*data.stats), dl_type=dl_type)
+    return _packed_block(data.stats, (data.train, data.val), dl_type)
 
 def episode_block(data, n_way=5, k_shot=1, n_query=15, n_episodes=400, per_step=1):
     "DataBlock of episodes: `episode_block(data, n_way=5, k_shot=1).dataloaders(data)`"
@@ -201,8 +208,5 @@ def plain_dl(
     **kwargs
 ):
     "Every image of a split, in order, normalised and not augmented"
-    s = getattr(data, split)
-    block = DataBlock(blocks=(TransformBlock(type_tfms=PackedImage(s), batch_tfms=IntToFloatTensor),
-                              TransformBlock(type_tfms=PackedLabel(s))), get_items=lambda s: range(len(s)),
-                      splitter=lambda items: (range(len(items)), []), batch_tfms=Normalize.from_stats(*data.stats), dl_type=SeededDL)
-    return block.dataloaders(s, bs=bs, shuffle=False, drop_last=False, num_workers=0, **kwargs).train
+    block = _packed_block(data.stats, (getattr(data, split),), SeededDL)
+    return block.dataloaders(data, bs=bs, shuffle=False, drop_last=False, num_workers=0, **kwargs).train

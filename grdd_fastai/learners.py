@@ -146,11 +146,10 @@ def meta_learner(
     "Stage two: a Learner of the meta-learner psi; `learn.model` is the network"
     e = dls.train
     if not isinstance(e, EpisodicDL): raise ValueError('meta_learner trains on episodes: make dls with episodic_dls')
-    n_query = e.n_item - e.k_shot
     model = create_backbone(student, 0, dls.one_batch()[0].shape[-1], seed) if isinstance(student, str) else copy.deepcopy(student)
     if hasattr(model, 'reset_classifier'): model.reset_classifier(0)
     distiller = [] if teacher is None else [RelatednessDistiller(teacher, T=T, gamma=gamma, **(distill or {}))]
-    return _learner(dls, model, EpisodicLoss(e.n_way, e.k_shot, n_query, scale, mean), distiller, seed, amp, keep_best,
+    return _learner(dls, model, EpisodicLoss(e.n_way, e.k_shot, e.n_query, scale, mean), distiller, seed, amp, keep_best,
                     {'k_shot':e.k_shot, **(valid or {})}, **kwargs)
 
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,13 +19,14 @@ from safetensors.torch import load_file, save
 
 from .checkpoint import Checkpoint, Deadline, SkipBatches, StopOnNaN, load_checkpoint, previous
 from .errors import UserError
-from .storage import atomic_write, digest, locked, write_json
+from .storage import atomic_write, digest, locked, on_cpu, write_json
 
 __all__ = ['Run', 'git_commit', 'save_weights', 'load_weights', 'deterministic']
 
 STAGES = ('student_cl', 'teacher', 'student_grdd')
 
 
+@cache
 def git_commit():
     "Commit of the checkout this package runs from, '+' if it was changed since; None outside one"
     def git(*args): return subprocess.run(['git', '-C', Path(__file__).parent, *args], capture_output=True, text=True, check=True).stdout.strip()
@@ -35,7 +37,7 @@ def git_commit():
 
 def save_weights(model, path, **card):
     "`model` as `path`.safetensors, the same bytes for the same weights, and `card` with their checksum as `path`.json"
-    tensors = {k:v.detach().cpu().contiguous() for k,v in model.state_dict().items()}
+    tensors = on_cpu(model.state_dict())
     atomic_write(f'{path}.safetensors', save(tensors, metadata=dict(format='pt')))
     write_json(f'{path}.json', card | dict(sha256=digest(tensors)))
 
@@ -89,7 +91,9 @@ class Run:
     def __enter__(self):
         self.stack = contextlib.ExitStack()
         try:
-            try: self.made = not self.out.exists(); self.out.mkdir(parents=True, exist_ok=True)
+            try:
+                self.made = not self.out.exists()
+                self.out.mkdir(parents=True, exist_ok=True)
             except OSError as e: raise UserError(f'the output folder {self.out} cannot be written ({e.strerror}): give --out another') from None
             self.stack.callback(self._leave)
             self.stack.enter_context(locked(self.out/'.lock', f'another run is at work in {self.out}: wait for it or give --out another'))

@@ -16,7 +16,7 @@ try:
 except ImportError: # Windows: no locks
     fcntl = None
 
-__all__ = ['atomic_write', 'write_json', 'digest', 'save_tensors', 'load_tensors', 'locked']
+__all__ = ['atomic_write', 'write_json', 'on_cpu', 'digest', 'save_tensors', 'load_tensors', 'locked']
 
 
 def atomic_write(path, content):
@@ -44,19 +44,20 @@ def sync_folder(folder):
 def write_json(path, obj): atomic_write(path, json.dumps(obj, indent=1, default=str) + '\n')
 
 
+def on_cpu(tensors): return {k:v.detach().cpu().contiguous() for k,v in tensors.items()}
+
 def digest(tensors, text=''):
     "SHA-256 of named tensors and a text"
     h = hashlib.sha256(text.encode())
-    for k in sorted(tensors):
-        v = tensors[k]
+    for k,v in sorted(on_cpu(tensors).items()):
         h.update(repr((k, str(v.dtype), tuple(v.shape))).encode())
-        h.update(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        h.update(v.reshape(-1).view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
 
 def save_tensors(path, tensors, meta):
     "Named tensors and a JSON-able `meta` as one safetensors file with its checksum; the same bytes for the same content"
     text = json.dumps(meta, sort_keys=True)
-    tensors = {k:v.detach().cpu().contiguous() for k,v in tensors.items()}
+    tensors = on_cpu(tensors)
     header = json.dumps(dict(meta=text, sha256=digest(tensors, text)), sort_keys=True)
     atomic_write(path, save(tensors, metadata=dict(grdd=header))) # one key: safetensors orders several at random
 
