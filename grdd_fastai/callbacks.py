@@ -129,9 +129,11 @@ class RelatednessDistiller(LossTerm):
         reduction='sum', # of the groups' KL: 'sum' (Eq. 12) or 'mean'
         center=False, # subtract each episode's mean feature before the cosines
         teacher_view='clean', # the teacher sees 'clean' base images, embedded once, or the 'same' augmented ones
+        bank=None, # the teacher's features of the clean base images (N, D), where they are known
     ):
         if teacher_view not in ('clean', 'same'): raise ValueError(f"teacher_view is 'clean' or 'same', not {teacher_view!r}")
-        self.teacher,self.gamma,self.center,self.teacher_view,self.bank_of = teacher,gamma,center,teacher_view,None
+        self.teacher,self.gamma,self.center,self.teacher_view = teacher,gamma,center,teacher_view
+        self.bank,self.bank_of = bank,None
         self.kl,self.kl_weight = dict(T=T, decouple=decouple, reverse=reverse, reduction=reduction),kl_weight*(T*T if hinton else 1)
 
     def before_fit(self):
@@ -142,7 +144,9 @@ class RelatednessDistiller(LossTerm):
         self.amp = amp_dtype(self.learn)
         bank_of = id(self.teacher),id(self.dls.train.dataset)
         if self.teacher_view == 'clean' and self.bank_of != bank_of:
-            self.bank,self.bank_of = embed(self.teacher, self.dls.train.plain(), self.amp)[0],bank_of
+            if self.bank is None or self.bank_of: self.bank = embed(self.teacher, self.dls.train.plain(), self.amp)[0]
+            self.bank,self.bank_of = self.bank.to(self.dls.device),bank_of
+            if len(self.bank) != (n := len(self.dls.train.dataset)): raise ValueError(f'a bank of {len(self.bank)} features for {n} base images')
 
     def teacher_features(self):
         "The teacher's features of the batch's images, (B, D)"

@@ -1,14 +1,16 @@
 """Few-shot evaluation: embed a split once, then draw and classify as many episodes as wanted from the features."""
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.stats import ttest_1samp
 
 from .data import rows_by_class
 from .errors import UserError
 from .inference import sum_of_cosines
 
-__all__ = ['Evaluation', 'features', 'embed', 'sample_episodes', 'evaluate', 'mean_ci95']
+__all__ = ['Evaluation', 'Difference', 'over_seeds', 'features', 'embed', 'sample_episodes', 'evaluate', 'mean_ci95']
 
 BLOCK = 500 # episodes drawn at a time
 CHUNK = 2**26 # bytes of features classified at a time
@@ -82,12 +84,51 @@ def mean_ci95(x):
 class Evaluation:
     "Accuracy of each episode, in percent"
     episodes: np.ndarray
+    drawn: str = None # names the episodes: two evaluations can be compared where it is the same
     @property
     def accuracy(self): return mean_ci95(self.episodes)[0]
     @property
     def ci95(self): return mean_ci95(self.episodes)[1]
-    def __sub__(self, other): return Evaluation(self.episodes - other.episodes) # paired, on the same episodes
+    def __sub__(self, other):
+        "`Difference`, paired: both on the very same episodes, or a UserError"
+        if self.drawn != other.drawn or len(self.episodes) != len(other.episodes): raise UserError(
+            f'a difference needs the same episodes, not {self.drawn} and {other.drawn}: evaluate both with the same data, way, shot, '
+            'query, episodes and seed')
+        return Difference(self.episodes - other.episodes)
     def __repr__(self): return f'{self.accuracy:.2f} ± {self.ci95:.2f} % ({len(self.episodes)} episodes)'
+
+
+@dataclass
+class Difference:
+    """Difference of two models' accuracies in each episode, in points
+
+    Interval and p-value are over episodes drawn from these classes and images, for these weights: other trainings of the same
+    two models may differ by more, which `over_seeds` tells.
+    """
+    episodes: np.ndarray
+    @property
+    def mean(self): return mean_ci95(self.episodes)[0]
+    @property
+    def ci95(self): return mean_ci95(self.episodes)[1]
+    @property
+    def p(self):
+        "Two-sided p-value of the paired t-test; 1 if no episode differs"
+        if not self.episodes.any(): return 1.
+        return float(ttest_1samp(self.episodes, 0.).pvalue) if len(self.episodes) > 1 else float('nan')
+    @property
+    def clear(self):
+        "1 or -1 where the interval lies above or below zero, else 0"
+        return int(np.sign(self.mean)) if abs(self.mean) > self.ci95 else 0
+    def __repr__(self): return f'{self.mean:+.2f} ± {self.ci95:.2f} points (p = {self.p:.2g}, {len(self.episodes)} episodes)'
+
+
+def over_seeds(
+    differences, # a `Difference` for each training seed
+):
+    "Mean of the differences, their standard deviation over seeds, and `holds`: 1 or -1 if every seed's is clear and of that sign, else 0"
+    means,clear = [d.mean for d in differences],{d.clear for d in differences}
+    sd = float(np.std(means, ddof=1)) if len(means) > 1 else float('nan')
+    return dict(mean=float(np.mean(means)), sd=sd, seeds=len(means), holds=clear.pop() if len(clear) == 1 else 0)
 
 
 @torch.no_grad()
@@ -101,7 +142,8 @@ def evaluate(
     seed=0, # of the episodes
     classifier=sum_of_cosines, # (support, support_y, query) -> logits
 ):
-    "Accuracy over `n_episodes` seeded episodes drawn from features"
+    "Accuracy over `n_episodes` seeded episodes drawn from features; `a - b` is the paired `Difference` of two"
+    y = torch.as_tensor(y)
     if not torch.isfinite(h).all(): raise UserError('the features hold NaN or infinite values: the network diverged, lower its learning rate')
     accs,size = [],max(1, CHUNK // max(1, n_way*(k_shot + n_query)*h[0].numel()*h.element_size()))
     for block in sample_episodes(y, n_way, k_shot, n_query, n_episodes, seed):
@@ -109,4 +151,6 @@ def evaluate(
             support,query = (torch.as_tensor(rows[at:at+size], device=h.device).flatten(1) for rows in block)
             s_y,q_y = (torch.arange(n_way, device=h.device).repeat_interleave(k).expand(len(support), -1) for k in (k_shot, n_query))
             accs.append((classifier(h[support], s_y, h[query]).argmax(-1) == q_y).float().mean(1).cpu())
-    return Evaluation(100 * torch.cat(accs).double().numpy())
+    classes = hashlib.sha256(y.cpu().numpy().tobytes()).hexdigest()[:8]
+    drawn = f'{n_episodes} of {n_way} way {k_shot} shot {n_query} query, seed {seed}, {len(y)} images {classes}'
+    return Evaluation(100 * torch.cat(accs).double().numpy(), drawn)

@@ -108,5 +108,5 @@ def _stages(run, s, share, cache):
         meta_epochs=s.meta_epochs, episodes=s.episodes, test_episodes=s.test_episodes,
         accuracy=round(scores['grdd'].accuracy, 3), ci95=round(scores['grdd'].ci95, 3),
         accuracy_cl=round(scores['cl'].accuracy, 3), ci95_cl=round(scores['cl'].ci95, 3),
-        gain=round(gain.accuracy, 3), ci95_gain=round(gain.ci95, 3), accuracy_untrained=round(scores['untrained'].accuracy, 3),
+        gain=round(gain.mean, 3), ci95_gain=round(gain.ci95, 3), accuracy_untrained=round(scores['untrained'].accuracy, 3),
         val_accuracy=round(val, 3), val_accuracy_cl=round(val_cl, 3), seed=s.seed, demo=s.demo)

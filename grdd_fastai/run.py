@@ -21,7 +21,7 @@ from .checkpoint import Checkpoint, Deadline, SkipBatches, StopOnNaN, load_check
 from .errors import UserError
 from .storage import atomic_write, digest, locked, on_cpu, write_json
 
-__all__ = ['Run', 'git_commit', 'save_weights', 'load_weights', 'deterministic']
+__all__ = ['Run', 'git_commit', 'device_name', 'versions', 'log_line', 'save_weights', 'load_weights', 'deterministic']
 
 STAGES = ('student_cl', 'teacher', 'student_grdd')
 
@@ -34,6 +34,21 @@ def git_commit():
         git('ls-files', '--error-unmatch', Path(__file__).name) # not somebody's repository around an installed package
         return git('rev-parse', 'HEAD') + ('+' if git('status', '--porcelain', '--untracked-files=no') else '')
     except (OSError, subprocess.CalledProcessError): return None
+
+@cache
+def device_name():
+    "The GPU's name, else the processor's"
+    if torch.cuda.is_available(): return torch.cuda.get_device_name()
+    with contextlib.suppress(OSError, StopIteration):
+        return next(line for line in open('/proc/cpuinfo') if line.startswith('model name')).split(':', 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+def versions(): return {k:version(k) for k in ('torch','torchvision','timm','fastai','albumentations','pandas','numpy')}
+
+def log_line(path, **scoring):
+    "Append a scoring of the novel classes, with time and commit, to the JSON lines at `path`"
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')
+    with open(path, 'a') as f: f.write(json.dumps(dict(time=now, commit=git_commit(), **scoring)) + '\n')
 
 def save_weights(model, path, **card):
     "`model` as `path`.safetensors, the same bytes for the same weights, and `card` with their checksum as `path`.json"
@@ -153,8 +168,8 @@ class Run:
             write_json(self.out/'settings.json', dict(
                 settings=self.settings, commit=git_commit(), python=platform.python_version(), cpus=os.cpu_count(),
                 torch_threads=torch.get_num_threads(),
-                device=torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine(),
-                versions={k:version(k) for k in ('torch','torchvision','timm','fastai','albumentations','pandas','numpy')}))
+                device=device_name(),
+                versions=versions()))
         self.begun = True
         write_json(self.out/'data.json', dict(name=data.name, px=data.px, fingerprint=data.fingerprint, stats=data.stats))
         self.say(f'{data}')
@@ -216,7 +231,6 @@ class Run:
 
     def log_novel(self, **scoring):
         "Append a scoring of the novel classes to the run's record"
-        scoring = dict(time=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'), commit=git_commit(), **scoring)
-        with open(self.out/'novel_scorings.jsonl', 'a') as f: f.write(json.dumps(scoring) + '\n')
+        log_line(self.out/'novel_scorings.jsonl', **scoring)
 
 def _plain(result): return {k:None if isinstance(v, float) and not math.isfinite(v) else v for k,v in result.items()} # JSON has no NaN

@@ -1,51 +1,89 @@
-"""Experiments as rows of settings: stage-one networks trained once and shared, each training a run of its own."""
+"""Networks of an experiment: each trained once, in a run named by its settings, and scored on the very same episodes as all others."""
 import hashlib
 import json
 import time
 from pathlib import Path
+from typing import NamedTuple
 
-from .data import category_dls
-from .learners import global_learner
-from .run import Run
+import torch
 
-__all__ = ['Study', 'STAGE_ONE']
+from .data import plain_dl
+from .evaluate import Evaluation, embed, evaluate
+from .learners import create_backbone
+from .run import Run, log_line
+from .stages import STAGE_ONE, stage_one, stage_two
+from .storage import load_tensors, save_tensors
 
-# What decides a stage-one network; a row of an experiment changes some of it
-STAGE_ONE = dict(arch='convnet4', epochs=90, schedule='poly', lr=0.05, rotation=True, rotation_from='logits', bs=64, seed=0)
+__all__ = ['Study', 'Trained', 'SPLITS']
+
 VALID = dict(n_way=5, k_shot=1, n_query=15) # episodes of the validation classes that choose the epoch kept
+SPLITS = dict(val='val', novel='test')
+EPISODIC = ('way','shot','query','episodes','per_step','epochs','schedule','lr','scale','mean','init','seed') # what CL+EL depends on
+EPISODES_SEED = dict(val=1, novel=0) # not the episodes that chose the epoch; those of the other recipes
+
+
+class Trained(NamedTuple):
+    "A network, the folder of the run that made it, and the settings that name it"
+    net: torch.nn.Module
+    folder: Path
+    settings: dict
+    def read(self, name): return json.loads((self.folder/name).read_text())
 
 
 class Study:
-    """Trainings under one folder, each in one named by its settings and the data: the same call goes on, or loads what is there
+    """Trainings under `out`, each in a folder named by its settings and the data: the same call goes on, or loads what is there
 
-    `max_minutes` is the time left to all of them together; `Stopped` when it is used up, everything saved.
+    `max_minutes` is the time for all of them together; `checkpoint.Stopped` when it is used up, with everything saved.
     """
     def __init__(self, data, out, max_minutes=None):
-        self.data,self.out,self.end = data,Path(out),None if max_minutes is None else time.monotonic() + 60*max_minutes
+        self.data,self.out,self.end,self.banks = data,Path(out).expanduser(),None if max_minutes is None else time.monotonic() + 60*max_minutes,{}
 
-    def folder(self, name, settings):
+    def folder(self, kind, arch, settings):
         key = hashlib.sha256(json.dumps([settings, self.data.fingerprint], sort_keys=True).encode()).hexdigest()[:8]
-        return self.out/f'{name}-s{settings["seed"]}-{key}'
+        return self.out/f'{kind}-{arch}-s{settings["seed"]}-{key}'
 
-    def train(self, name, settings, learner, fit, arch):
-        "The network `learner()` comes to under `fit`, and its folder"
-        folder,minutes = self.folder(name, settings),None if self.end is None else (self.end - time.monotonic())/60
+    def train(self, kind, arch, settings, make):
+        "`Trained` by the Learner and the fit that `make()` returns"
+        folder,minutes = self.folder(kind, arch, settings),None if self.end is None else max(1e-9, (self.end - time.monotonic())/60)
         with Run(folder, settings, resume=True, max_minutes=minutes, plan=['net']) as run:
-            run.begin(self.data)
-            card = dict(classes=self.data.train.vocab, px=self.data.px, stats=self.data.stats, fingerprint=self.data.fingerprint)
-            net,val_accuracy = run.stage('net', learner(), fit, arch=arch, settings=settings, **card)
+            if not run.result:
+                run.say(f'{folder.name}: {json.dumps(settings)}')
+                run.begin(self.data)
+            card = dict(classes=self.data.train.vocab, px=self.data.px, stats=self.data.stats, fingerprint=self.data.fingerprint, settings=settings)
+            net,val_accuracy = run.stage('net', *make(), arch=arch, **card)
             if not run.result: run.finish(val_accuracy=round(val_accuracy, 3))
-        return net,folder
+        return Trained(net, folder, settings)
 
     def global_net(self, **changes):
-        "Stage one: the trained backbone of `STAGE_ONE | changes`, and its folder"
+        "Stage one (CL): the backbone trained by `STAGE_ONE | changes`"
         s = STAGE_ONE | changes
-        def learner():
-            return global_learner(category_dls(self.data, bs=s['bs'], seed=s['seed']), s['arch'], rotation=s['rotation'],
-                                  rotation_from=s['rotation_from'], seed=s['seed'], valid=VALID)
-        return self.train(s['arch'], s, learner, lambda learn: fit(learn, s['schedule'], s['epochs'], s['lr']), s['arch'])
+        return self.train('cl', s['arch'], s, lambda: stage_one(self.data, s, valid=VALID))
 
+    def bank(self, teacher):
+        "The teacher's features of the clean base images (N, D), computed once"
+        if teacher.folder not in self.banks:
+            path = teacher.folder/'bank.safetensors'
+            if not path.exists(): save_tensors(path, dict(h=embed(teacher.net, plain_dl(self.data, 'train'))[0]), {})
+            self.banks[teacher.folder] = load_tensors(path)[0]['h']
+        return self.banks[teacher.folder]
 
-def fit(learn, schedule, epochs, lr):
-    "Fit by the name of a schedule: 'poly' and 'step' are the paper's of stage one and two"
-    dict(poly=learn.fit_poly, step=learn.fit_step, one_cycle=learn.fit_one_cycle)[schedule](epochs, lr)
+    def meta_net(self, student, teacher, s):
+        "Stage two from a `Trained` student by the settings `s` of a reading: CL+EL where `teacher` is None, else CL+GR"
+        full = (s if teacher else {k:v for k,v in s.items() if k in EPISODIC}) | dict(student=student.settings, teacher=teacher and teacher.settings)
+        def make():
+            start = student.net if s['init'] == 'cl' else create_backbone(student.settings['arch'], 0, self.data.px, s['seed'])
+            bank = self.bank(teacher) if teacher and s['teacher_view'] == 'clean' else None
+            return stage_two(self.data, s, start, teacher and teacher.net, bank, valid=VALID)
+        return self.train('gr' if teacher else 'el', student.settings['arch'], full, make)
+
+    def score(self, trained, split, shot=1, n=10_000):
+        "`Evaluation` on `n` 5-way episodes of the 'val' or 'novel' classes: measured once, then read; the novel ones are logged"
+        path,meta = trained.folder/f'{split}_{shot}shot_{n}.safetensors',dict(weights=trained.read('net.json')['sha256'])
+        if path.exists():
+            tensors,found = load_tensors(path)
+            if found['weights'] == meta['weights']: return Evaluation(tensors['episodes'].numpy(), found['drawn'])
+        h,y = embed(trained.net, plain_dl(self.data, SPLITS[split]))
+        scored = evaluate(h, y, VALID['n_way'], shot, VALID['n_query'], n, EPISODES_SEED[split])
+        if split == 'novel': log_line(self.out/'novel_scorings.jsonl', what=trained.folder.name, shot=shot, accuracy=scored.accuracy, ci95=scored.ci95, test_episodes=n)
+        save_tensors(path, dict(episodes=torch.as_tensor(scored.episodes)), meta | dict(drawn=scored.drawn))
+        return scored

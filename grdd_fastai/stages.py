@@ -1,0 +1,50 @@
+"""Both stages as settings: what decides a network, and the Learner and the fit that make it."""
+from .data import category_dls, episodic_dls
+from .errors import UserError
+from .learners import global_learner, meta_learner
+
+__all__ = ['STAGE_ONE', 'READINGS', 'SCHEDULES', 'reading', 'stage_one', 'stage_two', 'check_schedule']
+
+SCHEDULES = ('poly', 'step', 'one_cycle')
+
+# Stage one as the paper has it
+STAGE_ONE = dict(arch='resnet12', epochs=90, schedule='poly', lr=0.05, rotation=True, rotation_from='logits', bs=64, seed=0)
+
+# Stage two, reading by reading; docs/readings.md says what each setting is, and what was measured
+_PAPER = dict(way=5, shot=1, query=15, episodes=400, per_step=1, epochs=15, schedule='step', lr=1e-3, T=4., gamma=0.2, scale=1., mean=False,
+              decouple=True, kl_weight=1., hinton=False, reverse=False, reduction='sum', center=False, teacher_view='clean', init='cl', seed=0)
+READINGS = dict(
+    paper=_PAPER, # the paper's words: T divides the cosines, L_rt reads their sum as it is
+    best=_PAPER | dict(way=20, query=6, T=0.1, scale=10., mean=True, schedule='one_cycle', lr=1e-2)) # the best on validation classes
+DISTILL = ('decouple', 'kl_weight', 'hinton', 'reverse', 'reduction', 'center', 'teacher_view') # of `RelatednessDistiller`
+
+
+def reading(name, **changes):
+    "Settings of stage two: the reading `name` with what `changes` gives other than None"
+    if name not in READINGS: raise UserError(f'unknown reading {name!r}: it is one of {", ".join(READINGS)}')
+    return READINGS[name] | {k:v for k,v in changes.items() if v is not None}
+
+def check_schedule(name):
+    if name not in SCHEDULES: raise UserError(f'unknown schedule {name!r}: it is one of {", ".join(SCHEDULES)}')
+
+def fitting(s):
+    "The fit of settings `s`: a function of the Learner"
+    check_schedule(s['schedule'])
+    return lambda learn: getattr(learn, f'fit_{s["schedule"]}')(s['epochs'], s['lr'])
+
+def stage_one(data, s, **kwargs):
+    "Learner of the global learner and its fit, for the settings `s` of `STAGE_ONE`"
+    dls = category_dls(data, bs=s['bs'], seed=s['seed'])
+    return global_learner(dls, s['arch'], rotation=s['rotation'], rotation_from=s['rotation_from'], seed=s['seed'], **kwargs),fitting(s)
+
+def stage_two(data, s, student, teacher=None, bank=None, **kwargs):
+    """Learner of the meta-learner and its fit, for the settings `s` of a reading
+
+    `student`: the stage-one network to start from, or a timm name to start at random; `teacher`: None trains on episodic
+    labels alone (CL+EL); `bank`: the teacher's features of the base images where they are known. An episode has `way` classes,
+    or all base classes where those are fewer.
+    """
+    dls = episodic_dls(data, min(s['way'], len(data.train.vocab)), s['shot'], s['query'], s['episodes'], s['per_step'], seed=s['seed'])
+    distill = None if teacher is None else {k:s[k] for k in DISTILL} | dict(bank=bank)
+    learn = meta_learner(dls, student, teacher, s.get('T'), s.get('gamma'), s['scale'], s['mean'], seed=s['seed'], distill=distill, **kwargs)
+    return learn,fitting(s)

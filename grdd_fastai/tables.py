@@ -1,0 +1,175 @@
+"""Rows of settings to a table of accuracies: the program behind the recipes of the paper's experiments, read top to bottom."""
+import datetime
+import json
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from .checkpoint import Stopped
+from .data import check_episode
+from .errors import UserError
+from .evaluate import over_seeds
+from .learners import check_backbone
+from .pack import few_shot_data
+from .run import git_commit, versions
+from .stages import check_schedule
+from .stages import reading as stage_two_of
+from .storage import write_json
+from .study import SPLITS, VALID, Study
+
+__all__ = ['table', 'CL', 'EL', 'GR']
+
+# The three supervisions of Table 2. A row names the role whose architecture its network psi has, that of its teacher phi
+# (its own stage one, where that is psi's role too), and what it changes of both stages' settings.
+CL = dict(psi='student')
+EL = dict(psi='student', stage_two={})
+GR = dict(psi='student', phi='teacher', stage_two={})
+
+FULL = dict(student='convnet4', teacher='resnet12', epochs=90, teacher_epochs=90, schedule='poly', lr=0.05,
+            test_episodes=10_000)
+DEMO = dict(student='convnet4', teacher='convnet4_128', epochs=3, teacher_epochs=3, schedule='one_cycle', lr=0.1,
+            meta_epochs=1, episodes=30, test_episodes=1000)
+
+
+def table(
+    name, # of the experiment: names its files
+    rows, # row name -> row: see `CL`, `EL`, `GR`; `versus` names the rows it is compared with, `paper` gives the paper's accuracy
+    keep:str=None, # the rows wanted, separated by commas (all)
+    data:str=None, # raw data set in any layout of data/README.md (none: fetch CIFAR-FS)
+    out:str='runs/experiments', # folder for networks, tables and figures; networks there are used again
+    results:str=None, # folder that takes a record of each row as well (the project's own: results)
+    seeds:str='0', # training seeds, separated by commas
+    score:str='val', # classes to score: val chooses, novel is for the end
+    shots:str='1', # shots to score, separated by commas
+    student:str=None, # timm model (convnet4)
+    teacher:str=None, # timm model (resnet12; demo: convnet4_128)
+    epochs:int=None, # of the student's stage one (90; demo: 3)
+    teacher_epochs:int=None, # of the teacher's stage one (90; demo: 3)
+    schedule:str=None, # of stage one: poly, step or one_cycle (poly; demo: one_cycle)
+    lr:float=None, # of stage one (0.05; demo: 0.1)
+    rotation:bool=True, # leave out stage one's rotation task (the demo does)
+    reading:str='best', # of stage two: best or paper, see docs/readings.md
+    meta_epochs:int=None, # of stage two (the reading's; demo: 1)
+    meta_lr:float=None, # of stage two (the reading's)
+    episodes:int=None, # per epoch of stage two (the reading's; demo: 30)
+    test_episodes:int=None, # to score (10000; demo: 1000)
+    cache:str=None, # folder for decoded images (none: ~/.cache/grdd_fastai)
+    max_minutes:float=None, # stop after this long with everything saved; the same command goes on
+    demo:bool=False, # small settings, and the embedded data set unless --data is given
+):
+    "Train what `rows` need and is not there yet, and score them: DataFrames of the scores and of the paired differences"
+    given,defaults = locals(),FULL | DEMO if demo else FULL
+    s = given | {k:v for k,v in defaults.items() if given[k] is None}
+    seeds,shots = numbers('seeds', seeds),numbers('shots', shots)
+    rows = wanted(rows, keep)
+    if score not in SPLITS: raise UserError(f'--score is {score}: it is one of {", ".join(SPLITS)}')
+    check_schedule(s['schedule'])
+    for arch in {s['student'], s['teacher']}: check_backbone(arch, 32)
+    out = Path(out).expanduser()
+    say(f'*** DEMO: small settings{"" if data else " on drawn characters"}; not a result about GRDD ***' if demo else f'{name}: {len(rows)} rows, seeds {seeds}')
+    data = few_shot_data('demo' if demo and data is None else data, 32, cache)
+    for split in (data.val, data.test): check_episode(split, VALID['n_way'], max(shots), VALID['n_query'])
+
+    study,scores,records,left = Study(data, out, max_minutes),{},[],[]
+    common = dict(schedule=s['schedule'], lr=s['lr'], rotation=rotation and not demo)
+    two = stage_two_of(reading, epochs=s['meta_epochs'], lr=meta_lr, episodes=s['episodes'])
+    roles = dict(student=dict(arch=s['student'], epochs=s['epochs'], **common), teacher=dict(arch=s['teacher'], epochs=s['teacher_epochs'], **common))
+    for seed in seeds:
+        for key,row in rows.items():
+            try: made = train(study, row, roles, seed, two)
+            except Stopped as stop:
+                left.append(f'{key}, seed {seed}{stop.where}')
+                say(f'stopped ({stop}): left to do are {left[0]} and all after it; the same command goes on')
+                if stop.code: sys.exit(stop.code)
+                break
+            for shot in shots:
+                scores[key, seed, shot] = study.score(made['net'], score, shot, s['test_episodes'])
+                say(f'{key}, seed {seed}, {shot}-shot: {scores[key, seed, shot]}')
+            records.append(record(name, key, row, seed, score, shots, made, scores, data, demo))
+        if left: break
+
+    scored,pairs = frames(rows, records, scores)
+    say(f'\n{scored.to_string(index=False)}\n\n{pairs.to_string(index=False)}' if len(pairs) else f'\n{scored.to_string(index=False)}')
+    out.mkdir(parents=True, exist_ok=True)
+    scored.to_csv(out/f'{name}_{score}.csv', index=False)
+    pairs.to_csv(out/f'{name}_{score}_pairs.csv', index=False)
+    for r in records:
+        for folder in filter(None, (out/'records', results and Path(results).expanduser())): write_record(folder, r)
+    print(json.dumps(dict(experiment=name, csv=str(out/f'{name}_{score}.csv'), rows=len(scored), demo=demo, status='stopped' if left else 'finished')))
+    return scored,pairs,study
+
+
+def train(study, row, roles, seed, two):
+    "The networks of a row: the student's stage one, its teacher's and its own"
+    def one(role, seed): return study.global_net(**roles[role] | row.get('stage_one', {}) | dict(seed=seed))
+    psi,phi = row['psi'],row.get('phi')
+    student = one(psi, seed)
+    if 'stage_two' not in row: return dict(net=student)
+    teacher = None
+    if phi == psi: teacher = one(phi, seed + 1) if row.get('independent') else student
+    elif phi: teacher = one(phi, 0) # one teacher for every seed
+    return dict(student=student, teacher=teacher, net=study.meta_net(student, teacher, two | row['stage_two'] | dict(seed=seed)))
+
+
+# ---- what is asked for ------------------------------------------------------------------------------------------------
+
+def say(text): print(text, file=sys.stderr, flush=True)
+
+def numbers(name, text):
+    try: return [int(v) for v in str(text).split(',')]
+    except ValueError: raise UserError(f'--{name} is {text!r}: give whole numbers separated by commas, such as 0,1,2') from None
+
+def wanted(rows, keep):
+    if keep is None: return rows
+    keep = [k.strip() for k in keep.split(',')]
+    if unknown := [k for k in keep if k not in rows]: raise UserError(f'no row {unknown[0]!r}: the rows are {", ".join(rows)}')
+    return {k:rows[k] for k in keep}
+
+
+# ---- what came of it --------------------------------------------------------------------------------------------------
+
+def record(name, key, row, seed, split, shots, made, scores, data, demo):
+    "Everything a reported number needs to be had again, JSON-able"
+    net,began = made['net'],made['net'].read('settings.json')
+    versus = {other:{f'{shot}-shot':difference(scores[key, seed, shot] - scores[other, seed, shot]) for shot in shots}
+              for other in row.get('versus', ()) if (other, seed, shots[0]) in scores}
+    threads = os.environ.get('OMP_NUM_THREADS')
+    return dict(
+        experiment=name, row=key, seed=seed, split=split, supervision='CL' if 'teacher' not in made else 'CL+GR' if made['teacher'] else 'CL+EL',
+        phi=made['teacher'].settings['arch'] if made.get('teacher') else None, psi=net.read('net.json')['arch'], paper=None if demo else row.get('paper'),
+        scores={f'{shot}-shot':dict(accuracy=round(e.accuracy, 3), ci95=round(e.ci95, 3), n=len(e.episodes), episodes=e.drawn)
+                for shot in shots for e in [scores[key, seed, shot]]},
+        versus=versus, val_accuracy_of_the_epoch_kept=round(net.read('net.json')['val_accuracy'], 3),
+        command=(f'OMP_NUM_THREADS={threads} ' if threads else '') + shlex.join(['python', *sys.argv]),
+        settings=net.settings, weights=net.read('net.json')['sha256'], data=dict(name=data.name, fingerprint=data.fingerprint), demo=demo,
+        commit=began['commit'], scored_at_commit=git_commit(), device=began['device'], torch_threads=began['torch_threads'], versions=versions(),
+        minutes={k:round(t.read('result.json')['seconds']/60, 1) for k,t in made.items() if t},
+        date=datetime.date.today().isoformat())
+
+def difference(d): return dict(difference=round(d.mean, 3), ci95=round(d.ci95, 3), p=float(f'{d.p:.3g}'))
+
+def write_record(folder, r):
+    folder = Path(folder)/r['experiment']
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder/f'{re.sub("[^a-z0-9.=]+", "-", r["row"].lower())}-s{r["seed"]}-{r["split"]}.json', r)
+
+def frames(rows, records, scores):
+    "Tidy DataFrames: a line per row, seed and shot; a line per comparison, seed and shot, and one over all seeds"
+    scored = [dict(row=r['row'], supervision=r['supervision'], phi=r['phi'], psi=r['psi'], seed=r['seed'], split=r['split'], shot=int(shot[:-5]),
+                   accuracy=v['accuracy'], ci95=v['ci95'], n=v['n'], paper=r['paper'], weights=r['weights'][:8])
+              for r in records for shot,v in r['scores'].items()]
+    pairs,seeds = [],sorted({seed for _,seed,_ in scores})
+    for key,row in rows.items():
+        for other in row.get('versus', ()):
+            for shot in sorted({shot for *_,shot in scores}):
+                found = {seed:scores[key, seed, shot] - scores[other, seed, shot] for seed in seeds
+                         if {(key, seed, shot), (other, seed, shot)} <= scores.keys()}
+                pairs += [dict(row=key, versus=other, shot=shot, seed=seed, **difference(d), clear=d.clear) for seed,d in found.items()]
+                if len(found) > 1:
+                    o = over_seeds(list(found.values()))
+                    pairs.append(dict(row=key, versus=other, shot=shot, seed='all', difference=round(o['mean'], 3), sd=round(o['sd'], 3), clear=o['holds']))
+    return pd.DataFrame(scored),pd.DataFrame(pairs, columns=['row','versus','shot','seed','difference','ci95','p','sd','clear'])

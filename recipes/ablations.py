@@ -1,0 +1,40 @@
+"""Figure 4 of arXiv 2107.05583: what each component of GRDD brings
+
+    python recipes/ablations.py --data cifar-fs.zip             # ResNet-12 teacher, 90 epochs: a GPU's work
+    python recipes/ablations.py --demo                          # four minutes on two cores, no download
+
+Eq. 12 sums the KL of N_S groups where the whole matrix is a single one, so 'w/o RDD' also loses weight against gamma * L_rt:
+the rows with matched weight multiply it by N_S, or take the mean of the groups.
+"""
+from fastcore.meta import delegates
+from fastcore.script import call_parse
+
+from grdd_fastai.plots import plot_rows, save_figure
+from grdd_fastai.stages import reading as stage_two_of
+from grdd_fastai.tables import CL, EL, GR, table
+
+
+def ablations(n_support):
+    "Rows for episodes of `n_support` support images"
+    whole = dict(decouple=False)
+    return {
+        'CL':                     CL,
+        'CL+EL':                  EL | dict(versus=['CL']),
+        'w/o RDD':                GR | dict(versus=['CL', 'CL+EL'], stage_two=whole),
+        'w/o RDD matched weight': GR | dict(versus=['w/o RDD'], stage_two=whole | dict(kl_weight=float(n_support))),
+        'w/o L_rt':               GR | dict(versus=['CL', 'CL+EL'], stage_two=dict(gamma=0.)),
+        'GRDD mean of groups':    GR | dict(versus=['w/o RDD'], stage_two=dict(reduction='mean')),
+        'GRDD':                   GR | dict(versus=['CL', 'CL+EL', 'w/o RDD', 'w/o RDD matched weight', 'w/o L_rt']),
+    }
+
+@call_parse
+@delegates(table, but=['name', 'keep'])
+def main(
+    rows:str=None, # the rows wanted, separated by commas (all)
+    reading:str='best', # of stage two: best or paper, see docs/readings.md
+    **kwargs
+):
+    "Figure 4: the components of GRDD"
+    two = stage_two_of(reading)
+    scored,pairs,study = table('ablations', ablations(two['way']*two['shot']), rows, reading=reading, **kwargs)
+    save_figure(plot_rows(scored, 'Components of GRDD'), study.out/f'ablations_{scored.split[0]}.png')

@@ -1,0 +1,93 @@
+"""The readings of stage two and of stage one where the paper is silent, each trained on as many images as the others
+
+    python recipes/readings.py --data cifar-fs.zip              # ResNet-12 teacher, 90 epochs: a GPU's work
+    python recipes/readings.py --demo                           # eight minutes on two cores, no download
+
+A row changes one thing of BASE. --images is what each stage two trains on; the validation classes tell the readings apart.
+docs/readings.md has what was measured.
+"""
+from fastcore.meta import delegates
+from fastcore.script import call_parse
+
+from grdd_fastai.plots import plot_rows, save_figure
+from grdd_fastai.stages import READINGS
+from grdd_fastai.tables import CL, EL, GR, table
+
+BASE = READINGS['paper'] | dict(way=20, query=6, T=0.1, scale=10., mean=True, schedule='one_cycle', lr=1e-2, epochs=2)
+SHOT5 = dict(way=10, shot=5, query=9)
+
+CHANGES = { # row -> (kind of row, changes of BASE)
+    'CL+EL':                    (EL, {}),
+    'CL+EL lr=0.003':           (EL, dict(lr=3e-3)),
+    'CL+EL lr=0.03':            (EL, dict(lr=3e-2)),
+    'CL+EL lr=0.1':             (EL, dict(lr=1e-1)),
+    'CL+EL 5-way':              (EL, dict(way=5, query=15)),
+    'base':                     (GR, {}),
+    'lr=0.001':                 (GR, dict(lr=1e-3)),
+    'lr=0.003':                 (GR, dict(lr=3e-3)),
+    'lr=0.03':                  (GR, dict(lr=3e-2)),
+    'step schedule':            (GR, dict(schedule='step', lr=3e-3)),
+    'T=0.05':                   (GR, dict(T=0.05)),
+    'T=0.25 (T multiplies)':    (GR, dict(T=0.25)),
+    'T=1':                      (GR, dict(T=1.)),
+    'T=4':                      (GR, dict(T=4.)),
+    'T=4 weight T squared':     (GR, dict(T=4., hinton=True)),
+    'T=0.25 weight 4':          (GR, dict(T=0.25, kl_weight=4.)),
+    'reverse KL':               (GR, dict(reverse=True)),
+    'mean of groups':           (GR, dict(reduction='mean')),
+    'gamma=0':                  (GR, dict(gamma=0.)),
+    'gamma=1':                  (GR, dict(gamma=1.)),
+    'logit scale 1':            (GR, dict(scale=1.)),
+    'logit scale 20':           (GR, dict(scale=20.)),
+    'centred features':         (GR, dict(center=True)),
+    'teacher sees augmented':   (GR, dict(teacher_view='same')),
+    'teacher itself shared':    (GR | dict(phi='student'), {}),
+    'teacher itself independent': (GR | dict(phi='student', independent=True), {}),
+    'student from scratch':     (GR, dict(init='random')),
+    '5-way':                    (GR, dict(way=5, query=15)),
+    '5-way 4 episodes a step':  (GR, dict(way=5, query=15, per_step=4)),
+    '10-way':                   (GR, dict(way=10, query=13)),
+    '20-way 15 queries':        (GR, dict(query=15)),
+    '5-shot mean':              (GR, SHOT5),
+    '5-shot sum':               (GR, SHOT5 | dict(mean=False)),
+}
+PAPER = { # the literal words, and the same in wide episodes
+    'paper':                    {},
+    'paper wide':               dict(way=20, query=6),
+    'paper lr=0.01':            dict(lr=1e-2),
+}
+ONE = dict(rotation=False, rotation_from='logits', schedule='one_cycle', lr=0.1, bs=64)
+STAGE_ONE = { # CL alone; with rotation a quarter of the epochs, for the same number of images
+    'stage one':                            {},
+    'stage one flattened':                  dict(arch='convnet4_flat'),
+    'stage one poly lr=0.05':               dict(schedule='poly', lr=0.05),
+    'stage one poly lr=0.1':                dict(schedule='poly', lr=0.1),
+    'stage one rotation':                   dict(rotation=True),
+    'stage one rotation from probabilities': dict(rotation=True, rotation_from='probabilities'),
+}
+
+
+def sized(two, images):
+    "`two` with as many episodes an epoch as `images` fill"
+    return two | dict(episodes=round(images/two['epochs']/(two['way']*(two['shot'] + two['query']))))
+
+def readings(images, epochs):
+    def one(change): return ONE | dict(epochs=epochs//4 if change.get('rotation') else epochs) | change
+    versus = dict(versus=['CL', 'CL+EL'])
+    return {'CL': CL,
+            **{k:kind | versus | dict(stage_two=sized(BASE | change, images)) for k,(kind,change) in CHANGES.items()},
+            **{k:GR | versus | dict(stage_two=sized(READINGS['paper'] | dict(epochs=BASE['epochs']) | change, images)) for k,change in PAPER.items()},
+            **{k:CL | dict(versus=['stage one'], stage_one=one(change)) for k,change in STAGE_ONE.items()}}
+
+@call_parse
+@delegates(table, but=['name', 'keep', 'reading', 'meta_epochs', 'meta_lr', 'episodes'])
+def main(
+    rows:str=None, # the rows wanted, separated by commas (all)
+    images:int=None, # each stage two trains on (400000; demo: 5000)
+    stage_one_epochs:int=None, # of the rows on stage one, a multiple of 4 (40; demo: 4)
+    demo:bool=False, # small settings, and the embedded data set unless --data is given
+    **kwargs
+):
+    "What the paper leaves open, measured"
+    scored,pairs,study = table('readings', readings(images or (5000 if demo else 400_000), stage_one_epochs or (4 if demo else 40)), rows, demo=demo, **kwargs)
+    save_figure(plot_rows(scored, 'Readings'), study.out/f'readings_{scored.split[0]}.png')

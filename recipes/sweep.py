@@ -1,0 +1,31 @@
+"""Figure 6 of arXiv 2107.05583: accuracy over gamma and over T, one at a time around a reading of stage two
+
+    python recipes/sweep.py --data cifar-fs.zip                 # ResNet-12 teacher, 90 epochs: a GPU's work
+    python recipes/sweep.py --demo                              # four minutes on two cores, no download
+
+T divides the cosines: below 1 it sharpens the softmax, T = 0.25 multiplies them by 4.
+"""
+from fastcore.meta import delegates
+from fastcore.script import call_parse
+
+from grdd_fastai.plots import plot_sweep, save_figure
+from grdd_fastai.tables import CL, EL, GR, table
+
+GAMMA = (0., 0.05, 0.2, 1., 5.)
+T = (0.05, 0.1, 0.25, 1., 4.)
+ROWS = {'CL': CL, 'CL+EL': EL | dict(versus=['CL']),
+        **{f'gamma={v:g}': GR | dict(versus=['CL', 'CL+EL'], stage_two=dict(gamma=v)) for v in GAMMA},
+        **{f'T={v:g}': GR | dict(versus=['CL', 'CL+EL'], stage_two=dict(T=v)) for v in T}}
+
+@call_parse
+@delegates(table, but=['name', 'keep'])
+def main(
+    rows:str=None, # the rows wanted, separated by commas (all)
+    **kwargs
+):
+    "Figure 6: gamma and T"
+    scored,pairs,study = table('sweep', ROWS, rows, **kwargs)
+    values = scored.assign(symbol=scored.row.str.split('=').str[0], value=scored.row.str.extract('=(.*)', expand=False).astype(float))
+    sweeps = {symbol:values[values.symbol == symbol] for symbol in ('gamma', 'T') if (values.symbol == symbol).any()}
+    lines = {k:scored[scored.row == k].accuracy.mean() for k in ('CL', 'CL+EL') if (scored.row == k).any()}
+    if sweeps: save_figure(plot_sweep(sweeps, lines), study.out/f'sweep_{scored.split[0]}.png')
