@@ -11,25 +11,24 @@ MARKERS = 'osD^vPX*'
 
 
 def plot_rows(
-    scored, # DataFrame of `table`: row, shot, seed, accuracy, ci95
+    scored, # DataFrame of `table`: row, shot, seed, split, n, accuracy, ci95
     title='',
 ) -> Figure:
-    "A bar per row and shot: mean over seeds with the 95% interval over episodes, and a mark for each seed"
+    "A line per row, a mark per shot: the mean over seeds with the 95% interval over episodes, and a small tick for each seed"
     shots,rows = sorted(scored.shot.unique()),list(dict.fromkeys(scored.row))
-    fig,ax = plt.subplots(figsize=(6.4, 1.2 + .38*len(rows)*len(shots)), layout='constrained')
-    height = .8/len(shots)
+    fig,ax = plt.subplots(figsize=(6.8, 1.4 + .27*len(rows)*max(1, .7*len(shots))), layout='constrained')
     for i,shot in enumerate(shots):
         for j,row in enumerate(rows):
-            of = scored[(scored.shot == shot) & (scored.row == row)]
-            y = j + (i - (len(shots)-1)/2)*height
-            ax.barh(y, of.accuracy.mean(), height*.9, color=COLORS[i], alpha=.45, xerr=of.ci95.mean(), error_kw=dict(capsize=3, lw=1),
-                    label=f'{shot}-shot' if j == 0 else None)
-            ax.text(of.accuracy.mean() + of.ci95.mean(), y, f'  {of.accuracy.mean():.1f}', va='center', fontsize=9)
-            if len(of) > 1: ax.plot(of.accuracy, [y]*len(of), '|', color='black', ms=8)
-    low,high = (scored.accuracy - scored.ci95).min(),(scored.accuracy + scored.ci95).max()
-    pad = max(1., .15*(high - low))
-    ax.set(yticks=range(len(rows)), yticklabels=rows, xlim=(low - 2*pad, high + 2*pad), title=title, xlabel=_accuracy(scored))
-    ax.invert_yaxis()
+            of,y = scored[(scored.shot == shot) & (scored.row == row)],j + .25*(i - (len(shots)-1)/2)
+            if of.empty: continue
+            mean,ci = of.accuracy.mean(),of.ci95.mean()
+            ax.errorbar(mean, y, xerr=ci, fmt=MARKERS[i], color=COLORS[i], ms=6, capsize=3, lw=1.3, label=None if j else f'{shot}-shot')
+            if len(of) > 1: ax.plot(of.accuracy, [y]*len(of), '|', color='black', ms=9, mew=1)
+            ax.annotate(f'{mean:.1f}', (max(mean + ci, of.accuracy.max()), y), (6, 0), textcoords='offset points', va='center', fontsize=8)
+    classes = dict(val='validation').get(scored.split.iloc[0], scored.split.iloc[0])
+    ax.set(yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - .4, -.6), title=title,
+           xlabel=f'5-way accuracy on the {classes} classes, %\n95% interval over {scored.n.iloc[0]:,} episodes')
+    ax.margins(x=.12)
     if len(shots) > 1: ax.legend(frameon=False)
     _plain(ax)
     return fig
@@ -76,7 +75,7 @@ def plot_relatedness(
     panels, # T -> (whole, decoupled): the softmax over the matrix (NS, NQ), and over each of its rows
 ) -> Figure:
     "A column per temperature: weights without and with decoupling, each as a multiple of the uniform weight of its softmax"
-    fig,axes = plt.subplots(2, len(panels), figsize=(2.7*len(panels) + 1, 3.1), layout='constrained', squeeze=False, sharex=True, sharey=True)
+    fig,axes = plt.subplots(2, len(panels), figsize=(1.9*len(panels) + 1, 3.1), layout='constrained', squeeze=False, sharex=True, sharey=True)
     for column,(T,(whole,decoupled)) in zip(axes.T, panels.items()):
         for ax,w,uniform in zip(column, (whole, decoupled), (1/whole.size, 1/whole.shape[1])):
             ratio = w/uniform
@@ -103,7 +102,3 @@ def _plain(ax):
     ax.spines[['top', 'right']].set_visible(False)
     ax.grid(alpha=.25, lw=.6)
     ax.set_axisbelow(True)
-
-def _accuracy(scored):
-    n = scored.n.iloc[0]
-    return f'5-way accuracy on the {dict(val="validation").get(scored.split.iloc[0], scored.split.iloc[0])} classes, % (95% interval, {n:,} episodes)'

@@ -48,6 +48,7 @@ def versions(): return {k:version(k) for k in ('torch','torchvision','timm','fas
 def log_line(path, **scoring):
     "Append a scoring of the novel classes, with time and commit, to the JSON lines at `path`"
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, 'a') as f: f.write(json.dumps(dict(time=now, commit=git_commit(), **scoring)) + '\n')
 
 def save_weights(model, path, **card):

@@ -33,10 +33,12 @@ class Trained(NamedTuple):
 class Study:
     """Trainings under `out`, each in a folder named by its settings and the data: the same call goes on, or loads what is there
 
-    `max_minutes` is the time for all of them together; `checkpoint.Stopped` when it is used up, with everything saved.
+    `max_minutes` is the time for all of them together; `checkpoint.Stopped` when it is used up, with everything saved. Each
+    scoring of the novel classes is logged in the folders `logs`.
     """
-    def __init__(self, data, out, max_minutes=None):
+    def __init__(self, data, out, max_minutes=None, logs=None):
         self.data,self.out,self.end,self.banks = data,Path(out).expanduser(),None if max_minutes is None else time.monotonic() + 60*max_minutes,{}
+        self.logs = [self.out] if logs is None else logs
 
     def folder(self, kind, arch, settings):
         key = hashlib.sha256(json.dumps([settings, self.data.fingerprint], sort_keys=True).encode()).hexdigest()[:8]
@@ -84,6 +86,7 @@ class Study:
             if found['weights'] == meta['weights']: return Evaluation(tensors['episodes'].numpy(), found['drawn'])
         h,y = embed(trained.net, plain_dl(self.data, SPLITS[split]))
         scored = evaluate(h, y, VALID['n_way'], shot, VALID['n_query'], n, EPISODES_SEED[split])
-        if split == 'novel': log_line(self.out/'novel_scorings.jsonl', what=trained.folder.name, shot=shot, accuracy=scored.accuracy, ci95=scored.ci95, test_episodes=n)
+        for folder in self.logs if split == 'novel' else []:
+            log_line(folder/'novel_scorings.jsonl', what=trained.folder.name, shot=shot, accuracy=scored.accuracy, ci95=scored.ci95, test_episodes=n)
         save_tensors(path, dict(episodes=torch.as_tensor(scored.episodes)), meta | dict(drawn=scored.drawn))
         return scored

@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -21,7 +22,7 @@ from .stages import reading as stage_two_of
 from .storage import write_json
 from .study import SPLITS, VALID, Study
 
-__all__ = ['table', 'CL', 'EL', 'GR']
+__all__ = ['table', 'Table', 'CL', 'EL', 'GR']
 
 # The three supervisions of Table 2. A row names the role whose architecture its network psi has, that of its teacher phi
 # (its own stage one, where that is psi's role too), and what it changes of both stages' settings.
@@ -33,6 +34,15 @@ FULL = dict(student='convnet4', teacher='resnet12', epochs=90, teacher_epochs=90
             test_episodes=10_000)
 DEMO = dict(student='convnet4', teacher='convnet4_128', epochs=3, teacher_epochs=3, schedule='one_cycle', lr=0.1,
             meta_epochs=1, episodes=30, test_episodes=1000)
+
+
+class Table(NamedTuple):
+    "What `table` made: tidy scores and paired differences, the networks of each (row, seed), and their `Study`"
+    scored: pd.DataFrame
+    pairs: pd.DataFrame
+    made: dict
+    study: Study
+    def path(self, name): return self.study.out/f'{name}_{self.scored.split.iloc[0]}.png'
 
 
 def table(
@@ -61,7 +71,7 @@ def table(
     max_minutes:float=None, # stop after this long with everything saved; the same command goes on
     demo:bool=False, # small settings, and the embedded data set unless --data is given
 ):
-    "Train what `rows` need and is not there yet, and score them: DataFrames of the scores and of the paired differences"
+    "Train what `rows` need and is not there yet, score it on the same episodes, and write CSVs and records: a `Table`"
     given,defaults = locals(),FULL | DEMO if demo else FULL
     s = given | {k:v for k,v in defaults.items() if given[k] is None}
     seeds,shots = numbers('seeds', seeds),numbers('shots', shots)
@@ -74,22 +84,23 @@ def table(
     data = few_shot_data('demo' if demo and data is None else data, 32, cache)
     for split in (data.val, data.test): check_episode(split, VALID['n_way'], max(shots), VALID['n_query'])
 
-    study,scores,records,left = Study(data, out, max_minutes),{},[],[]
+    logs = [out, *([Path(results).expanduser()] if results else [])]
+    study,made,scores,records,left = Study(data, out, max_minutes, logs),{},{},[],[]
     common = dict(schedule=s['schedule'], lr=s['lr'], rotation=rotation and not demo)
     two = stage_two_of(reading, epochs=s['meta_epochs'], lr=meta_lr, episodes=s['episodes'])
     roles = dict(student=dict(arch=s['student'], epochs=s['epochs'], **common), teacher=dict(arch=s['teacher'], epochs=s['teacher_epochs'], **common))
     for seed in seeds:
         for key,row in rows.items():
-            try: made = train(study, row, roles, seed, two)
+            try: nets = made[key, seed] = train(study, row, roles, seed, two)
             except Stopped as stop:
                 left.append(f'{key}, seed {seed}{stop.where}')
                 say(f'stopped ({stop}): left to do are {left[0]} and all after it; the same command goes on')
                 if stop.code: sys.exit(stop.code)
                 break
             for shot in shots:
-                scores[key, seed, shot] = study.score(made['net'], score, shot, s['test_episodes'])
+                scores[key, seed, shot] = study.score(nets['net'], score, shot, s['test_episodes'])
                 say(f'{key}, seed {seed}, {shot}-shot: {scores[key, seed, shot]}')
-            records.append(record(name, key, row, seed, score, shots, made, scores, data, demo))
+            records.append(record(name, key, row, seed, score, shots, nets, scores, data, demo) | dict(order=len(records)))
         if left: break
 
     scored,pairs = frames(rows, records, scores)
@@ -97,10 +108,9 @@ def table(
     out.mkdir(parents=True, exist_ok=True)
     scored.to_csv(out/f'{name}_{score}.csv', index=False)
     pairs.to_csv(out/f'{name}_{score}_pairs.csv', index=False)
-    for r in records:
-        for folder in filter(None, (out/'records', results and Path(results).expanduser())): write_record(folder, r)
+    for r in records if results else []: write_record(results, r)
     print(json.dumps(dict(experiment=name, csv=str(out/f'{name}_{score}.csv'), rows=len(scored), demo=demo, status='stopped' if left else 'finished')))
-    return scored,pairs,study
+    return Table(scored, pairs, made, study)
 
 
 def train(study, row, roles, seed, two):
@@ -153,7 +163,7 @@ def record(name, key, row, seed, split, shots, made, scores, data, demo):
 def difference(d): return dict(difference=round(d.mean, 3), ci95=round(d.ci95, 3), p=float(f'{d.p:.3g}'))
 
 def write_record(folder, r):
-    folder = Path(folder)/r['experiment']
+    folder = Path(folder).expanduser()/r['experiment']
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder/f'{re.sub("[^a-z0-9.=]+", "-", r["row"].lower())}-s{r["seed"]}-{r["split"]}.json', r)
 

@@ -36,5 +36,5 @@ def main(
 ):
     "Figure 4: the components of GRDD"
     two = stage_two_of(reading)
-    scored,pairs,study = table('ablations', ablations(two['way']*two['shot']), rows, reading=reading, **kwargs)
-    save_figure(plot_rows(scored, 'Components of GRDD'), study.out/f'ablations_{scored.split[0]}.png')
+    made = table('ablations', ablations(two['way']*two['shot']), rows, reading=reading, **kwargs)
+    save_figure(plot_rows(made.scored, 'Components of GRDD'), made.path('ablations'))

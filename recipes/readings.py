@@ -89,5 +89,5 @@ def main(
     **kwargs
 ):
     "What the paper leaves open, measured"
-    scored,pairs,study = table('readings', readings(images or (5000 if demo else 400_000), stage_one_epochs or (4 if demo else 40)), rows, demo=demo, **kwargs)
-    save_figure(plot_rows(scored, 'Readings'), study.out/f'readings_{scored.split[0]}.png')
+    made = table('readings', readings(images or (5000 if demo else 400_000), stage_one_epochs or (4 if demo else 40)), rows, demo=demo, **kwargs)
+    save_figure(plot_rows(made.scored, 'Readings'), made.path('readings'))

@@ -24,8 +24,9 @@ def main(
     **kwargs
 ):
     "Figure 6: gamma and T"
-    scored,pairs,study = table('sweep', ROWS, rows, **kwargs)
+    made = table('sweep', ROWS, rows, **kwargs)
+    scored = made.scored
     values = scored.assign(symbol=scored.row.str.split('=').str[0], value=scored.row.str.extract('=(.*)', expand=False).astype(float))
     sweeps = {symbol:values[values.symbol == symbol] for symbol in ('gamma', 'T') if (values.symbol == symbol).any()}
     lines = {k:scored[scored.row == k].accuracy.mean() for k in ('CL', 'CL+EL') if (scored.row == k).any()}
-    if sweeps: save_figure(plot_sweep(sweeps, lines), study.out/f'sweep_{scored.split[0]}.png')
+    if sweeps: save_figure(plot_sweep(sweeps, lines), made.path('sweep'))

@@ -31,5 +31,5 @@ def main(
     **kwargs
 ):
     "Table 2: category labels, episodic labels, global relatedness"
-    scored,pairs,study = table('table2', ROWS, rows, **kwargs)
-    save_figure(plot_rows(scored, 'Table 2'), study.out/f'table2_{scored.split[0]}.png')
+    made = table('table2', ROWS, rows, **kwargs)
+    save_figure(plot_rows(made.scored, 'Table 2'), made.path('table2'))

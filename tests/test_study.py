@@ -80,7 +80,7 @@ def test_stopped_after_every_step_it_comes_to_the_same_bits(small, tmp_path, cap
     small,sessions = small | dict(episodes=5),0
     table('a', ROWS, out=tmp_path/'a', **small)
     while True:
-        scored,_,_ = table('a', ROWS, out=tmp_path/'b', max_minutes=1e-9, **small)
+        scored = table('a', ROWS, out=tmp_path/'b', max_minutes=1e-9, **small).scored
         sessions += 1
         said = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
         assert (said['status'] == 'finished') == (len(scored) == 3)
@@ -113,7 +113,7 @@ def test_the_bank_changes_nothing(data):
 # ---- tables and records -----------------------------------------------------------------------------------------------
 
 def test_scores_are_those_of_the_saved_weights_on_episodes_that_chose_nothing(small, data, tmp_path):
-    scored,pairs,study = table('a', ROWS, out=tmp_path, shots='1,5', seeds='0,1', **small)
+    scored,pairs,_,study = table('a', ROWS, out=tmp_path, shots='1,5', seeds='0,1', **small)
     assert list(scored.shot) == [1, 5]*6 and set(scored.split) == {'val'} and len(pairs) == 3*2*3
     made = study.global_net(arch='convnet4', epochs=1, schedule='one_cycle', lr=0.1, rotation=False, seed=1)
     want = evaluate(*embed(made.net, plain_dl(study.data, 'val')), 5, 5, 15, 40, seed=1)
@@ -151,3 +151,12 @@ def test_a_reading_takes_only_what_is_given():
 def test_each_experiment_writes_its_table_and_its_figure(small, tmp_path, name, rows, n):
     recipe(name)(out=str(tmp_path), rows=rows, **small)
     assert len(pd.read_csv(tmp_path/f'{name}_val.csv')) == n and (tmp_path/f'{name}_val.png').stat().st_size > 5000
+
+def test_figures_shows_the_same_images_in_each_panel(small, tmp_path):
+    recipe('figures')(out=str(tmp_path), images=8, **small)
+    tsne,relatedness = pd.read_csv(tmp_path/'figure3.csv'),pd.read_csv(tmp_path/'figure5.csv')
+    rows = [of.row.tolist() for _,of in tsne.groupby('network')]
+    assert len(rows) == 3 and rows[0] == rows[1] == rows[2] and len(set(rows[0])) == 40 and tsne.groupby('label').size().eq(24).all()
+    by_support = relatedness.groupby(['softmax','T','support']).weight.sum()
+    assert np.allclose(by_support['decoupled'], 1, atol=1e-5) and np.allclose(by_support['whole'].groupby('T').sum(), 1, atol=1e-5)
+    assert all((tmp_path/f'figure{i}.png').stat().st_size > 5000 for i in (3, 5)) and not (tmp_path/'novel_scorings.jsonl').exists()

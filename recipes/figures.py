@@ -1,0 +1,66 @@
+"""Figures 3 and 5 of arXiv 2107.05583: embeddings of CL, CL+EL and GRDD, and the teacher's relatedness over T
+
+    python recipes/figures.py --data cifar-fs.zip               # with the networks of the other recipes in --out, or new ones
+    python recipes/figures.py --demo                            # two minutes on two cores, no download
+
+Figure 3 is a t-SNE of the same images of the same novel classes in each panel. Figure 5 takes one episode of the validation
+classes; 'whole matrix' is without the relatedness decoupling. Nothing is scored on the novel classes.
+"""
+import numpy as np
+import pandas as pd
+import torch
+from fastcore.meta import delegates
+from fastcore.script import call_parse
+from sklearn.manifold import TSNE
+
+from grdd_fastai.data import plain_dl
+from grdd_fastai.evaluate import embed, sample_episodes
+from grdd_fastai.losses import log_relatedness, relatedness
+from grdd_fastai.plots import plot_relatedness, plot_tsne, save_figure
+from grdd_fastai.tables import CL, EL, GR, table
+
+ROWS = {'CL': CL, 'CL+EL': EL, 'GRDD': GR}
+T = (0.05, 0.1, 0.5, 1., 4.)
+
+
+def tsne(nets, data, n_classes, n_images, seed):
+    "The points of each network (title -> (N, 2)), their classes, and a tidy DataFrame of both"
+    split,rng = data.test,np.random.default_rng(seed)
+    classes = rng.choice(len(split.vocab), min(n_classes, len(split.vocab)), replace=False)
+    rows = np.concatenate([rng.permutation(np.flatnonzero(split.y == c))[:n_images] for c in classes])
+    points,y = {},np.searchsorted(np.sort(classes), split.y[rows])
+    for title,net in nets.items():
+        h = torch.nn.functional.normalize(embed(net, plain_dl(data, 'test'))[0][rows], dim=1).cpu().numpy()
+        points[title] = TSNE(perplexity=min(30, len(rows)//4), init='pca', random_state=seed).fit_transform(h)
+    names = [split.vocab[c] for c in np.sort(classes)]
+    tidy = pd.concat([pd.DataFrame(dict(network=k, row=rows, label=[names[c] for c in y], x=p[:, 0], y=p[:, 1])) for k,p in points.items()])
+    return points,y,names,tidy
+
+def relatedness_over_T(teacher, data, seed):
+    "T -> (whole, decoupled) softmax of the relatedness of one 5-way 1-shot episode, and a tidy DataFrame"
+    h,y = embed(teacher, plain_dl(data, 'val'))
+    support,query = (torch.as_tensor(r[:1]).flatten(1) for r in next(sample_episodes(y, n_episodes=1, seed=seed)))
+    R = relatedness(h[support], h[query])
+    panels = {t:tuple(log_relatedness(R, t, decouple).exp().reshape(R.shape[1:]).cpu().numpy() for decouple in (False, True)) for t in T}
+    tidy = pd.concat([pd.DataFrame(dict(T=t, softmax=name, support=i, query=range(w.shape[1]), weight=w[i]))
+                      for t,pair in panels.items() for name,w in zip(('whole', 'decoupled'), pair) for i in range(len(w))])
+    return panels,tidy
+
+@call_parse
+@delegates(table, but=['name', 'rows', 'keep', 'seeds', 'score', 'results'])
+def main(
+    classes:int=5, # novel classes in Figure 3
+    images:int=100, # of each of them
+    seed:int=0, # of the networks, the images, the t-SNE and the episode
+    **kwargs
+):
+    "Figures 3 and 5: embeddings, relatedness"
+    made = table('figures', ROWS, seeds=seed, **kwargs)
+    if len(made.scored) < len(ROWS): return # stopped
+    nets,out,data = {k:made.made[k, seed]['net'].net for k in ROWS},made.study.out,made.study.data
+    points,y,names,tidy = tsne(nets, data, classes, images, seed)
+    tidy.to_csv(out/'figure3.csv', index=False)
+    save_figure(plot_tsne(points, y, names), out/'figure3.png')
+    panels,tidy = relatedness_over_T(made.made['GRDD', seed]['teacher'].net, data, seed)
+    tidy.to_csv(out/'figure5.csv', index=False)
+    save_figure(plot_relatedness(panels), out/'figure5.png')
