@@ -3,18 +3,22 @@ import math
 from types import SimpleNamespace
 
 from .checkpoint import Stopped
-from .data import category_dls, check_episode, episodic_dls, plain_dl
+from .data import check_episode, plain_dl
 from .errors import UserError
 from .evaluate import embed, evaluate
-from .learners import check_backbone, create_backbone, global_learner, meta_learner
+from .learners import check_backbone, create_backbone
 from .pack import few_shot_data
 from .run import Run
+from .stages import STAGE_ONE, check_schedule, stage_one, stage_two
+from .stages import reading as stage_two_of
 
 __all__ = ['grdd', 'PAPER', 'DEMO']
 
-PAPER = dict(teacher='resnet12', student='resnet12', epochs=90, meta_epochs=15, episodes=400, test_episodes=10_000)
-DEMO  = dict(teacher='convnet4', student='convnet4', epochs=6, meta_epochs=2, episodes=100, test_episodes=2000)
+PAPER = dict(teacher='resnet12', student='resnet12', epochs=90, test_episodes=10_000)
+DEMO  = dict(teacher='convnet4', student='convnet4', epochs=3, test_episodes=2000, meta_epochs=2, episodes=50)
 DEMO_PX = 32
+META = dict(epochs='meta_epochs', schedule='meta_schedule', lr='meta_lr', way='meta_way', query='meta_query', episodes='episodes',
+            per_step='per_step', T='T', gamma='gamma', scale='scale') # of a reading, and what they are called here
 
 
 def grdd(
@@ -26,18 +30,23 @@ def grdd(
     cache:str=None, # folder for decoded images (none: ~/.cache/grdd_fastai)
     teacher:str=None, # global learner phi, a timm model (resnet12; demo: convnet4)
     student:str=None, # meta-learner psi, a timm model (resnet12; demo: convnet4)
-    epochs:int=None, # of stage one (90; demo: 6)
-    meta_epochs:int=None, # of stage two (15; demo: 2)
-    episodes:int=None, # per epoch of stage two (400; demo: 100)
-    test_episodes:int=None, # of the novel classes (10000; demo: 2000)
-    query:int=15, # query images per class and episode
-    per_step:int=1, # episodes per optimiser step
+    epochs:int=None, # of stage one (90; demo: 3)
+    schedule:str='poly', # of stage one: poly, step or one_cycle
+    lr:float=0.05, # initial or highest rate of stage one
     bs:int=None, # images per batch of stage one, before rotation (64; 1% of fewer than 6400 base images, at least 16)
-    lr:float=0.05, # initial rate of stage one, 'poly'
-    meta_lr:float=1e-3, # rate of stage two, x0.1 for its last third
-    T:float=4., # temperature; divides the cosines
-    gamma:float=0.2, # weight of L_rt
-    scale:float=10., # logit scale of L_rt
+    reading:str='best', # of stage two, best or paper: what is not given below, see docs/readings.md
+    meta_epochs:int=None, # of stage two (the reading's; demo: 2)
+    meta_schedule:str=None, # of stage two: poly, step or one_cycle (the reading's)
+    meta_lr:float=None, # initial or highest rate of stage two (the reading's)
+    meta_way:int=None, # classes an episode of stage two (the reading's, or all there are)
+    meta_query:int=None, # query images per class and episode of stage two (the reading's, or all there are)
+    episodes:int=None, # per epoch of stage two (the reading's; demo: 50)
+    per_step:int=None, # episodes per optimiser step (the reading's)
+    T:float=None, # temperature; divides the cosines (the reading's)
+    gamma:float=None, # weight of L_rt (the reading's)
+    scale:float=None, # logit scale of L_rt (the reading's)
+    query:int=15, # query images per class and episode of the novel classes
+    test_episodes:int=None, # of the novel classes (10000; demo: 2000)
     seed:int=0, # of weights, batches, episodes, augmentation and of a random split
     rotation:bool=True, # leave out stage one's rotation task
     independent_teacher:bool=False, # train the teacher apart where it has the student's architecture
@@ -51,20 +60,23 @@ def grdd(
     if demo: px = DEMO_PX
     defaults,given = DEMO if demo else PAPER,{k:v for k,v in locals().items() if k not in ('out','cache','resume','max_minutes')}
     settings = given | {k:given[k] if given[k] is not None else v for k,v in defaults.items()}
+    two = stage_two_of(reading, shot=shot, **{k:settings[name] for k,name in META.items()}, seed=seed)
+    settings |= {name:two[k] for k,name in META.items()}
     s = SimpleNamespace(**settings)
     _check_settings(settings | dict(max_minutes=max_minutes))
+    for name in (s.schedule, s.meta_schedule): check_schedule(name)
     for arch in {s.teacher, s.student}: check_backbone(arch, px)
     share = s.teacher == s.student and not independent_teacher
     plan = ['student_cl'] + ([] if share else ['teacher']) + ['student_grdd', 'evaluation']
     with Run(out, settings, resume, max_minutes, plan) as run:
         if run.result: return run.print(run.result)
-        try: return _stages(run, s, share, cache)
+        try: return _stages(run, s, two, share, cache)
         except Stopped as stop: return run.stopped(stop)
 
 
 def _check_settings(settings):
     "UserError for a number no run can have"
-    bounds = {**dict.fromkeys(('epochs','meta_epochs','episodes','test_episodes','query','per_step','bs'), 'at least 1'),
+    bounds = {**dict.fromkeys(('epochs','meta_epochs','episodes','test_episodes','query','per_step','bs','meta_way','meta_query'), 'at least 1'),
               **dict.fromkeys(('lr','meta_lr','T','scale','max_minutes'), 'positive'), 'gamma':'at least 0', 'seed':'from 0 to 4294967295'}
     ok = {'at least 1':lambda v: v >= 1, 'positive':lambda v: 0 < v < math.inf, 'at least 0':lambda v: 0 <= v < math.inf,
           'from 0 to 4294967295':lambda v: 0 <= v < 2**32}
@@ -72,7 +84,7 @@ def _check_settings(settings):
         if settings[k] is not None and not ok[bound](settings[k]):
             raise UserError(f'--{k.replace("_", "-").lower()} is {settings[k]}: it must be {bound}')
 
-def _stages(run, s, share, cache):
+def _stages(run, s, two, share, cache):
     "Data, stage one, stage two and the novel classes, for settings `s`"
     if s.demo or s.data == 'demo': run.say('*** DEMO: small settings' + (' on drawn characters' if s.data is None else '') + '; not a result about GRDD ***')
     data = few_shot_data('demo' if s.demo and s.data is None else s.data, s.px, cache, s.seed)
@@ -82,22 +94,20 @@ def _stages(run, s, share, cache):
     card = dict(classes=data.train.vocab, px=s.px, stats=data.stats, fingerprint=data.fingerprint, settings={k:v for k,v in run.settings.items() if k != 'data'})
 
     # stage one: global category knowledge, Eq. 2-9
-    def stage_one(name, arch, seed):
+    def train(name, arch, seed):
         run.say(f'stage one: {name}, {arch}')
-        learn = global_learner(category_dls(data, bs=s.bs, seed=seed), arch, rotation=s.rotation, seed=seed, **common)
-        return run.stage(name, learn, lambda learn: learn.fit_poly(s.epochs, s.lr), arch=arch, **card)
-    student_cl,val_cl = stage_one('student_cl', s.student, s.seed)
-    teacher = student_cl if share else stage_one('teacher', s.teacher, s.seed + (s.teacher == s.student))[0]
+        one = STAGE_ONE | dict(arch=arch, epochs=s.epochs, schedule=s.schedule, lr=s.lr, rotation=s.rotation, bs=s.bs, seed=seed)
+        return run.stage(name, *stage_one(data, one, **common), arch=arch, **card)
+    student_cl,val_cl = train('student_cl', s.student, s.seed)
+    teacher = student_cl if share else train('teacher', s.teacher, s.seed + (s.teacher == s.student))[0]
 
     # stage two: relatedness decoupled-distillation, Eq. 10-15
     run.say(f'stage two: {s.student} from {s.teacher}')
-    dls = episodic_dls(data, s.way, s.shot, s.query, s.episodes, s.per_step, seed=s.seed)
-    learn = meta_learner(dls, student_cl, teacher, s.T, s.gamma, s.scale, seed=s.seed, **common)
-    student,val = run.stage('student_grdd', learn, lambda learn: learn.fit_step(s.meta_epochs, s.meta_lr), arch=s.student, **card)
+    student,val = run.stage('student_grdd', *stage_two(data, two, student_cl, teacher, **common), arch=s.student, **card)
 
     # the novel classes, the same episodes for all three and for every seed
     novel,scores = plain_dl(data, 'test'),{}
-    untrained = create_backbone(s.student, len(data.train.vocab), s.px, s.seed).to(dls.device)
+    untrained = create_backbone(s.student, len(data.train.vocab), s.px, s.seed).to(novel.device)
     for name,net in dict(untrained=untrained, cl=student_cl, grdd=student).items():
         scores[name] = evaluate(*embed(net, novel), s.way, s.shot, s.query, s.test_episodes)
         run.log_novel(what=name, accuracy=scores[name].accuracy, ci95=scores[name].ci95, test_episodes=s.test_episodes)

@@ -95,11 +95,12 @@ class Run:
     """`with Run(out, settings) as run:` a recipe whose progress goes to stderr and whose result is stdout's last line
 
     `settings` decide the result; a run is continued only under the same ones. What is finished is kept as files: a stage is
-    done when its weights and their card are there, a run when `result.json` says so. Nothing in the folder is touched before
+    done when its weights and their card are there, a run when `result.json` says so. `wait`s for another process in the folder,
+    or is a UserError. Nothing in the folder is touched before
     `begin`, and nothing that is not a run's own ever.
     """
-    def __init__(self, out, settings, resume=False, max_minutes=None, plan=()):
-        self.out,self.settings,self.resume,self.stdout,self.plan = Path(out).expanduser(),settings,resume,sys.stdout,list(plan)
+    def __init__(self, out, settings, resume=False, max_minutes=None, plan=(), wait=False):
+        self.out,self.settings,self.resume,self.stdout,self.plan,self.wait = Path(out).expanduser(),settings,resume,sys.stdout,list(plan),wait
         self.start,self.seconds_before,self.deadline,self.begun = time.monotonic(),0.,Deadline(max_minutes),False
 
     # ---- the folder ---------------------------------------------------------------------------------------------------
@@ -112,7 +113,7 @@ class Run:
                 self.out.mkdir(parents=True, exist_ok=True)
             except OSError as e: raise UserError(f'the output folder {self.out} cannot be written ({e.strerror}): give --out another') from None
             self.stack.callback(self._leave)
-            self.stack.enter_context(locked(self.out/'.lock', f'another run is at work in {self.out}: wait for it or give --out another'))
+            self.stack.enter_context(locked(self.out/'.lock', None if self.wait else f'another run is at work in {self.out}: wait for it or give --out another'))
             self.stack.enter_context(contextlib.redirect_stdout(sys.stderr))
             self.stack.enter_context(deterministic(self.settings.get('deterministic', False)))
             self.stack.enter_context(self.deadline)

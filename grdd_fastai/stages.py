@@ -1,4 +1,6 @@
 """Both stages as settings: what decides a network, and the Learner and the fit that make it."""
+import numpy as np
+
 from .data import category_dls, episodic_dls
 from .errors import UserError
 from .learners import global_learner, meta_learner
@@ -41,10 +43,11 @@ def stage_two(data, s, student, teacher=None, bank=None, **kwargs):
     """Learner of the meta-learner and its fit, for the settings `s` of a reading
 
     `student`: the stage-one network to start from, or a timm name to start at random; `teacher`: None trains on episodic
-    labels alone (CL+EL); `bank`: the teacher's features of the base images where they are known. An episode has `way` classes,
-    or all base classes where those are fewer.
+    labels alone (CL+EL); `bank`: the teacher's features of the base images where they are known. An episode has `way` classes
+    and `query` queries of each, or as many as there are.
     """
-    dls = episodic_dls(data, min(s['way'], len(data.train.vocab)), s['shot'], s['query'], s['episodes'], s['per_step'], seed=s['seed'])
+    n_images = np.bincount(data.train.y)
+    dls = episodic_dls(data, min(s['way'], len(n_images)), s['shot'], max(1, min(s['query'], n_images.min() - s['shot'])), s['episodes'], s['per_step'], seed=s['seed'])
     distill = None if teacher is None else {k:s[k] for k in DISTILL} | dict(bank=bank)
     learn = meta_learner(dls, student, teacher, s.get('T'), s.get('gamma'), s['scale'], s['mean'], seed=s['seed'], distill=distill, **kwargs)
     return learn,fitting(s)

@@ -33,8 +33,8 @@ class Trained(NamedTuple):
 class Study:
     """Trainings under `out`, each in a folder named by its settings and the data: the same call goes on, or loads what is there
 
-    `max_minutes` is the time for all of them together; `checkpoint.Stopped` when it is used up, with everything saved. Each
-    scoring of the novel classes is logged in the folders `logs`.
+    `max_minutes` is the time for all of them together; `checkpoint.Stopped` when it is used up, with everything saved. Several processes
+    may work in one folder: what one trains the others wait for. Each scoring of the novel classes is logged in the folders `logs`.
     """
     def __init__(self, data, out, max_minutes=None, logs=None):
         self.data,self.out,self.end,self.banks = data,Path(out).expanduser(),None if max_minutes is None else time.monotonic() + 60*max_minutes,{}
@@ -47,7 +47,7 @@ class Study:
     def train(self, kind, arch, settings, make):
         "`Trained` by the Learner and the fit that `make()` returns"
         folder,minutes = self.folder(kind, arch, settings),None if self.end is None else max(1e-9, (self.end - time.monotonic())/60)
-        with Run(folder, settings, resume=True, max_minutes=minutes, plan=['net']) as run:
+        with Run(folder, settings, resume=True, max_minutes=minutes, plan=['net'], wait=True) as run:
             if not run.result:
                 run.say(f'{folder.name}: {json.dumps(settings)}')
                 run.begin(self.data)

@@ -75,7 +75,7 @@ def table(
     given,defaults = locals(),FULL | DEMO if demo else FULL
     s = given | {k:v for k,v in defaults.items() if given[k] is None}
     seeds,shots = numbers('seeds', seeds),numbers('shots', shots)
-    rows = wanted(rows, keep)
+    order,rows = {k:i for i,k in enumerate(rows)},wanted(rows, keep)
     if score not in SPLITS: raise UserError(f'--score is {score}: it is one of {", ".join(SPLITS)}')
     check_schedule(s['schedule'])
     for arch in {s['student'], s['teacher']}: check_backbone(arch, 32)
@@ -100,7 +100,7 @@ def table(
             for shot in shots:
                 scores[key, seed, shot] = study.score(nets['net'], score, shot, s['test_episodes'])
                 say(f'{key}, seed {seed}, {shot}-shot: {scores[key, seed, shot]}')
-            records.append(record(name, key, row, seed, score, shots, nets, scores, data, demo) | dict(order=len(records)))
+            records.append(record(name, key, row, seed, score, shots, nets, scores, data, demo) | dict(order=order[key]))
         if left: break
 
     scored,pairs = frames(rows, records, scores)
@@ -149,7 +149,7 @@ def record(name, key, row, seed, split, shots, made, scores, data, demo):
               for other in row.get('versus', ()) if (other, seed, shots[0]) in scores}
     threads = os.environ.get('OMP_NUM_THREADS')
     return dict(
-        experiment=name, row=key, seed=seed, split=split, supervision='CL' if 'teacher' not in made else 'CL+GR' if made['teacher'] else 'CL+EL',
+        file=f'{re.sub("[^a-z0-9.=]+", "-", key.lower()).strip("-")}-s{seed}-{split}.json', experiment=name, row=key, seed=seed, split=split, supervision='CL' if 'teacher' not in made else 'CL+GR' if made['teacher'] else 'CL+EL',
         phi=made['teacher'].settings['arch'] if made.get('teacher') else None, psi=net.read('net.json')['arch'], paper=None if demo else row.get('paper'),
         scores={f'{shot}-shot':dict(accuracy=round(e.accuracy, 3), ci95=round(e.ci95, 3), n=len(e.episodes), episodes=e.drawn)
                 for shot in shots for e in [scores[key, seed, shot]]},
@@ -165,7 +165,7 @@ def difference(d): return dict(difference=round(d.mean, 3), ci95=round(d.ci95, 3
 def write_record(folder, r):
     folder = Path(folder).expanduser()/r['experiment']
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder/f'{re.sub("[^a-z0-9.=]+", "-", r["row"].lower())}-s{r["seed"]}-{r["split"]}.json', r)
+    write_json(folder/r['file'], r)
 
 def frames(rows, records, scores):
     "Tidy DataFrames: a line per row, seed and shot; a line per comparison, seed and shot, and one over all seeds"

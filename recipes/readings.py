@@ -3,7 +3,8 @@
     python recipes/readings.py --data cifar-fs.zip              # ResNet-12 teacher, 90 epochs: a GPU's work
     python recipes/readings.py --demo                           # eight minutes on two cores, no download
 
-A row changes one thing of BASE. --images is what each stage two trains on; the validation classes tell the readings apart.
+A row changes one thing of BASE. Each stage two trains on --images in one epoch, so that none is chosen; the validation classes tell
+the readings apart.
 docs/readings.md has what was measured.
 """
 from fastcore.meta import delegates
@@ -13,7 +14,7 @@ from grdd_fastai.plots import plot_rows, save_figure
 from grdd_fastai.stages import READINGS
 from grdd_fastai.tables import CL, EL, GR, table
 
-BASE = READINGS['paper'] | dict(way=20, query=6, T=0.1, scale=10., mean=True, schedule='one_cycle', lr=1e-2, epochs=2)
+BASE = READINGS['paper'] | dict(way=20, query=6, T=0.1, scale=10., mean=True, schedule='one_cycle', lr=1e-2, epochs=1)
 SHOT5 = dict(way=10, shot=5, query=9)
 
 CHANGES = { # row -> (kind of row, changes of BASE)
