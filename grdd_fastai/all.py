@@ -11,5 +11,9 @@ from .learners import *
 from .losses import *
 from .models import *
 from .pack import *
+from .plots import *
 from .prepare import *
 from .run import *
+from .stages import *
+from .study import *
+from .tables import *

@@ -3,6 +3,7 @@ import hashlib
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import torch
 from scipy.stats import ttest_1samp
 
@@ -10,7 +11,7 @@ from .data import rows_by_class
 from .errors import UserError
 from .inference import sum_of_cosines
 
-__all__ = ['Evaluation', 'Difference', 'over_seeds', 'features', 'embed', 'sample_episodes', 'evaluate', 'mean_ci95']
+__all__ = ['Evaluation', 'Difference', 'over_seeds', 'compare', 'features', 'embed', 'sample_episodes', 'evaluate', 'mean_ci95']
 
 BLOCK = 500 # episodes drawn at a time
 CHUNK = 2**26 # bytes of features classified at a time
@@ -129,6 +130,28 @@ def over_seeds(
     means,clear = [d.mean for d in differences],{d.clear for d in differences}
     sd = float(np.std(means, ddof=1)) if len(means) > 1 else float('nan')
     return dict(mean=float(np.mean(means)), sd=sd, seeds=len(means), holds=clear.pop() if len(clear) == 1 else 0)
+
+
+def compare(
+    scores, # name -> `Evaluation`, or {training seed: `Evaluation`}, all on the same episodes
+    versus=None, # name -> names it is compared with; None compares each with all before it
+):
+    """Paired differences as a DataFrame: a line per pair and seed and, over several seeds, one of seed 'all'
+
+    `difference` in points, its `ci95`, `p` (paired t-test) and `clear`: 1 or -1 where the interval excludes zero. Over seeds the
+    mean, the standard deviation `sd`, and `clear` only if the order holds in every seed.
+    """
+    scores = {k:v if isinstance(v, dict) else {0:v} for k,v in scores.items()}
+    if versus is None: versus = {k:list(scores)[:i] for i,k in enumerate(scores)}
+    lines = []
+    for row,others in versus.items():
+        for other in others:
+            found = {seed:e - scores[other][seed] for seed,e in scores.get(row, {}).items() if seed in scores.get(other, {})}
+            lines += [dict(row=row, versus=other, seed=seed, difference=d.mean, ci95=d.ci95, p=d.p, clear=d.clear) for seed,d in found.items()]
+            if len(found) < 2: continue
+            over = over_seeds(list(found.values()))
+            lines.append(dict(row=row, versus=other, seed='all', difference=over['mean'], sd=over['sd'], clear=over['holds']))
+    return pd.DataFrame(lines, columns=['row','versus','seed','difference','ci95','p','sd','clear'])
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import pandas as pd
 from .checkpoint import Stopped
 from .data import check_episode
 from .errors import UserError
-from .evaluate import over_seeds
+from .evaluate import compare
 from .learners import check_backbone
 from .pack import few_shot_data
 from .run import git_commit, versions
@@ -104,10 +104,10 @@ def table(
         if left: break
 
     scored,pairs = frames(rows, records, scores)
-    say(f'\n{scored.to_string(index=False)}\n\n{pairs.to_string(index=False)}' if len(pairs) else f'\n{scored.to_string(index=False)}')
+    say(f'\n{scored.to_string(index=False)}\n\n{pairs.to_string(index=False, float_format="{:.3g}".format)}' if len(pairs) else f'\n{scored.to_string(index=False)}')
     out.mkdir(parents=True, exist_ok=True)
     scored.to_csv(out/f'{name}_{score}.csv', index=False)
-    pairs.to_csv(out/f'{name}_{score}_pairs.csv', index=False)
+    pairs.to_csv(out/f'{name}_{score}_pairs.csv', index=False, float_format='%.5g')
     for r in records if results else []: write_record(results, r)
     print(json.dumps(dict(experiment=name, csv=str(out/f'{name}_{score}.csv'), rows=len(scored), demo=demo, status='stopped' if left else 'finished')))
     return Table(scored, pairs, made, study)
@@ -145,6 +145,7 @@ def wanted(rows, keep):
 def record(name, key, row, seed, split, shots, made, scores, data, demo):
     "Everything a reported number needs to be had again, JSON-able"
     net,began = made['net'],made['net'].read('settings.json')
+    def difference(d): return dict(difference=round(d.mean, 3), ci95=round(d.ci95, 3), p=float(f'{d.p:.3g}'))
     versus = {other:{f'{shot}-shot':difference(scores[key, seed, shot] - scores[other, seed, shot]) for shot in shots}
               for other in row.get('versus', ()) if (other, seed, shots[0]) in scores}
     threads = os.environ.get('OMP_NUM_THREADS')
@@ -160,8 +161,6 @@ def record(name, key, row, seed, split, shots, made, scores, data, demo):
         minutes={k:round(t.read('result.json')['seconds']/60, 1) for k,t in made.items() if t},
         date=datetime.date.today().isoformat())
 
-def difference(d): return dict(difference=round(d.mean, 3), ci95=round(d.ci95, 3), p=float(f'{d.p:.3g}'))
-
 def write_record(folder, r):
     folder = Path(folder).expanduser()/r['experiment']
     folder.mkdir(parents=True, exist_ok=True)
@@ -172,14 +171,8 @@ def frames(rows, records, scores):
     scored = [dict(row=r['row'], supervision=r['supervision'], phi=r['phi'], psi=r['psi'], seed=r['seed'], split=r['split'], shot=int(shot[:-5]),
                    accuracy=v['accuracy'], ci95=v['ci95'], n=v['n'], paper=r['paper'], weights=r['weights'][:8])
               for r in records for shot,v in r['scores'].items()]
-    pairs,seeds = [],sorted({seed for _,seed,_ in scores})
-    for key,row in rows.items():
-        for other in row.get('versus', ()):
-            for shot in sorted({shot for *_,shot in scores}):
-                found = {seed:scores[key, seed, shot] - scores[other, seed, shot] for seed in seeds
-                         if {(key, seed, shot), (other, seed, shot)} <= scores.keys()}
-                pairs += [dict(row=key, versus=other, shot=shot, seed=seed, **difference(d), clear=d.clear) for seed,d in found.items()]
-                if len(found) > 1:
-                    o = over_seeds(list(found.values()))
-                    pairs.append(dict(row=key, versus=other, shot=shot, seed='all', difference=round(o['mean'], 3), sd=round(o['sd'], 3), clear=o['holds']))
-    return pd.DataFrame(scored),pd.DataFrame(pairs, columns=['row','versus','shot','seed','difference','ci95','p','sd','clear'])
+    versus,pairs = {k:row.get('versus', ()) for k,row in rows.items()},[]
+    for shot in sorted({shot for *_,shot in scores}):
+        of = {k:{seed:e for (row,seed,s),e in scores.items() if (row, s) == (k, shot)} for k in rows}
+        pairs.append(compare(of, versus).assign(shot=shot))
+    return pd.DataFrame(scored),pd.concat(pairs) if pairs else pd.DataFrame()

@@ -10,7 +10,7 @@ from test_recipes import recipe
 
 from grdd_fastai.data import plain_dl
 from grdd_fastai.errors import UserError
-from grdd_fastai.evaluate import Difference, Evaluation, embed, evaluate, over_seeds
+from grdd_fastai.evaluate import Difference, Evaluation, compare, embed, evaluate, over_seeds
 from grdd_fastai.stages import READINGS, STAGE_ONE, reading, stage_two
 from grdd_fastai.study import Study
 from grdd_fastai.tables import CL, EL, GR, table
@@ -57,6 +57,19 @@ def test_an_order_holds_only_if_every_seed_says_so():
     assert over_seeds([up, up])['holds'] == 1 and over_seeds([down])['holds'] == -1
     assert over_seeds([up, down])['holds'] == over_seeds([up, unclear])['holds'] == 0
     assert over_seeds([up, down]) == dict(mean=0., sd=pytest.approx(np.std([2, -2], ddof=1)), seeds=2, holds=0)
+
+def test_compare_takes_each_with_those_before_it_and_sums_up_over_seeds():
+    "Three models of known distances, two seeds, noise shared by all: by hand"
+    rng = np.random.default_rng(0)
+    noise = {seed:rng.normal(0, 10, 50) for seed in (0, 1)}
+    scores = {k:{seed:Evaluation(60 + up[seed] + e + rng.normal(0, .1, 50)) for seed,e in noise.items()} for k,up in
+              dict(a=(0, 0), b=(1, 3), c=(2, -2)).items()}
+    t = compare(scores).set_index(['row','versus','seed'])
+    assert len(t) == 9 and t.loc['b','a','all'].difference == pytest.approx(2, abs=.1) and t.loc['b','a','all'].sd == pytest.approx(2**.5, abs=.1)
+    assert t.loc['b','a',1].difference == pytest.approx(3, abs=.1) and t.loc['b','a',1].ci95 < .1 and t.loc['b','a',1].p < 1e-9
+    assert t.clear['b','a','all'] == 1 and t.clear['c','a',0] == 1 and t.clear['c','a',1] == -1 and t.clear['c','a','all'] == 0
+    two = compare(dict(x=scores['a'][0], y=scores['b'][0]))
+    assert len(two) == 1 and two.difference[0] == pytest.approx(t.loc['b','a',0].difference)
 
 
 # ---- networks ---------------------------------------------------------------------------------------------------------
