@@ -1,15 +1,13 @@
 """GRDD from raw data to an accuracy: the program behind the recipes, read top to bottom."""
-import math
 from types import SimpleNamespace
 
 from .checkpoint import Stopped
 from .data import check_episode, plain_dl
-from .errors import UserError
 from .evaluate import embed, evaluate
 from .learners import check_backbone, create_backbone
 from .pack import few_shot_data
 from .run import Run
-from .stages import STAGE_ONE, check_schedule, stage_one, stage_two
+from .stages import STAGE_ONE, check_settings, stage_one, stage_two
 from .stages import reading as stage_two_of
 
 __all__ = ['grdd', 'PAPER', 'DEMO']
@@ -63,8 +61,7 @@ def grdd(
     two = stage_two_of(reading, shot=shot, **{k:settings[name] for k,name in META.items()}, seed=seed)
     settings |= {name:two[k] for k,name in META.items()}
     s = SimpleNamespace(**settings)
-    _check_settings(settings | dict(max_minutes=max_minutes))
-    for name in (s.schedule, s.meta_schedule): check_schedule(name)
+    check_settings(settings | dict(max_minutes=max_minutes))
     for arch in {s.teacher, s.student}: check_backbone(arch, px)
     share = s.teacher == s.student and not independent_teacher
     plan = ['student_cl'] + ([] if share else ['teacher']) + ['student_grdd', 'evaluation']
@@ -73,16 +70,6 @@ def grdd(
         try: return _stages(run, s, two, share, cache)
         except Stopped as stop: return run.stopped(stop)
 
-
-def _check_settings(settings):
-    "UserError for a number no run can have"
-    bounds = {**dict.fromkeys(('epochs','meta_epochs','episodes','test_episodes','query','per_step','bs','meta_way','meta_query'), 'at least 1'),
-              **dict.fromkeys(('lr','meta_lr','T','scale','max_minutes'), 'positive'), 'gamma':'at least 0', 'seed':'from 0 to 4294967295'}
-    ok = {'at least 1':lambda v: v >= 1, 'positive':lambda v: 0 < v < math.inf, 'at least 0':lambda v: 0 <= v < math.inf,
-          'from 0 to 4294967295':lambda v: 0 <= v < 2**32}
-    for k,bound in bounds.items():
-        if settings[k] is not None and not ok[bound](settings[k]):
-            raise UserError(f'--{k.replace("_", "-").lower()} is {settings[k]}: it must be {bound}')
 
 def _stages(run, s, two, share, cache):
     "Data, stage one, stage two and the novel classes, for settings `s`"

@@ -1,11 +1,13 @@
 """Both stages as settings: what decides a network, and the Learner and the fit that make it."""
+import math
+
 import numpy as np
 
 from .data import category_dls, episodic_dls
 from .errors import UserError
 from .learners import global_learner, meta_learner
 
-__all__ = ['STAGE_ONE', 'READINGS', 'SCHEDULES', 'reading', 'stage_one', 'stage_two', 'check_schedule']
+__all__ = ['STAGE_ONE', 'READINGS', 'SCHEDULES', 'reading', 'stage_one', 'stage_two', 'check_settings']
 
 SCHEDULES = ('poly', 'step', 'one_cycle')
 
@@ -26,12 +28,19 @@ def reading(name, **changes):
     if name not in READINGS: raise UserError(f'unknown reading {name!r}: it is one of {", ".join(READINGS)}')
     return READINGS[name] | {k:v for k,v in changes.items() if v is not None}
 
-def check_schedule(name):
-    if name not in SCHEDULES: raise UserError(f'unknown schedule {name!r}: it is one of {", ".join(SCHEDULES)}')
+BOUNDS = {**dict.fromkeys(('epochs','teacher_epochs','meta_epochs','episodes','test_episodes','query','per_step','bs','meta_way','meta_query','images'), 'at least 1'),
+          **dict.fromkeys(('lr','meta_lr','T','scale','max_minutes'), 'positive'), 'gamma':'at least 0', 'seed':'from 0 to 4294967295',
+          **dict.fromkeys(('schedule','meta_schedule'), f'one of {", ".join(SCHEDULES)}')}
+WITHIN = {'at least 1':lambda v: v >= 1, 'positive':lambda v: 0 < v < math.inf, 'at least 0':lambda v: 0 <= v < math.inf,
+          'from 0 to 4294967295':lambda v: 0 <= v < 2**32, BOUNDS['schedule']:lambda v: v in SCHEDULES}
+
+def check_settings(settings):
+    "UserError for a setting, by the name of its flag, that no run can have; None is not given"
+    for k,bound in BOUNDS.items():
+        if (v := settings.get(k)) is not None and not WITHIN[bound](v): raise UserError(f'--{k.replace("_", "-").lower()} is {v}: it must be {bound}')
 
 def fitting(s):
     "The fit of settings `s`: a function of the Learner"
-    check_schedule(s['schedule'])
     return lambda learn: getattr(learn, f'fit_{s["schedule"]}')(s['epochs'], s['lr'])
 
 def stage_one(data, s, **kwargs):

@@ -1,7 +1,9 @@
 """Networks of an experiment: each trained once, in a run named by its settings, and scored on the very same episodes as all others."""
 import hashlib
 import json
+import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,7 +49,7 @@ class Study:
     def train(self, kind, arch, settings, make):
         "`Trained` by the Learner and the fit that `make()` returns"
         folder,minutes = self.folder(kind, arch, settings),None if self.end is None else max(1e-9, (self.end - time.monotonic())/60)
-        with Run(folder, settings, resume=True, max_minutes=minutes, plan=['net'], wait=True) as run:
+        with redirect_stdout(sys.stderr), Run(folder, settings, resume=True, max_minutes=minutes, plan=['net'], wait=True) as run:
             if not run.result:
                 run.say(f'{folder.name}: {json.dumps(settings)}')
                 run.begin(self.data)

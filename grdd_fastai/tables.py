@@ -16,8 +16,8 @@ from .errors import UserError
 from .evaluate import compare
 from .learners import check_backbone
 from .pack import few_shot_data
-from .run import git_commit, versions
-from .stages import check_schedule
+from .run import device_name, git_commit, versions
+from .stages import check_settings
 from .stages import reading as stage_two_of
 from .storage import write_json
 from .study import SPLITS, VALID, Study
@@ -47,7 +47,7 @@ class Table(NamedTuple):
 
 def table(
     name, # of the experiment: names its files
-    rows, # row name -> row: see `CL`, `EL`, `GR`; `versus` names the rows it is compared with, `paper` gives the paper's accuracy
+    rows, # row name -> row: see `CL`, `EL`, `GR`; `versus` names the rows it is compared with, `paper` the paper's accuracy by (data set, phi, psi)
     keep:str=None, # the rows wanted, separated by commas (all)
     data:str=None, # raw data set in any layout of data/README.md (none: fetch CIFAR-FS)
     out:str='runs/experiments', # folder for networks, tables and figures; networks there are used again
@@ -77,7 +77,7 @@ def table(
     seeds,shots = numbers('seeds', seeds),numbers('shots', shots)
     order,rows = {k:i for i,k in enumerate(rows)},wanted(rows, keep)
     if score not in SPLITS: raise UserError(f'--score is {score}: it is one of {", ".join(SPLITS)}')
-    check_schedule(s['schedule'])
+    for seed in seeds: check_settings(s | dict(seed=seed))
     for arch in {s['student'], s['teacher']}: check_backbone(arch, 32)
     out = Path(out).expanduser()
     say(f'*** DEMO: small settings{"" if data else " on drawn characters"}; not a result about GRDD ***' if demo else f'{name}: {len(rows)} rows, seeds {seeds}')
@@ -148,16 +148,18 @@ def record(name, key, row, seed, split, shots, made, scores, data, demo):
     def difference(d): return dict(difference=round(d.mean, 3), ci95=round(d.ci95, 3), p=float(f'{d.p:.3g}'))
     versus = {other:{f'{shot}-shot':difference(scores[key, seed, shot] - scores[other, seed, shot]) for shot in shots}
               for other in row.get('versus', ()) if (other, seed, shots[0]) in scores}
-    threads = os.environ.get('OMP_NUM_THREADS')
+    threads,supervision = os.environ.get('OMP_NUM_THREADS'),'CL' if 'teacher' not in made else 'CL+GR' if made['teacher'] else 'CL+EL'
+    phi,psi = made['teacher'].settings['arch'] if made.get('teacher') else None,net.read('net.json')['arch']
     return dict(
-        file=f'{re.sub("[^a-z0-9.=]+", "-", key.lower()).strip("-")}-s{seed}-{split}.json', experiment=name, row=key, seed=seed, split=split, supervision='CL' if 'teacher' not in made else 'CL+GR' if made['teacher'] else 'CL+EL',
-        phi=made['teacher'].settings['arch'] if made.get('teacher') else None, psi=net.read('net.json')['arch'], paper=None if demo else row.get('paper'),
+        file=f'{re.sub("[^a-z0-9.=]+", "-", key.lower()).strip("-")}-s{seed}-{split}.json', experiment=name, row=key, seed=seed, split=split,
+        supervision=supervision, phi=phi, psi=psi, paper=row.get('paper', {}).get((data.name, phi, psi)),
         scores={f'{shot}-shot':dict(accuracy=round(e.accuracy, 3), ci95=round(e.ci95, 3), n=len(e.episodes), episodes=e.drawn)
                 for shot in shots for e in [scores[key, seed, shot]]},
         versus=versus, val_accuracy_of_the_epoch_kept=round(net.read('net.json')['val_accuracy'], 3),
         command=(f'OMP_NUM_THREADS={threads} ' if threads else '') + shlex.join(['python', *sys.argv]),
         settings=net.settings, weights=net.read('net.json')['sha256'], data=dict(name=data.name, fingerprint=data.fingerprint), demo=demo,
-        commit=began['commit'], scored_at_commit=git_commit(), device=began['device'], torch_threads=began['torch_threads'], versions=versions(),
+        commit=began['commit'], scored_at_commit=git_commit(), device=began['device'], scored_on=device_name(),
+        torch_threads=began['torch_threads'], versions=versions(),
         minutes={k:round(t.read('result.json')['seconds']/60, 1) for k,t in made.items() if t},
         date=datetime.date.today().isoformat())
 

@@ -37,4 +37,4 @@ def main(
     "Figure 4: the components of GRDD"
     two = stage_two_of(reading)
     made = table('ablations', ablations(two['way']*two['shot']), rows, reading=reading, **kwargs)
-    save_figure(plot_rows(made.scored, 'Components of GRDD'), made.path('ablations'))
+    if len(made.scored): save_figure(plot_rows(made.scored, 'Components of GRDD'), made.path('ablations'))

@@ -91,4 +91,4 @@ def main(
 ):
     "What the paper leaves open, measured"
     made = table('readings', readings(images or (5000 if demo else 400_000), stage_one_epochs or (4 if demo else 40)), rows, demo=demo, **kwargs)
-    save_figure(plot_rows(made.scored, 'Readings'), made.path('readings'))
+    if len(made.scored): save_figure(plot_rows(made.scored, 'Readings'), made.path('readings'))

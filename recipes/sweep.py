@@ -26,6 +26,7 @@ def main(
     "Figure 6: gamma and T"
     made = table('sweep', ROWS, rows, **kwargs)
     scored = made.scored
+    if scored.empty: return # stopped
     values = scored.assign(symbol=scored.row.str.split('=').str[0], value=scored.row.str.extract('=(.*)', expand=False).astype(float))
     sweeps = {symbol:values[values.symbol == symbol] for symbol in ('gamma', 'T') if (values.symbol == symbol).any()}
     lines = {k:scored[scored.row == k].accuracy.mean() for k in ('CL', 'CL+EL') if (scored.row == k).any()}

@@ -17,7 +17,7 @@ from grdd_fastai.tables import CL, EL, GR, table
 
 SMALL = dict(student='convnet4', teacher='convnet4_128', epochs=1, teacher_epochs=1, schedule='one_cycle', lr=0.1, rotation=False, meta_epochs=1,
              episodes=2, test_episodes=40)
-ROWS = {'CL':CL, 'CL+EL':EL | dict(versus=['CL']), 'GRDD':GR | dict(versus=['CL','CL+EL'], paper=69.3)}
+ROWS = {'CL':CL, 'CL+EL':EL | dict(versus=['CL']), 'GRDD':GR | dict(versus=['CL','CL+EL'], paper={('set0', 'convnet4_128', 'convnet4'):69.3})}
 
 @pytest.fixture
 def small(csv_set, cache): return SMALL | dict(data=str(csv_set), cache=str(cache))
@@ -92,10 +92,11 @@ def test_a_row_comes_to_the_same_bits_alone_and_among_others(small, tmp_path):
 def test_stopped_after_every_step_it_comes_to_the_same_bits(small, tmp_path, capsys):
     small,sessions = small | dict(episodes=5),0
     table('a', ROWS, out=tmp_path/'a', **small)
+    capsys.readouterr()
     while True:
         scored = table('a', ROWS, out=tmp_path/'b', max_minutes=1e-9, **small).scored
         sessions += 1
-        said = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+        said = json.loads(capsys.readouterr().out) # the result alone
         assert (said['status'] == 'finished') == (len(scored) == 3)
         if len(scored) == 3: break
     assert 8 < sessions < 20 and weights(tmp_path/'a') == weights(tmp_path/'b')
@@ -148,8 +149,9 @@ def test_records_hold_what_a_number_needs_and_novel_scorings_are_logged_once(sma
     assert set(r['versus']) == {'CL','CL+EL'} and r['scores']['1-shot']['n'] == 40 and r['settings']['teacher']['arch'] == 'convnet4_128'
 
 @pytest.mark.parametrize('wrong, says', [(dict(keep='CL,ELL'), "no row 'ELL': the rows are CL, CL"), (dict(score='test'), '--score is test'),
-    (dict(seeds='0;1'), "--seeds is '0;1'"), (dict(reading='worst'), "unknown reading 'worst'"), (dict(schedule='cosine'), "unknown schedule 'cosine'"),
-    (dict(student='convnet5'), "unknown backbone 'convnet5'"), (dict(shots='10'), 'too few for 10 support')])
+    (dict(seeds='0;1'), "--seeds is '0;1'"), (dict(reading='worst'), "unknown reading 'worst'"), (dict(schedule='cosine'), "--schedule is cosine"),
+    (dict(student='convnet5'), "unknown backbone 'convnet5'"), (dict(shots='10'), 'too few for 10 support'), (dict(seeds='-1'), '--seed is -1'), (dict(epochs=0), '--epochs is 0'),
+    (dict(meta_lr=-1.), '--meta-lr is -1')])
 def test_wrong_settings_are_one_sentence(small, tmp_path, wrong, says):
     with pytest.raises(UserError, match=says): table('a', ROWS, out=tmp_path/'x', **small | wrong)
     assert not (tmp_path/'x').exists()
