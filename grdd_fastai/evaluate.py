@@ -91,7 +91,7 @@ class Evaluation:
     @property
     def ci95(self): return mean_ci95(self.episodes)[1]
     def __sub__(self, other):
-        "`Difference`, paired: both on the very same episodes, or a UserError"
+        "`Difference`, paired: both on the very same episodes (of images with the same labels), or a UserError"
         if self.drawn != other.drawn or len(self.episodes) != len(other.episodes): raise UserError(
             f'a difference needs the same episodes, not {self.drawn} and {other.drawn}: evaluate both with the same data, way, shot, '
             'query, episodes and seed')
@@ -174,6 +174,6 @@ def evaluate(
             support,query = (torch.as_tensor(rows[at:at+size], device=h.device).flatten(1) for rows in block)
             s_y,q_y = (torch.arange(n_way, device=h.device).repeat_interleave(k).expand(len(support), -1) for k in (k_shot, n_query))
             accs.append((classifier(h[support], s_y, h[query]).argmax(-1) == q_y).float().mean(1).cpu())
-    classes = hashlib.sha256(y.cpu().numpy().tobytes()).hexdigest()[:8]
+    classes = hashlib.sha256(y.long().cpu().numpy().tobytes()).hexdigest()[:8]
     drawn = f'{n_episodes} of {n_way} way {k_shot} shot {n_query} query, seed {seed}, {len(y)} images {classes}'
     return Evaluation(100 * torch.cat(accs).double().numpy(), drawn)

@@ -7,8 +7,7 @@ from .evaluate import embed, evaluate
 from .learners import check_backbone, create_backbone
 from .pack import few_shot_data
 from .run import Run
-from .stages import STAGE_ONE, check_settings, stage_one, stage_two
-from .stages import reading as stage_two_of
+from .stages import STAGE_ONE, check_settings, stage_one, stage_two, stage_two_settings
 
 __all__ = ['grdd', 'PAPER', 'DEMO']
 
@@ -58,7 +57,7 @@ def grdd(
     if demo: px = DEMO_PX
     defaults,given = DEMO if demo else PAPER,{k:v for k,v in locals().items() if k not in ('out','cache','resume','max_minutes')}
     settings = given | {k:given[k] if given[k] is not None else v for k,v in defaults.items()}
-    two = stage_two_of(reading, shot=shot, **{k:settings[name] for k,name in META.items()}, seed=seed)
+    two = stage_two_settings(reading, shot=shot, **{k:settings[name] for k,name in META.items()}, seed=seed)
     settings |= {name:two[k] for k,name in META.items()}
     s = SimpleNamespace(**settings)
     check_settings(settings | dict(max_minutes=max_minutes))

@@ -19,20 +19,20 @@ from safetensors.torch import load_file, save
 
 from .checkpoint import Checkpoint, Deadline, SkipBatches, StopOnNaN, load_checkpoint, previous
 from .errors import UserError
-from .storage import atomic_write, digest, locked, on_cpu, write_json
+from .storage import Busy, atomic_write, digest, locked, on_cpu, write_json
 
-__all__ = ['Run', 'git_commit', 'device_name', 'versions', 'log_line', 'save_weights', 'load_weights', 'deterministic']
+__all__ = ['Run', 'git_commit', 'device_name', 'save_weights', 'load_weights', 'deterministic']
 
-STAGES = ('student_cl', 'teacher', 'student_grdd')
+STAGES = ('student_cl', 'teacher', 'student_grdd', 'net')
 
 
 @cache
 def git_commit():
-    "Commit of the checkout this package runs from, '+' if it was changed since; None outside one"
+    "Commit of the checkout this package runs from, '+' if its code was changed since; None outside one"
     def git(*args): return subprocess.run(['git', '-C', Path(__file__).parent, *args], capture_output=True, text=True, check=True).stdout.strip()
     try:
         git('ls-files', '--error-unmatch', Path(__file__).name) # not somebody's repository around an installed package
-        return git('rev-parse', 'HEAD') + ('+' if git('status', '--porcelain', '--untracked-files=no') else '')
+        return git('rev-parse', 'HEAD') + ('+' if git('status', '--porcelain', '--untracked-files=no', '--', '.', '../recipes', '../pyproject.toml') else '')
     except (OSError, subprocess.CalledProcessError): return None
 
 @cache
@@ -45,11 +45,14 @@ def device_name():
 
 def versions(): return {k:version(k) for k in ('torch','torchvision','timm','fastai','albumentations','pandas','numpy')}
 
-def log_line(path, **scoring):
-    "Append a scoring of the novel classes, with time and commit, to the JSON lines at `path`"
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, 'a') as f: f.write(json.dumps(dict(time=now, commit=git_commit(), **scoring)) + '\n')
+def now(): return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')
+
+def log_line(path, scoring):
+    "Append a scoring of the novel classes to the JSON lines at `path`, if it is not there already"
+    path,line = Path(path),json.dumps(scoring, sort_keys=True) + '\n'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and line in path.read_text().splitlines(keepends=True): return
+    with open(path, 'a') as f: f.write(line)
 
 def save_weights(model, path, **card):
     "`model` as `path`.safetensors, the same bytes for the same weights, and `card` with their checksum as `path`.json"
@@ -113,7 +116,8 @@ class Run:
                 self.out.mkdir(parents=True, exist_ok=True)
             except OSError as e: raise UserError(f'the output folder {self.out} cannot be written ({e.strerror}): give --out another') from None
             self.stack.callback(self._leave)
-            self.stack.enter_context(locked(self.out/'.lock', None if self.wait else f'another run is at work in {self.out}: wait for it or give --out another'))
+            self._lock()
+            self.start = time.monotonic()
             self.stack.enter_context(contextlib.redirect_stdout(sys.stderr))
             self.stack.enter_context(deterministic(self.settings.get('deterministic', False)))
             self.stack.enter_context(self.deadline)
@@ -126,6 +130,18 @@ class Run:
     def __exit__(self, kind, error, tb):
         self.stack.close()
         if kind and kind is not SystemExit: print(file=sys.stderr) # end the line a progress bar may have left
+
+    def _lock(self):
+        "The folder for this process alone, at once or, with `wait`, when its holder is done"
+        said = False
+        while True:
+            try: return self.stack.enter_context(locked(self.out/'.lock', f'another run is at work in {self.out}: wait for it or give --out another'))
+            except Busy:
+                if not self.wait: raise
+                if stop := self.deadline.check(): raise stop from None
+            if not said: self.say(f'another process is at work in {self.out}: waiting for it')
+            said = True
+            time.sleep(0.5)
 
     def _leave(self):
         "A folder made for a run that never began goes"
@@ -233,6 +249,6 @@ class Run:
 
     def log_novel(self, **scoring):
         "Append a scoring of the novel classes to the run's record"
-        log_line(self.out/'novel_scorings.jsonl', **scoring)
+        log_line(self.out/'novel_scorings.jsonl', dict(time=now(), commit=git_commit(), **scoring))
 
 def _plain(result): return {k:None if isinstance(v, float) and not math.isfinite(v) else v for k,v in result.items()} # JSON has no NaN

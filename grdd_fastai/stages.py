@@ -7,7 +7,7 @@ from .data import category_dls, episodic_dls
 from .errors import UserError
 from .learners import global_learner, meta_learner
 
-__all__ = ['STAGE_ONE', 'READINGS', 'SCHEDULES', 'reading', 'stage_one', 'stage_two', 'check_settings']
+__all__ = ['STAGE_ONE', 'READINGS', 'SCHEDULES', 'stage_two_settings', 'stage_one', 'stage_two', 'check_settings']
 
 SCHEDULES = ('poly', 'step', 'one_cycle')
 
@@ -23,12 +23,12 @@ READINGS = dict(
 DISTILL = ('decouple', 'kl_weight', 'hinton', 'reverse', 'reduction', 'center', 'teacher_view') # of `RelatednessDistiller`
 
 
-def reading(name, **changes):
-    "Settings of stage two: the reading `name` with what `changes` gives other than None"
-    if name not in READINGS: raise UserError(f'unknown reading {name!r}: it is one of {", ".join(READINGS)}')
-    return READINGS[name] | {k:v for k,v in changes.items() if v is not None}
+def stage_two_settings(reading, **changes):
+    "Settings of stage two: a reading by name, with what `changes` gives other than None"
+    if reading not in READINGS: raise UserError(f'unknown reading {reading!r}: it is one of {", ".join(READINGS)}')
+    return READINGS[reading] | {k:v for k,v in changes.items() if v is not None}
 
-BOUNDS = {**dict.fromkeys(('epochs','teacher_epochs','meta_epochs','episodes','test_episodes','query','per_step','bs','meta_way','meta_query','images'), 'at least 1'),
+BOUNDS = {**dict.fromkeys(('epochs','teacher_epochs','meta_epochs','episodes','test_episodes','query','per_step','bs','meta_way','meta_query','images','classes','stage_one_epochs'), 'at least 1'),
           **dict.fromkeys(('lr','meta_lr','T','scale','max_minutes'), 'positive'), 'gamma':'at least 0', 'seed':'from 0 to 4294967295',
           **dict.fromkeys(('schedule','meta_schedule'), f'one of {", ".join(SCHEDULES)}')}
 WITHIN = {'at least 1':lambda v: v >= 1, 'positive':lambda v: 0 < v < math.inf, 'at least 0':lambda v: 0 <= v < math.inf,

@@ -16,7 +16,11 @@ try:
 except ImportError: # Windows: no locks
     fcntl = None
 
-__all__ = ['atomic_write', 'write_json', 'on_cpu', 'digest', 'save_tensors', 'load_tensors', 'locked']
+__all__ = ['Busy', 'atomic_write', 'write_json', 'on_cpu', 'digest', 'save_tensors', 'load_tensors', 'locked']
+
+
+class Busy(UserError):
+    "Another process holds a lock"
 
 
 def atomic_write(path, content):
@@ -85,5 +89,5 @@ def locked(path, busy=None):
     except OSError as e: raise UserError(f'{Path(path).parent} cannot be written ({e.strerror}): give another folder') from None
     with f:
         try: fcntl.flock(f, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
-        except BlockingIOError: raise UserError(busy) from None
+        except BlockingIOError: raise Busy(busy) from None
         yield

@@ -9,12 +9,13 @@ from typing import NamedTuple
 
 import torch
 
+from .callbacks import autocast_dtype
 from .data import plain_dl
 from .evaluate import Evaluation, embed, evaluate
 from .learners import create_backbone
-from .run import Run, log_line
+from .run import Run, device_name, git_commit, log_line, now
 from .stages import STAGE_ONE, stage_one, stage_two
-from .storage import load_tensors, save_tensors
+from .storage import load_tensors, locked, save_tensors
 
 __all__ = ['Study', 'Trained', 'SPLITS']
 
@@ -66,10 +67,15 @@ class Study:
     def bank(self, teacher):
         "The teacher's features of the clean base images (N, D), computed once"
         if teacher.folder not in self.banks:
-            path = teacher.folder/'bank.safetensors'
-            if not path.exists(): save_tensors(path, dict(h=embed(teacher.net, plain_dl(self.data, 'train'))[0]), {})
-            self.banks[teacher.folder] = load_tensors(path)[0]['h']
+            path,of = teacher.folder/'bank.safetensors',dict(weights=teacher.read('net.json')['sha256'])
+            with locked(teacher.folder/'.lock'):
+                if not path.exists() or load_tensors(path)[1] != of: save_tensors(path, dict(h=self.embed(teacher.net, 'train')[0]), of)
+                self.banks[teacher.folder] = load_tensors(path)[0]['h']
         return self.banks[teacher.folder]
+
+    def embed(self, net, split):
+        dl = plain_dl(self.data, split)
+        return embed(net.to(dl.device), dl, autocast_dtype(torch.device(dl.device)))
 
     def meta_net(self, student, teacher, s):
         "Stage two from a `Trained` student by the settings `s` of a reading: CL+EL where `teacher` is None, else CL+GR"
@@ -81,14 +87,21 @@ class Study:
         return self.train('gr' if teacher else 'el', student.settings['arch'], full, make)
 
     def score(self, trained, split, shot=1, n=10_000):
-        "`Evaluation` on `n` 5-way episodes of the 'val' or 'novel' classes: measured once, then read; the novel ones are logged"
-        path,meta = trained.folder/f'{split}_{shot}shot_{n}.safetensors',dict(weights=trained.read('net.json')['sha256'])
-        if path.exists():
-            tensors,found = load_tensors(path)
-            if found['weights'] == meta['weights']: return Evaluation(tensors['episodes'].numpy(), found['drawn'])
-        h,y = embed(trained.net, plain_dl(self.data, SPLITS[split]))
-        scored = evaluate(h, y, VALID['n_way'], shot, VALID['n_query'], n, EPISODES_SEED[split])
-        for folder in self.logs if split == 'novel' else []:
-            log_line(folder/'novel_scorings.jsonl', what=trained.folder.name, shot=shot, accuracy=scored.accuracy, ci95=scored.ci95, test_episodes=n)
-        save_tensors(path, dict(episodes=torch.as_tensor(scored.episodes)), meta | dict(drawn=scored.drawn))
+        "`Evaluation` on `n` 5-way episodes of the 'val' or 'novel' classes: measured once, then read; a novel one is in each log"
+        with locked(trained.folder/'.lock'):
+            scored,about = self._scored(trained, split, shot, n)
+        line = dict(what=trained.folder.name, shot=shot, accuracy=scored.accuracy, ci95=scored.ci95, test_episodes=n) | about
+        for folder in self.logs if split == 'novel' else []: log_line(folder/'novel_scorings.jsonl', line)
         return scored
+
+    def _scored(self, trained, split, shot, n):
+        "`Evaluation`, and when and by which commit it was made"
+        path,weights = trained.folder/f'{split}_{shot}shot_{n}.safetensors',trained.read('net.json')['sha256']
+        if path.exists():
+            tensors,meta = load_tensors(path)
+            if meta['weights'] == weights and 'about' in meta: return Evaluation(tensors['episodes'].numpy(), meta['drawn']),meta['about']
+        scored = evaluate(*self.embed(trained.net, SPLITS[split]), VALID['n_way'], shot, VALID['n_query'], n, EPISODES_SEED[split])
+        scored.drawn += f', {split} classes of {self.data.fingerprint[:8]}'
+        about = dict(time=now(), commit=git_commit(), device=device_name())
+        save_tensors(path, dict(episodes=torch.as_tensor(scored.episodes)), dict(weights=weights, drawn=scored.drawn, about=about))
+        return scored,about

@@ -1,7 +1,8 @@
 """Rows of settings to a table of accuracies: the program behind the recipes of the paper's experiments, read top to bottom."""
 import datetime
+import hashlib
+import itertools
 import json
-import os
 import re
 import shlex
 import sys
@@ -17,8 +18,7 @@ from .evaluate import compare
 from .learners import check_backbone
 from .pack import few_shot_data
 from .run import device_name, git_commit, versions
-from .stages import check_settings
-from .stages import reading as stage_two_of
+from .stages import check_settings, stage_two_settings
 from .storage import write_json
 from .study import SPLITS, VALID, Study
 
@@ -40,15 +40,16 @@ class Table(NamedTuple):
     "What `table` made: tidy scores and paired differences, the networks of each (row, seed), and their `Study`"
     scored: pd.DataFrame
     pairs: pd.DataFrame
-    made: dict
+    nets: dict
     study: Study
+    failed: list
     def path(self, name): return self.study.out/f'{name}_{self.scored.split.iloc[0]}.png'
 
 
 def table(
     name, # of the experiment: names its files
-    rows, # row name -> row: see `CL`, `EL`, `GR`; `versus` names the rows it is compared with, `paper` the paper's accuracy by (data set, phi, psi)
-    keep:str=None, # the rows wanted, separated by commas (all)
+    rows, # row name -> row: see `CL`, `EL`, `GR`; `versus` names the rows it is compared with, `paper` the paper's 1-shot accuracy by (data set, phi, psi)
+    keep:str=None, # the rows wanted, separated by commas (all); those they are compared with come along
     data:str=None, # raw data set in any layout of data/README.md (none: fetch CIFAR-FS)
     out:str='runs/experiments', # folder for networks, tables and figures; networks there are used again
     results:str=None, # folder that takes a record of each row as well (the project's own: results)
@@ -82,35 +83,40 @@ def table(
     out = Path(out).expanduser()
     say(f'*** DEMO: small settings{"" if data else " on drawn characters"}; not a result about GRDD ***' if demo else f'{name}: {len(rows)} rows, seeds {seeds}')
     data = few_shot_data('demo' if demo and data is None else data, 32, cache)
-    for split in (data.val, data.test): check_episode(split, VALID['n_way'], max(shots), VALID['n_query'])
+    for split in (data.val, data.test):
+        for shot in shots: check_episode(split, VALID['n_way'], shot, VALID['n_query'])
 
     logs = [out, *([Path(results).expanduser()] if results else [])]
-    study,made,scores,records,left = Study(data, out, max_minutes, logs),{},{},[],[]
+    study,nets,scores,failed,stop = Study(data, out, max_minutes, logs),{},{},[],None
+    two = stage_two_settings(reading, epochs=s['meta_epochs'], lr=meta_lr, episodes=s['episodes'])
     common = dict(schedule=s['schedule'], lr=s['lr'], rotation=rotation and not demo)
-    two = stage_two_of(reading, epochs=s['meta_epochs'], lr=meta_lr, episodes=s['episodes'])
     roles = dict(student=dict(arch=s['student'], epochs=s['epochs'], **common), teacher=dict(arch=s['teacher'], epochs=s['teacher_epochs'], **common))
-    for seed in seeds:
-        for key,row in rows.items():
-            try: nets = made[key, seed] = train(study, row, roles, seed, two)
-            except Stopped as stop:
-                left.append(f'{key}, seed {seed}{stop.where}')
-                say(f'stopped ({stop}): left to do are {left[0]} and all after it; the same command goes on')
-                if stop.code: sys.exit(stop.code)
-                break
+    for seed,key in itertools.product(seeds, rows):
+        try:
+            nets[key, seed] = train(study, rows[key], roles, seed, two)
             for shot in shots:
-                scores[key, seed, shot] = study.score(nets['net'], score, shot, s['test_episodes'])
+                scores[key, seed, shot] = study.score(nets[key, seed]['net'], score, shot, s['test_episodes'])
                 say(f'{key}, seed {seed}, {shot}-shot: {scores[key, seed, shot]}')
-            records.append(record(name, key, row, seed, score, shots, nets, scores, data, demo) | dict(order=order[key]))
-        if left: break
+        except Stopped as e:
+            stop = e
+            break
+        except UserError as e: # a row that diverges leaves the others their turn
+            failed.append(f'{key}, seed {seed}: {e}')
+            say(f'failed: {failed[-1]}')
 
+    records = [record(name, key, rows[key], seed, score, shots, made, scores, data) | dict(order=order[key])
+               for (key,seed),made in nets.items() if (key, seed, shots[-1]) in scores]
     scored,pairs = frames(rows, records, scores)
-    say(f'\n{scored.to_string(index=False)}\n\n{pairs.to_string(index=False, float_format="{:.3g}".format)}' if len(pairs) else f'\n{scored.to_string(index=False)}')
-    out.mkdir(parents=True, exist_ok=True)
-    scored.to_csv(out/f'{name}_{score}.csv', index=False)
-    pairs.to_csv(out/f'{name}_{score}_pairs.csv', index=False, float_format='%.5g')
+    if records:
+        say(f'\n{scored.to_string(index=False)}\n')
+        if len(pairs): say(pairs.to_string(index=False, float_format='{:.3g}'.format) + '\n')
+        scored.to_csv(out/f'{name}_{score}.csv', index=False)
+        pairs.to_csv(out/f'{name}_{score}_pairs.csv', index=False, float_format='%.5g')
     for r in records if results else []: write_record(results, r)
-    print(json.dumps(dict(experiment=name, csv=str(out/f'{name}_{score}.csv'), rows=len(scored), demo=demo, status='stopped' if left else 'finished')))
-    return Table(scored, pairs, made, study)
+    if stop: say(f'stopped ({stop}) at {key}, seed {seed}{stop.where}: the same command goes on')
+    print(json.dumps(dict(experiment=name, csv=str(out/f'{name}_{score}.csv'), rows=len(scored), failed=failed, demo=demo, status='stopped' if stop else 'finished')))
+    if stop and stop.code: sys.exit(stop.code)
+    return Table(scored, pairs, nets, study, failed)
 
 
 def train(study, row, roles, seed, two):
@@ -120,7 +126,7 @@ def train(study, row, roles, seed, two):
     student = one(psi, seed)
     if 'stage_two' not in row: return dict(net=student)
     teacher = None
-    if phi == psi: teacher = one(phi, seed + 1) if row.get('independent') else student
+    if phi and roles[phi] == roles[psi]: teacher = one(phi, seed + 1) if row.get('independent') else student
     elif phi: teacher = one(phi, 0) # one teacher for every seed
     return dict(student=student, teacher=teacher, net=study.meta_net(student, teacher, two | row['stage_two'] | dict(seed=seed)))
 
@@ -130,38 +136,46 @@ def train(study, row, roles, seed, two):
 def say(text): print(text, file=sys.stderr, flush=True)
 
 def numbers(name, text):
-    try: return [int(v) for v in str(text).split(',')]
+    try: return list(dict.fromkeys(int(v) for v in str(text).split(',')))
     except ValueError: raise UserError(f'--{name} is {text!r}: give whole numbers separated by commas, such as 0,1,2') from None
 
 def wanted(rows, keep):
+    "The rows of `keep` and those they are compared with, in the experiment's order"
     if keep is None: return rows
     keep = [k.strip() for k in keep.split(',')]
     if unknown := [k for k in keep if k not in rows]: raise UserError(f'no row {unknown[0]!r}: the rows are {", ".join(rows)}')
-    return {k:rows[k] for k in keep}
+    keep += [other for k in keep for other in rows[k].get('versus', ())]
+    return {k:row for k,row in rows.items() if k in keep}
 
 
 # ---- what came of it --------------------------------------------------------------------------------------------------
 
-def record(name, key, row, seed, split, shots, made, scores, data, demo):
+def record(name, key, row, seed, split, shots, made, scores, data):
     "Everything a reported number needs to be had again, JSON-able"
-    net,began = made['net'],made['net'].read('settings.json')
-    def difference(d): return dict(difference=round(d.mean, 3), ci95=round(d.ci95, 3), p=float(f'{d.p:.3g}'))
+    net = made['net']
+    def trained(t):
+        began,card = t.read('settings.json'),t.read('net.json')
+        return {k:began[k] for k in ('commit','device','torch_threads','versions')} | dict(
+            run=t.folder.name, arch=card['arch'], weights=card['sha256'], val_accuracy=round(card['val_accuracy'], 3),
+            minutes=round(t.read('result.json')['seconds']/60, 1))
+    networks = {k:trained(t) for k,t in made.items() if t}
+    def difference(d): return dict(difference=round(d.mean, 3), ci95=round(d.ci95, 3), p=float(f'{d.p:.3g}'), clear=d.clear)
     versus = {other:{f'{shot}-shot':difference(scores[key, seed, shot] - scores[other, seed, shot]) for shot in shots}
-              for other in row.get('versus', ()) if (other, seed, shots[0]) in scores}
-    threads,supervision = os.environ.get('OMP_NUM_THREADS'),'CL' if 'teacher' not in made else 'CL+GR' if made['teacher'] else 'CL+EL'
-    phi,psi = made['teacher'].settings['arch'] if made.get('teacher') else None,net.read('net.json')['arch']
+              for other in row.get('versus', ()) if (other, seed, shots[-1]) in scores}
+    phi,psi = networks['teacher']['arch'] if 'teacher' in networks else None,networks['net']['arch']
+    same = hashlib.sha256(json.dumps([_no_seed(net.settings), data.fingerprint], sort_keys=True).encode()).hexdigest()[:6] # but for the seed
+    slug = re.sub('[^a-z0-9.=]+', '-', key.lower()).strip('-')
     return dict(
-        file=f'{re.sub("[^a-z0-9.=]+", "-", key.lower()).strip("-")}-s{seed}-{split}.json', experiment=name, row=key, seed=seed, split=split,
-        supervision=supervision, phi=phi, psi=psi, paper=row.get('paper', {}).get((data.name, phi, psi)),
+        file=f'{slug}-{same}-s{seed}-{split}.json', experiment=name, row=key, same=same, seed=seed, split=split,
+        supervision='CL+GR' if phi else 'CL+EL' if 'student' in networks else 'CL', phi=phi, psi=psi,
+        paper=row.get('paper', {}).get((data.name, phi, psi)),
         scores={f'{shot}-shot':dict(accuracy=round(e.accuracy, 3), ci95=round(e.ci95, 3), n=len(e.episodes), episodes=e.drawn)
                 for shot in shots for e in [scores[key, seed, shot]]},
-        versus=versus, val_accuracy_of_the_epoch_kept=round(net.read('net.json')['val_accuracy'], 3),
-        command=(f'OMP_NUM_THREADS={threads} ' if threads else '') + shlex.join(['python', *sys.argv]),
-        settings=net.settings, weights=net.read('net.json')['sha256'], data=dict(name=data.name, fingerprint=data.fingerprint), demo=demo,
-        commit=began['commit'], scored_at_commit=git_commit(), device=began['device'], scored_on=device_name(),
-        torch_threads=began['torch_threads'], versions=versions(),
-        minutes={k:round(t.read('result.json')['seconds']/60, 1) for k,t in made.items() if t},
-        date=datetime.date.today().isoformat())
+        versus=versus, settings=net.settings, networks=networks, data=dict(name=data.name, fingerprint=data.fingerprint),
+        command=f'OMP_NUM_THREADS={networks["net"]["torch_threads"]} ' + shlex.join(['python', *sys.argv]),
+        scored=dict(commit=git_commit(), device=device_name(), versions=versions(), date=datetime.date.today().isoformat()))
+
+def _no_seed(settings): return {k:_no_seed(v) if isinstance(v, dict) else v for k,v in settings.items() if k != 'seed'}
 
 def write_record(folder, r):
     folder = Path(folder).expanduser()/r['experiment']
@@ -171,7 +185,7 @@ def write_record(folder, r):
 def frames(rows, records, scores):
     "Tidy DataFrames: a line per row, seed and shot; a line per comparison, seed and shot, and one over all seeds"
     scored = [dict(row=r['row'], supervision=r['supervision'], phi=r['phi'], psi=r['psi'], seed=r['seed'], split=r['split'], shot=int(shot[:-5]),
-                   accuracy=v['accuracy'], ci95=v['ci95'], n=v['n'], paper=r['paper'], weights=r['weights'][:8])
+                   accuracy=v['accuracy'], ci95=v['ci95'], n=v['n'], paper=r['paper'] if shot == '1-shot' else None, weights=r['networks']['net']['weights'][:8])
               for r in records for shot,v in r['scores'].items()]
     versus,pairs = {k:row.get('versus', ()) for k,row in rows.items()},[]
     for shot in sorted({shot for *_,shot in scores}):

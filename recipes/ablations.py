@@ -10,7 +10,7 @@ from fastcore.meta import delegates
 from fastcore.script import call_parse
 
 from grdd_fastai.plots import plot_rows, save_figure
-from grdd_fastai.stages import reading as stage_two_of
+from grdd_fastai.stages import stage_two_settings
 from grdd_fastai.tables import CL, EL, GR, table
 
 
@@ -20,11 +20,11 @@ def ablations(n_support):
     return {
         'CL':                     CL,
         'CL+EL':                  EL | dict(versus=['CL']),
-        'w/o RDD':                GR | dict(versus=['CL', 'CL+EL'], stage_two=whole),
-        'w/o RDD matched weight': GR | dict(versus=['w/o RDD'], stage_two=whole | dict(kl_weight=float(n_support))),
-        'w/o L_rt':               GR | dict(versus=['CL', 'CL+EL'], stage_two=dict(gamma=0.)),
-        'GRDD mean of groups':    GR | dict(versus=['w/o RDD'], stage_two=dict(reduction='mean')),
-        'GRDD':                   GR | dict(versus=['CL', 'CL+EL', 'w/o RDD', 'w/o RDD matched weight', 'w/o L_rt']),
+        'w/o RDD':                GR | dict(versus=['CL', 'CL+EL', 'GRDD'], stage_two=whole),
+        'w/o RDD matched weight': GR | dict(versus=['CL', 'CL+EL', 'GRDD'], stage_two=whole | dict(kl_weight=float(n_support))),
+        'w/o L_rt':               GR | dict(versus=['CL', 'CL+EL', 'GRDD'], stage_two=dict(gamma=0.)),
+        'GRDD mean of groups':    GR | dict(versus=['CL', 'CL+EL', 'w/o RDD'], stage_two=dict(reduction='mean')),
+        'GRDD':                   GR | dict(versus=['CL', 'CL+EL']),
     }
 
 @call_parse
@@ -35,6 +35,6 @@ def main(
     **kwargs
 ):
     "Figure 4: the components of GRDD"
-    two = stage_two_of(reading)
+    two = stage_two_settings(reading)
     made = table('ablations', ablations(two['way']*two['shot']), rows, reading=reading, **kwargs)
     if len(made.scored): save_figure(plot_rows(made.scored, 'Components of GRDD'), made.path('ablations'))

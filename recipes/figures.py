@@ -14,9 +14,11 @@ from fastcore.script import call_parse
 from sklearn.manifold import TSNE
 
 from grdd_fastai.data import plain_dl
+from grdd_fastai.errors import UserError
 from grdd_fastai.evaluate import embed, sample_episodes
 from grdd_fastai.losses import log_relatedness, relatedness
 from grdd_fastai.plots import plot_relatedness, plot_tsne, save_figure
+from grdd_fastai.stages import check_settings
 from grdd_fastai.tables import CL, EL, GR, table
 
 ROWS = {'CL': CL, 'CL+EL': EL, 'GRDD': GR}
@@ -55,12 +57,14 @@ def main(
     **kwargs
 ):
     "Figures 3 and 5: embeddings, relatedness"
+    check_settings(dict(classes=classes, images=images, seed=seed))
+    if classes*images < 8: raise UserError(f'{classes} classes of {images} images are too few to show: give --classes or --images more')
     made = table('figures', ROWS, seeds=seed, **kwargs)
     if len(made.scored) < len(ROWS): return # stopped
-    nets,out,data = {k:made.made[k, seed]['net'].net for k in ROWS},made.study.out,made.study.data
+    nets,out,data = {k:made.nets[k, seed]['net'].net for k in ROWS},made.study.out,made.study.data
     points,y,names,tidy = tsne(nets, data, classes, images, seed)
     tidy.to_csv(out/'figure3.csv', index=False)
     save_figure(plot_tsne(points, y, names), out/'figure3.png')
-    panels,tidy = relatedness_over_T(made.made['GRDD', seed]['teacher'].net, data, seed)
+    panels,tidy = relatedness_over_T(made.nets['GRDD', seed]['teacher'].net, data, seed)
     tidy.to_csv(out/'figure5.csv', index=False)
     save_figure(plot_relatedness(panels), out/'figure5.png')

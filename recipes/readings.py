@@ -10,8 +10,9 @@ docs/readings.md has what was measured.
 from fastcore.meta import delegates
 from fastcore.script import call_parse
 
+from grdd_fastai.errors import UserError
 from grdd_fastai.plots import plot_rows, save_figure
-from grdd_fastai.stages import READINGS
+from grdd_fastai.stages import READINGS, check_settings
 from grdd_fastai.tables import CL, EL, GR, table
 
 BASE = READINGS['paper'] | dict(way=20, query=6, T=0.1, scale=10., mean=True, schedule='one_cycle', lr=1e-2, epochs=1)
@@ -70,25 +71,28 @@ STAGE_ONE = { # CL alone; with rotation a quarter of the epochs, for the same nu
 
 def sized(two, images):
     "`two` with as many episodes an epoch as `images` fill"
-    return two | dict(episodes=round(images/two['epochs']/(two['way']*(two['shot'] + two['query']))))
+    return two | dict(episodes=max(1, round(images/two['epochs']/(two['way']*(two['shot'] + two['query'])))))
 
 def readings(images, epochs):
     def one(change): return ONE | dict(epochs=epochs//4 if change.get('rotation') else epochs) | change
-    versus = dict(versus=['CL', 'CL+EL'])
+    def versus(k, *others): return dict(versus=[o for o in others if o != k])
     return {'CL': CL,
-            **{k:kind | versus | dict(stage_two=sized(BASE | change, images)) for k,(kind,change) in CHANGES.items()},
-            **{k:GR | versus | dict(stage_two=sized(READINGS['paper'] | dict(epochs=BASE['epochs']) | change, images)) for k,change in PAPER.items()},
-            **{k:CL | dict(versus=['stage one'], stage_one=one(change)) for k,change in STAGE_ONE.items()}}
+            **{k:kind | versus(k, 'CL', 'CL+EL') | dict(stage_two=sized(BASE | change, images)) for k,(kind,change) in CHANGES.items()},
+            **{k:GR | versus(k, 'CL', 'CL+EL') | dict(stage_two=sized(READINGS['paper'] | dict(epochs=BASE['epochs']) | change, images)) for k,change in PAPER.items()},
+            **{k:CL | versus(k, 'stage one') | dict(stage_one=one(change)) for k,change in STAGE_ONE.items()}}
 
 @call_parse
 @delegates(table, but=['name', 'keep', 'reading', 'meta_epochs', 'meta_lr', 'episodes'])
 def main(
     rows:str=None, # the rows wanted, separated by commas (all)
-    images:int=None, # each stage two trains on (400000; demo: 5000)
+    images:int=None, # each stage two trains on (400000; demo: 2000)
     stage_one_epochs:int=None, # of the rows on stage one, a multiple of 4 (40; demo: 4)
     demo:bool=False, # small settings, and the embedded data set unless --data is given
     **kwargs
 ):
     "What the paper leaves open, measured"
-    made = table('readings', readings(images or (5000 if demo else 400_000), stage_one_epochs or (4 if demo else 40)), rows, demo=demo, **kwargs)
+    check_settings(dict(images=images, stage_one_epochs=stage_one_epochs))
+    images,stage_one_epochs = images or (2000 if demo else 400_000),stage_one_epochs or (4 if demo else 40)
+    if stage_one_epochs % 4: raise UserError(f'--stage-one-epochs is {stage_one_epochs}: it must be a multiple of 4, a quarter is trained with rotation')
+    made = table('readings', readings(images, stage_one_epochs), rows, demo=demo, **kwargs)
     if len(made.scored): save_figure(plot_rows(made.scored, 'Readings'), made.path('readings'))

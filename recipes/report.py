@@ -17,63 +17,67 @@ CLASSES = dict(val='validation', novel='novel')
 MARKS = '<!-- measured: written by recipes/report.py -->','<!-- /measured -->'
 HEAD = '''# Results
 
-Written by `python recipes/report.py` from the [records](results/): each row links those of its training seeds, and a record holds the
-command, commit, settings, data fingerprint, device and wall time. Accuracies are 5-way, 15 queries a class, in percent, by the sum of
-cosines; the interval is 95% over episodes. Differences are paired, on the very same episodes, in points: **bold** where the interval
-excludes zero on one side in every seed, and only such an ordering counts. The validation classes choose; the novel ones are scored at
-the end. The paper's numbers are on the novel classes, at 90 + 15 epochs with a ResNet-12 teacher; where ours are not, the record says so.
+Written by `python recipes/report.py` from the [records](results/): each row links those of its training seeds. A record holds the
+command, seed, settings, data fingerprint, the commit of the scoring and commit, device, threads and minutes of each network's training;
+its command, at the commit of the scoring, gives the number again. Accuracies are 5-way, 15 queries a class, in percent, by the sum of
+cosines; ± is the 95% interval over episodes, sd the standard deviation over training seeds. Differences are paired, on the very same
+episodes, in points; one is **bold** where there are several seeds and every seed's interval lies on the same side of zero: only such an
+ordering counts. A seed is one of the student's two stages; a teacher of another architecture is the same network for all of them. The
+validation classes choose; the novel ones are scored at the end. The paper's numbers are on the novel classes at 90 + 15 epochs, and
+stand only beside its own architectures.
 '''
 
 
 def records(folder):
-    "experiment -> split -> row -> its records by seed, in the order of the experiment's rows"
+    "experiment -> split -> (row, its settings but for the seed) -> its records by seed, in the order of the experiment's rows"
     found = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    for r in sorted((json.loads(p.read_text()) for p in Path(folder).glob('*/*.json')), key=lambda r: (r['order'], r['seed'])):
-        found[r['experiment']][r['split']][r['row']].append(r)
+    for r in sorted((json.loads(p.read_text()) for p in Path(folder).glob('*/*.json')), key=lambda r: (r['order'], r['same'], r['seed'])):
+        found[r['experiment']][r['split']][r['row'], r['same']].append(r)
     return found
 
-def mean_sd(values): return f'{statistics.mean(values):.2f}' + (f' (sd {statistics.stdev(values):.2f})' if len(values) > 1 else '')
+def over_seeds(values, sign=''): return f'{statistics.mean(values):{sign}.2f} (sd {statistics.stdev(values):.2f})'
 
 def accuracy(rs, shot):
     of = [r['scores'][shot] for r in rs if shot in r['scores']]
-    if not of: return ''
-    return mean_sd([o['accuracy'] for o in of]) if len(of) > 1 else f"{of[0]['accuracy']:.2f} ± {of[0]['ci95']:.2f}"
+    if len(of) > 1: return over_seeds([o['accuracy'] for o in of])
+    return f"{of[0]['accuracy']:.2f} ± {of[0]['ci95']:.2f}" if of else ''
 
 def compared(rs, shot):
-    "Differences with each row it is compared with: a mean over seeds, bold if every seed's interval lies on the same side of zero"
+    "Differences with each row it is compared with: over several seeds the mean, bold if the order holds in each"
     cells = []
     for other in dict.fromkeys(o for r in rs for o in r['versus']):
         ds = [r['versus'][other][shot] for r in rs if shot in r['versus'].get(other, {})]
-        if not ds: continue
-        sides = {(d['difference'] > d['ci95']) - (d['difference'] < -d['ci95']) for d in ds}
-        text = f"{statistics.mean(d['difference'] for d in ds):+.2f}" + (f' (sd {statistics.stdev(d["difference"] for d in ds):.2f})' if len(ds) > 1 else
-                                                                       f" ± {ds[0]['ci95']:.2f}")
-        cells.append(f'{other} ' + (f'**{text}**' if sides in ({1}, {-1}) else text))
+        if len(ds) == 1: cells.append(f"{other} {ds[0]['difference']:+.2f} ± {ds[0]['ci95']:.2f}")
+        if len(ds) < 2: continue
+        text,holds = over_seeds([d['difference'] for d in ds], '+'),{d['clear'] for d in ds} in ({1}, {-1})
+        cells.append(f'{other} ' + (f'**{text}**' if holds else text))
     return '; '.join(cells)
 
 def section(rows, split, root):
     shots = sorted({shot for rs in rows.values() for r in rs for shot in r['scores']})
     paper = any(r['paper'] for rs in rows.values() for r in rs)
-    head = ['row', 'phi → psi', *(f'{shot}, {CLASSES[split]}' for shot in shots), *(['paper', 'ours - paper'] if paper else []), *(f'difference, {s}' for s in shots), 'records']
+    head = ['row', 'phi → psi', *(f'{shot}, {CLASSES[split]}' for shot in shots), *(['paper, 1-shot', 'ours - paper'] if paper else []),
+            *(f'difference, {s}' for s in shots), 'records']
     lines = [f'| {" | ".join(head)} |', '|' + '---|'*len(head)]
-    for row,rs in rows.items():
+    for (row,_),rs in rows.items():
         r = rs[0]
         cells = [row, f"{r['phi']} → {r['psi']}" if r['phi'] else r['psi'], *(accuracy(rs, s) for s in shots)]
         if paper:
-            ours = statistics.mean(x['scores'][shots[0]]['accuracy'] for x in rs)
-            cells += [f"{r['paper'] or ''}", f"{ours - r['paper']:+.1f}" if r['paper'] and split == 'novel' else '']
+            ours = [x['scores']['1-shot']['accuracy'] for x in rs if '1-shot' in x['scores']]
+            cells += [f"{r['paper'] or ''}", f"{statistics.mean(ours) - r['paper']:+.1f}" if r['paper'] and ours and split == 'novel' else '']
         cells += [*(compared(rs, s) for s in shots), ' '.join(f"[{x['seed']}]({root}{x['experiment']}/{x['file']})" for x in rs)]
         lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
 
 def about(rows):
-    "What the records of a table have in common"
+    "What the records of a table have in common, and what its networks took"
     rs = [r for of in rows.values() for r in of]
-    each = lambda get: ', '.join(sorted({str(get(r)) for r in rs}))
-    n = each(lambda r: next(iter(r['scores'].values()))['n'])
-    return (f"{each(lambda r: r['data']['name'])} (fingerprint {each(lambda r: r['data']['fingerprint'][:8])}), {n} episodes, "
-            f"{each(lambda r: r['device'])}, {each(lambda r: r['torch_threads'])} thread(s) a training, torch {each(lambda r: r['versions']['torch'])}; "
-            f"{sum(max(r['minutes'].values()) if r['supervision'] == 'CL' else r['minutes']['net'] for r in rs)/60:.1f} hours of training in all.")
+    nets = {n['run']:n for r in rs for n in r['networks'].values()}
+    def each(values): return ', '.join(sorted({str(v) for v in values}))
+    return (f"{each(r['data']['name'] for r in rs)} (fingerprint {each(r['data']['fingerprint'][:8] for r in rs)}), "
+            f"{each(s['n'] for r in rs for s in r['scores'].values())} episodes; {len(nets)} networks, {sum(n['minutes'] for n in nets.values())/60:.1f} hours on "
+            f"{each(n['device'] for n in nets.values())}, threads a training: {each(n['torch_threads'] for n in nets.values())}, "
+            f"torch {each(n['versions']['torch'] for n in nets.values())}.")
 
 def novel_log(path):
     if not path.exists(): return 'The novel classes have not been scored yet.'

@@ -29,5 +29,5 @@ def main(
     if scored.empty: return # stopped
     values = scored.assign(symbol=scored.row.str.split('=').str[0], value=scored.row.str.extract('=(.*)', expand=False).astype(float))
     sweeps = {symbol:values[values.symbol == symbol] for symbol in ('gamma', 'T') if (values.symbol == symbol).any()}
-    lines = {k:scored[scored.row == k].accuracy.mean() for k in ('CL', 'CL+EL') if (scored.row == k).any()}
+    lines = {f'{row}, {shot}-shot':of.accuracy.mean() for (row,shot),of in scored[scored.row.isin(['CL', 'CL+EL'])].groupby(['row', 'shot'])}
     if sweeps: save_figure(plot_sweep(sweeps, lines), made.path('sweep'))

@@ -12,22 +12,22 @@ ROOT = Path(__file__).parent.parent
 REAL = Path(os.environ.get('CIFAR_FS', ROOT.parent/'shared'/'data'/'cifar-fs.zip'))
 
 
-def write_images(folder, names, px=16, seed=0, hue=0.):
+def write_images(folder, names, px=16, seed=0, hue=0., amplitude=90):
     "PNGs whose colour says their class a little and whose noise is their own; `hue` places the class"
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
-    base = 127 + 90*np.sin(2*np.pi*(hue + np.arange(3)/3))
+    base = 127 + amplitude*np.sin(2*np.pi*(hue + np.arange(3)/3))
     for name in names:
         (folder/name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray((base + rng.normal(0, 40, (px, px, 3))).clip(0, 255).astype(np.uint8)).save(folder/name)
 
-def write_csv_set(root, n_classes=(6, 6, 6), n_images=20, px=16):
+def write_csv_set(root, n_classes=(6, 6, 6), n_images=20, px=16, amplitude=90):
     "Split CSVs and images/: classes `<split><i>` of `n_images` each"
     for s,n in zip(('train','val','test'), n_classes):
         rows = []
         for c in range(n):
             names = [f'{s}{c}/{i:02d}.png' for i in range(n_images)]
-            write_images(root/'images', names, px, seed=hash_seed(s, c), hue=c/n)
+            write_images(root/'images', names, px, hash_seed(s, c), c/n, amplitude)
             rows += [(f, f'{s}{c}') for f in names]
         pd.DataFrame(rows, columns=['filename','label']).to_csv(root/f'{s}.csv', index=False)
     return root

@@ -13,12 +13,13 @@ from test_recipes import recipe
 RECORDS = sorted((ROOT/'results').glob('*/*.json'))
 
 def score(accuracy, ci95=.2): return dict(accuracy=accuracy, ci95=ci95, n=10_000, episodes='')
-def versus(difference, ci95=.1): return {'CL':{'1-shot':dict(difference=difference, ci95=ci95, p=.01)}}
+def versus(difference, ci95=.1): return {'CL':{'1-shot':dict(difference=difference, ci95=ci95, p=.01, clear=(difference > ci95) - (difference < -ci95))}}
 
-def made_up(row, seed, accuracy, vs=None, order=0, split='novel', paper=None):
+def made_up(row, seed, accuracy, vs=None, order=0, split='novel', paper=None, same='x', minutes=30.):
+    net = dict(run=f'{row}-{seed}', device='cpu', torch_threads=1, versions=dict(torch='2'), minutes=minutes)
     return dict(experiment='table2', row=row, seed=seed, split=split, supervision='CL', phi=None, psi='convnet4', paper=paper, scores={'1-shot':score(accuracy)},
-                versus=vs or {}, order=order, file=f'{row.lower()}-s{seed}-{split}.json', data=dict(name='d', fingerprint='f'*64), device='cpu',
-                torch_threads=1, versions=dict(torch='2'), minutes=dict(net=30.))
+                versus=vs or {}, order=order, same=same, file=f'{row.lower()}-{same}-s{seed}-{split}.json', data=dict(name='d', fingerprint='f'*64),
+                networks=dict(net=net, teacher=net | dict(run='teacher')))
 
 @pytest.fixture
 def checkout(tmp_path):
@@ -39,7 +40,8 @@ def row_of(text, name): return [c.strip() for c in next(line for line in text.sp
 def test_means_over_seeds_and_the_papers_number_by_hand(checkout):
     text = checkout([made_up('CL', 0, 60., paper=64.6), made_up('CL', 1, 62., paper=64.6), made_up('GRDD', 0, 63.3, versus(3.3), 1), made_up('GRDD', 1, 64.3, versus(2.3), 1)])
     assert row_of(text, 'CL')[2:5] == ['61.00 (sd 1.41)', '64.6', '-3.6']
-    assert row_of(text, 'GRDD')[5] == 'CL **+2.80 (sd 0.71)**' and row_of(text, 'GRDD')[6] == '[0](results/table2/grdd-s0-novel.json) [1](results/table2/grdd-s1-novel.json)'
+    assert row_of(text, 'GRDD')[5] == 'CL **+2.80 (sd 0.71)**' and row_of(text, 'GRDD')[6] == '[0](results/table2/grdd-x-s0-novel.json) [1](results/table2/grdd-x-s1-novel.json)'
+    assert '5 networks, 2.5 hours' in text # the teacher once
 
 @pytest.mark.parametrize('second, bold', [(2., True), (.05, False), (-2., False)])
 def test_an_order_is_bold_only_if_it_holds_in_every_seed(checkout, second, bold):
@@ -48,6 +50,10 @@ def test_an_order_is_bold_only_if_it_holds_in_every_seed(checkout, second, bold)
 
 def test_on_validation_classes_nothing_is_subtracted_from_the_papers_novel_number(checkout):
     assert row_of(checkout([made_up('CL', 0, 60., split='val', paper=64.6)]), 'CL')[2:5] == ['60.00 ± 0.20', '64.6', '']
+
+def test_other_settings_are_another_line_and_one_seed_is_never_bold(checkout):
+    text = checkout([made_up('CL', 0, 60.), made_up('GRDD', 0, 63., versus(3.), 1), made_up('GRDD', 1, 61., versus(1.), 1, same='y')])
+    assert text.count('| GRDD |') == 2 and '**' not in text.split('## Table 2')[1]
 
 
 @pytest.mark.skipif(not RECORDS, reason='no records in results/')
@@ -59,12 +65,13 @@ def test_what_is_committed_is_what_the_records_say(tmp_path):
 @pytest.mark.parametrize('path', RECORDS, ids=lambda p: f'{p.parent.name}/{p.stem}')
 def test_a_record_names_a_clean_commit_and_a_command_that_parses(path):
     r = json.loads(path.read_text())
-    assert re.fullmatch('[0-9a-f]{40}', r['commit']) and re.fullmatch('[0-9a-f]{40}', r['scored_at_commit']) and not r['demo']
-    assert path.name == r['file'] and len(r['data']['fingerprint']) == len(r['weights']) == 64 and r['device'] and r['minutes']['net'] > 0
+    for commit in (r['scored']['commit'], *(n['commit'] for n in r['networks'].values())): assert re.fullmatch('[0-9a-f]{40}', commit)
+    assert path.name == r['file'] and len(r['data']['fingerprint']) == len(r['networks']['net']['weights']) == 64
+    assert all(n['device'] and n['minutes'] > 0 for n in r['networks'].values()) and 'demo' not in r['command']
     words = [w for w in shlex.split(r['command']) if not re.fullmatch(r'[A-Z_]+=\d+', w)]
     assert words[0] == 'python' and words[1] == f'recipes/{r["experiment"]}.py'
     args = vars(anno_parser(runpy.run_path(str(ROOT/words[1]))['main'].__wrapped__).parse_args(words[2:]))
-    assert args['score'] == r['split'] and str(r['seed']) in args['seeds'].split(',') and (args['rows'] is None or r['row'] in args['rows'].split(','))
+    assert args['score'] == r['split'] and str(r['seed']) in args['seeds'].split(',')
     for scores in r['scores'].values(): assert scores['n'] >= 10_000 and 20 < scores['accuracy'] < 100 and 0 < scores['ci95'] < 1
 
 def test_every_novel_record_is_in_the_log():
