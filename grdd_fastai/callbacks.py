@@ -111,6 +111,9 @@ class Rotation(LossTerm):
 
 # ---- stage two --------------------------------------------------------------------------------------------------------
 
+TEACHER_OUTPUTS = ('features', 'logits', 'probabilities')
+
+
 class RelatednessDistiller(LossTerm):
     """Distil the frozen `teacher`'s query-support relatedness: kl_weight * L_kl + gamma * L_rt (Eq. 10-15)
 
@@ -120,7 +123,7 @@ class RelatednessDistiller(LossTerm):
     parts = ('L_kl', 'L_rt')
     def __init__(self,
         teacher, # the global learner phi, a timm model or module
-        T=4., # temperature; it divides the cosines, so T=1/4 multiplies them by 4
+        T=0.1, # temperature; it divides the cosines, so T=1/4 multiplies them by 4 (the paper: 4)
         gamma=0.2, # weight of L_rt
         decouple=True, # one softmax per support image; False: one over the whole matrix ('w/o RDD')
         kl_weight=1., # weight of L_kl
@@ -129,11 +132,14 @@ class RelatednessDistiller(LossTerm):
         reduction='sum', # of the groups' KL: 'sum' (Eq. 12) or 'mean'
         center=False, # subtract each episode's mean feature before the cosines
         teacher_view='clean', # the teacher sees 'clean' base images, embedded once, or the 'same' augmented ones
+        teacher_output='features', # the teacher's relatedness is of its 'features' h (Eq. 10), 'logits' or 'probabilities' p
         bank=None, # the teacher's features of the clean base images (N, D), where they are known
     ):
+        if teacher_output not in TEACHER_OUTPUTS: raise ValueError(f"teacher_output is one of {', '.join(TEACHER_OUTPUTS)}, not {teacher_output!r}")
+        if teacher_output != 'features' and not getattr(teacher, 'num_classes', 0): raise ValueError(f'teacher_output={teacher_output!r} needs a teacher with its classifier')
         if teacher_view not in ('clean', 'same'): raise ValueError(f"teacher_view is 'clean' or 'same', not {teacher_view!r}")
         self.teacher,self.gamma,self.center,self.teacher_view = teacher,gamma,center,teacher_view
-        self.bank,self.bank_of = bank,None
+        self.teacher_output,self.bank,self.bank_of = teacher_output,bank,None
         self.kl,self.kl_weight = dict(T=T, decouple=decouple, reverse=reverse, reduction=reduction),kl_weight*(T*T if hinton else 1)
 
     def before_fit(self):
@@ -148,10 +154,17 @@ class RelatednessDistiller(LossTerm):
             self.bank,self.bank_of = self.bank.to(self.dls.device),bank_of
             if len(self.bank) != (n := len(self.dls.train.dataset)): raise ValueError(f'a bank of {len(self.bank)} features for {n} base images')
 
+    @torch.no_grad()
     def teacher_features(self):
-        "The teacher's features of the batch's images, (B, D)"
+        "What the teacher makes of the batch's images, (B, D)"
+        h = self.batch_features()
+        if self.teacher_output == 'features': return h
+        p = self.teacher.get_classifier()(h.float())
+        return p.softmax(1) if self.teacher_output == 'probabilities' else p
+
+    def batch_features(self):
         if self.teacher_view == 'same':
-            with torch.no_grad(), amp(self.dls.device, self.amp): return features(self.teacher, self.xb[0])
+            with amp(self.dls.device, self.amp): return features(self.teacher, self.xb[0])
         if self.rows_epoch != self.dl.epoch: # the epoch's own draw, once more
             self.rows_epoch,self.rows = self.dl.epoch,torch.as_tensor(self.dl.get_idxs(), device=self.bank.device)
         return self.bank[self.rows[self.iter*self.dl.bs:][:len(self.xb[0])]]

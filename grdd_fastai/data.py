@@ -127,12 +127,12 @@ class EpisodicDL(SeededDL):
                 for c in rng.choice(len(self.by_class), self.n_way, replace=False)
                 for i in rng.choice(self.by_class[c], self.n_item, replace=False)]
 
-    def show_batch(self, b=None, max_n=None, ctxs=None, show=True, figsize=None, **kwargs):
-        "Draw the first episode: a class a row, its support images framed, then its queries (at most `max_n` a row)"
+    def show_batch(self, b=None, max_n=None, ctxs=None, show=True, figsize=None, nrows=5, **kwargs):
+        "Draw the first episode: a class a row, at most `nrows`; its support images framed, then its queries (at most `max_n` a row)"
         if not show: return super().show_batch(b, show=False)
         x,y = self.decode(self.one_batch() if b is None else b)
-        n,names = min(self.n_item, max_n or self.k_shot + 7),self.dataset.tls[-1].tfms
-        _,axes = plt.subplots(self.n_way, n, figsize=figsize or (1.1*n, 1.2*self.n_way), squeeze=False)
+        n,nrows,names = min(self.n_item, max_n or self.k_shot + 7),min(self.n_way, nrows),self.dataset.tls[-1].tfms
+        _,axes = plt.subplots(nrows, n, figsize=figsize or (1.1*n, 1.2*nrows), squeeze=False)
         for i,row in enumerate(axes):
             for j,ax in enumerate(row):
                 k,support = i*self.n_item + j,j < self.k_shot

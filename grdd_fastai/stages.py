@@ -16,11 +16,11 @@ STAGE_ONE = dict(arch='resnet12', epochs=90, schedule='poly', lr=0.05, rotation=
 
 # Stage two, reading by reading; docs/readings.md says what each setting is, and what was measured
 _PAPER = dict(way=5, shot=1, query=15, episodes=400, per_step=1, epochs=15, schedule='step', lr=1e-3, T=4., gamma=0.2, scale=1., mean=False,
-              decouple=True, kl_weight=1., hinton=False, reverse=False, reduction='sum', center=False, teacher_view='clean', init='cl', seed=0)
+              decouple=True, kl_weight=1., hinton=False, reverse=False, reduction='sum', center=False, teacher_view='clean', teacher_output='features', init='cl', seed=0)
 READINGS = dict(
     paper=_PAPER, # the paper's words: T divides the cosines, L_rt reads their sum as it is
     best=_PAPER | dict(way=20, query=6, T=0.1, scale=10., mean=True, schedule='one_cycle', lr=1e-2)) # the best on validation classes
-DISTILL = ('decouple', 'kl_weight', 'hinton', 'reverse', 'reduction', 'center', 'teacher_view') # of `RelatednessDistiller`
+DISTILL = ('decouple', 'kl_weight', 'hinton', 'reverse', 'reduction', 'center', 'teacher_view', 'teacher_output') # of `RelatednessDistiller`
 
 
 def stage_two_settings(reading, **changes):

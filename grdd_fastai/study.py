@@ -20,6 +20,7 @@ from .storage import load_tensors, locked, save_tensors
 __all__ = ['Study', 'Trained', 'SPLITS']
 
 VALID = dict(n_way=5, k_shot=1, n_query=15) # episodes of the validation classes that choose the epoch kept
+YOUNGER = dict(teacher_output='features') # settings that came after the first records: where they are as before they name nothing
 SPLITS = dict(val='val', novel='test')
 EPISODIC = ('way','shot','query','episodes','per_step','epochs','schedule','lr','scale','mean','init','seed') # what CL+EL depends on
 EPISODES_SEED = dict(val=1, novel=0) # not the episodes that chose the epoch; those of the other recipes
@@ -79,11 +80,12 @@ class Study:
 
     def meta_net(self, student, teacher, s):
         "Stage two from a `Trained` student by the settings `s` of a reading: CL+EL where `teacher` is None, else CL+GR"
+        s = {k:v for k,v in s.items() if YOUNGER.get(k) != v}
         full = (s if teacher else {k:v for k,v in s.items() if k in EPISODIC}) | dict(student=student.settings, teacher=teacher and teacher.settings)
         def make():
             start = student.net if s['init'] == 'cl' else create_backbone(student.settings['arch'], 0, self.data.px, s['seed'])
             bank = self.bank(teacher) if teacher and s['teacher_view'] == 'clean' else None
-            return stage_two(self.data, s, start, teacher and teacher.net, bank, valid=VALID)
+            return stage_two(self.data, YOUNGER | s, start, teacher and teacher.net, bank, valid=VALID)
         return self.train('gr' if teacher else 'el', student.settings['arch'], full, make)
 
     def score(self, trained, split, shot=1, n=10_000):

@@ -31,7 +31,7 @@ def test_readmes_code_runs(data, csv_set, cache, monkeypatch):
     import grdd_fastai.all as everything
     monkeypatch.setenv('XDG_CACHE_HOME', str(cache))
     code = blocks('python')[0].replace("'my-data/'", repr(str(csv_set)) + ', px=16').replace('fit_one_cycle(10', 'fit_one_cycle(1').replace('fit_one_cycle(3', 'fit_one_cycle(1')
-    code = code.replace('learn.lr_find()', 'learn.lr_find(num_it=30, show_plot=False)').replace('n_query=15', 'n_query=15, n_episodes=2')
+    code = code.replace('learn.lr_find()', 'learn.lr_find(num_it=30, show_plot=False)').replace('n_way=20', 'n_way=5').replace('n_query=6', 'n_query=6, n_episodes=2')
     scope = {}
     exec(code, scope)
     assert scope['meta'].model.num_features == 64 and hasattr(everything, 'evaluate')

@@ -120,7 +120,7 @@ def test_fit_one_cycle_lr_find_and_freeze_work(data):
 
 # ---- stage two --------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('settings', [dict(), dict(T=.1, gamma=1., decouple=False), dict(T=2., reverse=True, hinton=True, mean=False),
+@pytest.mark.parametrize('settings', [dict(), dict(T=4.), dict(T=.1, gamma=1., decouple=False), dict(T=2., reverse=True, hinton=True, mean=False),
                                       dict(T=.5, gamma=0., kl_weight=3., reduction='mean', teacher_view='same')])
 def test_a_stage_two_loss_is_equations_10_to_15(data, settings):
     "Loss of each step from the networks' features by loops; clean views are looked up in the packed images"
@@ -129,7 +129,7 @@ def test_a_stage_two_loss_is_equations_10_to_15(data, settings):
     learn = stage_two(data, teacher, per_step=2, n_episodes=4, aug='default', cbs=Grab(), keep_best=False, **{k:v for k,v in settings.items() if k not in keys},
                       distill={k:v for k,v in settings.items() if k in keys})
     fit(learn, 1, 1e-2)
-    s,(way,shot,query) = {**dict(T=4., gamma=.2, decouple=True, kl_weight=1., hinton=False, reverse=False, reduction='sum', teacher_view='clean', mean=True), **settings},(3, 2, 4)
+    s,(way,shot,query) = {**dict(T=.1, gamma=.2, decouple=True, kl_weight=1., hinton=False, reverse=False, reduction='sum', teacher_view='clean', mean=True), **settings},(3, 2, 4)
     dl = episodic_dls(data, way, shot, query, 4, 2).train
     dl.epoch = 0
     rows,mean,std = np.array(dl.get_idxs()).reshape(2, -1),*(torch.tensor(v).view(3, 1, 1) for v in data.stats)
@@ -295,3 +295,12 @@ def test_an_error_in_a_callback_stays_one_sentence(data):
     learn.few_shot_accuracy.measure = diverged
     with pytest.raises(UserError) as e: fit(learn)
     assert str(e.value) == 'one sentence'
+
+def test_the_defaults_are_the_best_readings():
+    import inspect
+
+    from grdd_fastai.callbacks import RelatednessDistiller
+    from grdd_fastai.stages import DISTILL, READINGS
+    learner,distiller = (inspect.signature(f).parameters for f in (meta_learner, RelatednessDistiller))
+    assert {k:learner[k].default for k in ('T','gamma','scale','mean')} == {k:READINGS['best'][k] for k in ('T','gamma','scale','mean')}
+    assert {k:distiller[k].default for k in ('T','gamma',*DISTILL)} == {k:READINGS['best'][k] for k in ('T','gamma',*DISTILL)}
