@@ -121,15 +121,16 @@ def test_fit_one_cycle_lr_find_and_freeze_work(data):
 # ---- stage two --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('settings', [dict(), dict(T=4.), dict(T=.1, gamma=1., decouple=False), dict(T=2., reverse=True, hinton=True, mean=False),
-                                      dict(T=.5, gamma=0., kl_weight=3., reduction='mean', teacher_view='same')])
+                                      dict(T=.5, gamma=0., kl_weight=3., reduction='mean', teacher_view='same'),
+                                      dict(teacher_output='logits'), dict(teacher_output='probabilities', teacher_view='same')])
 def test_a_stage_two_loss_is_equations_10_to_15(data, settings):
     "Loss of each step from the networks' features by loops; clean views are looked up in the packed images"
-    keys = ('decouple','kl_weight','hinton','reverse','reduction','teacher_view')
-    teacher = net(5)
+    keys = ('decouple','kl_weight','hinton','reverse','reduction','teacher_view','teacher_output')
+    teacher = net(5) if settings.get('teacher_output', 'features') == 'features' else create_backbone('convnet4', 7, 16, 5)
     learn = stage_two(data, teacher, per_step=2, n_episodes=4, aug='default', cbs=Grab(), keep_best=False, **{k:v for k,v in settings.items() if k not in keys},
                       distill={k:v for k,v in settings.items() if k in keys})
     fit(learn, 1, 1e-2)
-    s,(way,shot,query) = {**dict(T=.1, gamma=.2, decouple=True, kl_weight=1., hinton=False, reverse=False, reduction='sum', teacher_view='clean', mean=True), **settings},(3, 2, 4)
+    s,(way,shot,query) = {**dict(T=.1, gamma=.2, decouple=True, kl_weight=1., hinton=False, reverse=False, reduction='sum', teacher_view='clean', teacher_output='features', mean=True), **settings},(3, 2, 4)
     dl = episodic_dls(data, way, shot, query, 4, 2).train
     dl.epoch = 0
     rows,mean,std = np.array(dl.get_idxs()).reshape(2, -1),*(torch.tensor(v).view(3, 1, 1) for v in data.stats)
@@ -138,6 +139,7 @@ def test_a_stage_two_loss_is_equations_10_to_15(data, settings):
         student.load_state_dict(learn.grab.weights[step])
         clean = (torch.tensor(data.train.images[rows[step]]).permute(0, 3, 1, 2)/255 - mean)/std
         with torch.no_grad(): h_e,h_g = student(x),teacher.eval()(clean if s['teacher_view'] == 'clean' else x)
+        if s['teacher_output'] == 'probabilities': h_g = torch.stack([torch.tensor(naive_softmax(z)) for z in h_g.tolist()])
         place = np.arange(len(x)).reshape(2, way, shot+query)
         S,Q = place[..., :shot].reshape(2, -1),place[..., shot:].reshape(2, -1)
         R_e,R_g = (naive_R(h[S], h[Q]) for h in (h_e, h_g))
@@ -304,3 +306,7 @@ def test_the_defaults_are_the_best_readings():
     learner,distiller = (inspect.signature(f).parameters for f in (meta_learner, RelatednessDistiller))
     assert {k:learner[k].default for k in ('T','gamma','scale','mean')} == {k:READINGS['best'][k] for k in ('T','gamma','scale','mean')}
     assert {k:distiller[k].default for k in ('T','gamma',*DISTILL)} == {k:READINGS['best'][k] for k in ('T','gamma',*DISTILL)}
+
+def test_a_teacher_without_classifier_has_no_predictions(data):
+    with pytest.raises(ValueError, match='needs a teacher with its classifier'): stage_two(data, net(5), distill=dict(teacher_output='logits'))
+    with pytest.raises(ValueError, match='teacher_output is one of'): stage_two(data, net(5), distill=dict(teacher_output='softmax'))
