@@ -51,6 +51,8 @@ CHANGES = { # row -> (kind of row, changes of BASE)
     'teacher logits mean of groups gamma=1': (GR, dict(teacher_output='logits', reduction='mean', gamma=1.)),
     'teacher probabilities mean of groups gamma=1 augmented': (GR, dict(teacher_output='probabilities', reduction='mean', gamma=1., teacher_view='same')),
     'mean of groups gamma=1 weight 5 augmented': (GR, dict(reduction='mean', gamma=1., kl_weight=5., teacher_view='same')),
+    'mean of groups gamma=1 weight 5 augmented lr=0.02': (GR, dict(reduction='mean', gamma=1., kl_weight=5., teacher_view='same', lr=2e-2)),
+    'gamma=1 augmented':        (GR, dict(gamma=1., teacher_view='same')),
     'teacher itself shared':    (GR | dict(phi='student'), {}),
     'teacher itself independent': (GR | dict(phi='student', independent=True), {}),
     'student from scratch':     (GR, dict(init='random')),
