@@ -124,14 +124,14 @@ class RelatednessDistiller(LossTerm):
     def __init__(self,
         teacher, # the global learner phi, a timm model or module
         T=0.1, # temperature; it divides the cosines, so T=1/4 multiplies them by 4 (the paper: 4)
-        gamma=0.2, # weight of L_rt
+        gamma=1., # weight of L_rt (the paper: 0.2)
         decouple=True, # one softmax per support image; False: one over the whole matrix ('w/o RDD')
-        kl_weight=1., # weight of L_kl
+        kl_weight=5., # weight of L_kl (the paper: 1, of the sum)
         hinton=False, # also weight L_kl by T^2, as Hinton's distillation does
         reverse=False, # KL(student || teacher) instead of KL(teacher || student)
-        reduction='sum', # of the groups' KL: 'sum' (Eq. 12) or 'mean'
+        reduction='mean', # of the groups' KL: 'mean', or 'sum' (Eq. 12)
         center=False, # subtract each episode's mean feature before the cosines
-        teacher_view='clean', # the teacher sees 'clean' base images, embedded once, or the 'same' augmented ones
+        teacher_view='same', # the teacher sees the 'same' augmented images as the student, or 'clean' ones, embedded once: cheaper
         teacher_output='features', # the teacher's relatedness is of its 'features' h (Eq. 10), 'logits' or 'probabilities' p
         bank=None, # the teacher's features of the clean base images (N, D), where they are known
     ):

@@ -15,7 +15,7 @@ PAPER = dict(teacher='resnet12', student='resnet12', epochs=90, test_episodes=10
 DEMO  = dict(teacher='convnet4', student='convnet4', epochs=3, test_episodes=2000, meta_epochs=2, episodes=50)
 DEMO_PX = 32
 META = dict(epochs='meta_epochs', schedule='meta_schedule', lr='meta_lr', way='meta_way', query='meta_query', episodes='episodes',
-            per_step='per_step', T='T', gamma='gamma', scale='scale') # of a reading, and what they are called here
+            per_step='per_step', T='T', gamma='gamma', scale='scale', teacher_view='teacher_view') # of a reading, and what they are called here
 
 
 def grdd(
@@ -42,6 +42,7 @@ def grdd(
     T:float=None, # temperature; divides the cosines (the reading's)
     gamma:float=None, # weight of L_rt (the reading's)
     scale:float=None, # logit scale of L_rt (the reading's)
+    teacher_view:str=None, # the teacher sees the same augmented images as the student, or clean ones, embedded once (the reading's)
     query:int=15, # query images per class and episode of the novel classes
     test_episodes:int=None, # of the novel classes (10000; demo: 2000)
     seed:int=0, # of weights, batches, episodes, augmentation and of a random split

@@ -133,7 +133,7 @@ def meta_learner(
     student, # the network psi to start from (copied): stage one's backbone, or a timm model's name
     teacher=None, # the trained global learner phi; None trains on episodic labels alone (CL+EL)
     T=0.1, # temperature; it divides the cosines (the paper: 4, see docs/readings.md)
-    gamma=0.2, # weight of L_rt
+    gamma=1., # weight of L_rt (the paper: 0.2)
     scale=10., # logit scale of L_rt
     mean=True, # L_rt on the mean cosine per class, rather than the sum (Eq. 14); the same for one shot
     seed=0, # of dropout, episodes and augmentation

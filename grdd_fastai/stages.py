@@ -19,20 +19,23 @@ _PAPER = dict(way=5, shot=1, query=15, episodes=400, per_step=1, epochs=15, sche
               decouple=True, kl_weight=1., hinton=False, reverse=False, reduction='sum', center=False, teacher_view='clean', teacher_output='features', init='cl', seed=0)
 READINGS = dict(
     paper=_PAPER, # the paper's words: T divides the cosines, L_rt reads their sum as it is
-    best=_PAPER | dict(way=20, query=6, T=0.1, scale=10., mean=True, schedule='one_cycle', lr=1e-2)) # the best on validation classes
+    best=_PAPER | dict(way=20, query=6, T=0.1, scale=10., mean=True, gamma=1., reduction='mean', kl_weight=5., teacher_view='same',
+                       schedule='one_cycle', lr=2e-2)) # the best on validation classes
+LABELS_ALONE = dict(best=dict(lr=1e-2)) # what CL+EL does best with, where that differs
 DISTILL = ('decouple', 'kl_weight', 'hinton', 'reverse', 'reduction', 'center', 'teacher_view', 'teacher_output') # of `RelatednessDistiller`
 
 
-def stage_two_settings(reading, **changes):
-    "Settings of stage two: a reading by name, with what `changes` gives other than None"
+def stage_two_settings(reading, labels_alone=False, **changes):
+    "Settings of stage two: a reading by name, for GRDD or for CL+EL (`labels_alone`), with what `changes` gives other than None"
     if reading not in READINGS: raise UserError(f'unknown reading {reading!r}: it is one of {", ".join(READINGS)}')
-    return READINGS[reading] | {k:v for k,v in changes.items() if v is not None}
+    return READINGS[reading] | (LABELS_ALONE.get(reading, {}) if labels_alone else {}) | {k:v for k,v in changes.items() if v is not None}
 
 BOUNDS = {**dict.fromkeys(('epochs','teacher_epochs','meta_epochs','episodes','test_episodes','query','per_step','bs','meta_way','meta_query','images','classes','stage_one_epochs'), 'at least 1'),
           **dict.fromkeys(('lr','meta_lr','T','scale','max_minutes'), 'positive'), 'gamma':'at least 0', 'seed':'from 0 to 4294967295',
-          **dict.fromkeys(('schedule','meta_schedule'), f'one of {", ".join(SCHEDULES)}')}
+          **dict.fromkeys(('schedule','meta_schedule'), f'one of {", ".join(SCHEDULES)}'), 'teacher_view':'same or clean'}
 WITHIN = {'at least 1':lambda v: v >= 1, 'positive':lambda v: 0 < v < math.inf, 'at least 0':lambda v: 0 <= v < math.inf,
-          'from 0 to 4294967295':lambda v: 0 <= v < 2**32, BOUNDS['schedule']:lambda v: v in SCHEDULES}
+          'from 0 to 4294967295':lambda v: 0 <= v < 2**32, BOUNDS['schedule']:lambda v: v in SCHEDULES,
+          'same or clean':lambda v: v in ('same', 'clean')}
 
 def check_settings(settings):
     "UserError for a setting, by the name of its flag, that no run can have; None is not given"

@@ -88,7 +88,7 @@ def table(
 
     logs = [out, *([Path(results).expanduser()] if results else [])]
     study,nets,scores,failed,stop = Study(data, out, max_minutes, logs),{},{},[],None
-    two = stage_two_settings(reading, epochs=s['meta_epochs'], lr=meta_lr, episodes=s['episodes'])
+    two = {alone:stage_two_settings(reading, alone, epochs=s['meta_epochs'], lr=meta_lr, episodes=s['episodes']) for alone in (False, True)}
     common = dict(schedule=s['schedule'], lr=s['lr'], rotation=rotation and not demo)
     roles = dict(student=dict(arch=s['student'], epochs=s['epochs'], **common), teacher=dict(arch=s['teacher'], epochs=s['teacher_epochs'], **common))
     for seed,key in itertools.product(seeds, rows):
@@ -128,7 +128,7 @@ def train(study, row, roles, seed, two):
     teacher = None
     if phi and roles[phi] == roles[psi]: teacher = one(phi, seed + 1) if row.get('independent') else student
     elif phi: teacher = one(phi, 0) # one teacher for every seed
-    return dict(student=student, teacher=teacher, net=study.meta_net(student, teacher, two | row['stage_two'] | dict(seed=seed)))
+    return dict(student=student, teacher=teacher, net=study.meta_net(student, teacher, two[not phi] | row['stage_two'] | dict(seed=seed)))
 
 
 # ---- what is asked for ------------------------------------------------------------------------------------------------

@@ -3,8 +3,8 @@
     python recipes/ablations.py --data cifar-fs.zip             # ResNet-12 teacher, 90 epochs: a GPU's work
     python recipes/ablations.py --demo                          # four minutes on two cores, no download
 
-Eq. 12 sums the KL of N_S groups where the whole matrix is a single one, so 'w/o RDD' also loses weight against gamma * L_rt:
-the rows with matched weight multiply it by N_S, or take the mean of the groups.
+Eq. 12 sums the KL of N_S groups where the whole matrix is a single one, so 'w/o RDD' also loses weight against gamma * L_rt: the row
+with matched weight multiplies it by N_S.
 """
 from fastcore.meta import delegates
 from fastcore.script import call_parse
@@ -14,16 +14,17 @@ from grdd_fastai.stages import stage_two_settings
 from grdd_fastai.tables import CL, EL, GR, table
 
 
-def ablations(n_support):
-    "Rows for episodes of `n_support` support images"
-    whole = dict(decouple=False)
+def ablations(two):
+    "Rows around a reading `two` of stage two"
+    n = two['way']*two['shot'] # N_S
+    weight = two['kl_weight'] / (n if two['reduction'] == 'mean' else 1) # of each group in the sum of Eq. 12
+    whole = dict(decouple=False, reduction='sum')
     return {
         'CL':                     CL,
         'CL+EL':                  EL | dict(versus=['CL']),
-        'w/o RDD':                GR | dict(versus=['CL', 'CL+EL', 'GRDD'], stage_two=whole),
-        'w/o RDD matched weight': GR | dict(versus=['CL', 'CL+EL', 'GRDD'], stage_two=whole | dict(kl_weight=float(n_support))),
+        'w/o RDD':                GR | dict(versus=['CL', 'CL+EL', 'GRDD'], stage_two=whole | dict(kl_weight=weight)),
+        'w/o RDD matched weight': GR | dict(versus=['CL', 'CL+EL', 'GRDD'], stage_two=whole | dict(kl_weight=weight*n)),
         'w/o L_rt':               GR | dict(versus=['CL', 'CL+EL', 'GRDD'], stage_two=dict(gamma=0.)),
-        'GRDD mean of groups':    GR | dict(versus=['CL', 'CL+EL', 'w/o RDD'], stage_two=dict(reduction='mean')),
         'GRDD':                   GR | dict(versus=['CL', 'CL+EL']),
     }
 
@@ -35,6 +36,5 @@ def main(
     **kwargs
 ):
     "Figure 4: the components of GRDD"
-    two = stage_two_settings(reading)
-    made = table('ablations', ablations(two['way']*two['shot']), rows, reading=reading, **kwargs)
+    made = table('ablations', ablations(stage_two_settings(reading)), rows, reading=reading, **kwargs)
     if len(made.scored): save_figure(plot_rows(made.scored, 'Components of GRDD'), made.path('ablations'))

@@ -21,6 +21,7 @@ SHOT5 = dict(way=10, shot=5, query=9)
 CHANGES = { # row -> (kind of row, changes of BASE)
     'CL+EL':                    (EL, {}),
     'CL+EL lr=0.003':           (EL, dict(lr=3e-3)),
+    'CL+EL lr=0.02':            (EL, dict(lr=2e-2)),
     'CL+EL lr=0.03':            (EL, dict(lr=3e-2)),
     'CL+EL lr=0.1':             (EL, dict(lr=1e-1)),
     'CL+EL 5-way':              (EL, dict(way=5, query=15)),
@@ -51,7 +52,7 @@ CHANGES = { # row -> (kind of row, changes of BASE)
     'teacher logits mean of groups gamma=1': (GR, dict(teacher_output='logits', reduction='mean', gamma=1.)),
     'teacher probabilities mean of groups gamma=1 augmented': (GR, dict(teacher_output='probabilities', reduction='mean', gamma=1., teacher_view='same')),
     'mean of groups gamma=1 weight 5 augmented': (GR, dict(reduction='mean', gamma=1., kl_weight=5., teacher_view='same')),
-    'mean of groups gamma=1 weight 5 augmented lr=0.02': (GR, dict(reduction='mean', gamma=1., kl_weight=5., teacher_view='same', lr=2e-2)),
+    'best':                     (GR, dict(reduction='mean', gamma=1., kl_weight=5., teacher_view='same', lr=2e-2)),
     'gamma=1 augmented':        (GR, dict(gamma=1., teacher_view='same')),
     'teacher itself shared':    (GR | dict(phi='student'), {}),
     'teacher itself independent': (GR | dict(phi='student', independent=True), {}),
