@@ -16,6 +16,7 @@ from grdd_fastai.stages import READINGS, check_settings
 from grdd_fastai.tables import CL, EL, GR, table
 
 BASE = READINGS['paper'] | dict(way=20, query=6, T=0.1, scale=10., mean=True, schedule='one_cycle', lr=1e-2, epochs=1)
+BEST = dict(reduction='mean', gamma=1., kl_weight=5., teacher_view='same', lr=2e-2) # changes that proved best together
 SHOT5 = dict(way=10, shot=5, query=9)
 
 CHANGES = { # row -> (kind of row, changes of BASE)
@@ -52,7 +53,12 @@ CHANGES = { # row -> (kind of row, changes of BASE)
     'teacher logits mean of groups gamma=1': (GR, dict(teacher_output='logits', reduction='mean', gamma=1.)),
     'teacher probabilities mean of groups gamma=1 augmented': (GR, dict(teacher_output='probabilities', reduction='mean', gamma=1., teacher_view='same')),
     'mean of groups gamma=1 weight 5 augmented': (GR, dict(reduction='mean', gamma=1., kl_weight=5., teacher_view='same')),
-    'best':                     (GR, dict(reduction='mean', gamma=1., kl_weight=5., teacher_view='same', lr=2e-2)),
+    'best':                     (GR, BEST),
+    'best clean teacher':       (GR, BEST | dict(teacher_view='clean')),
+    'best T=0.25':              (GR, BEST | dict(T=0.25)),
+    'best centred':             (GR, BEST | dict(center=True)),
+    'best from itself shared':  (GR | dict(phi='student'), BEST),
+    'best from itself independent': (GR | dict(phi='student', independent=True), BEST),
     'gamma=1 augmented':        (GR, dict(gamma=1., teacher_view='same')),
     'teacher itself shared':    (GR | dict(phi='student'), {}),
     'teacher itself independent': (GR | dict(phi='student', independent=True), {}),
