@@ -2,7 +2,8 @@
 
     python recipes/report.py
 
-Nothing in either is typed by hand: each number is a record's, and the record holds the command that gives it again.
+Each number in their tables is a record's, and the record holds the command that gives it again. results/NOTES.md, words that say
+what the numbers are and are not, stands above them.
 """
 import json
 import statistics
@@ -13,6 +14,7 @@ from fastcore.script import call_parse
 
 TITLES = dict(table2='Table 2: category labels, episodic labels, global relatedness', ablations='Figure 4: the components of GRDD',
               sweep='Figure 6: gamma and T', readings='Readings of what the paper leaves open')
+FIGURES = dict(figure3='Figure 3: t-SNE of five novel classes', figure5="Figure 5: the teacher's relatedness over T")
 CLASSES = dict(val='validation', novel='novel')
 MARKS = '<!-- measured: written by recipes/report.py -->','<!-- /measured -->'
 HEAD = '''# Results
@@ -79,6 +81,10 @@ def about(rows):
             f"{each(n['device'] for n in nets.values())}, threads a training: {each(n['torch_threads'] for n in nets.values())}, "
             f"torch {each(n['versions']['torch'] for n in nets.values())}.")
 
+def picture(root, name, title):
+    path = Path('results')/'figures'/f'{name}.png'
+    return [f'![{title}]({path})\n'] if (root/path).exists() else []
+
 def novel_log(path):
     if not path.exists(): return 'The novel classes have not been scored yet.'
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -96,10 +102,13 @@ def main(
     "Write RESULTS.md and docs/readings.md from results/"
     root = Path(root)
     found = records(root/'results')
-    parts = [HEAD]
+    notes = root/'results'/'NOTES.md'
+    parts = [HEAD, *([notes.read_text()] if notes.exists() else [])]
     for name,title in TITLES.items():
         for split,rows in found[name].items():
-            parts += [f'## {title}, on the {CLASSES[split]} classes\n', about(rows) + '\n', section(rows, split, 'results/') + '\n']
+            parts += [f'## {title}, on the {CLASSES[split]} classes\n', about(rows) + '\n', section(rows, split, 'results/') + '\n', *picture(root, f'{name}_{split}', title)]
+    for name,title in FIGURES.items():
+        if shown := picture(root, name, title): parts += [f'## {title}\n', *shown]
     parts += ['## Every scoring of the novel classes\n', novel_log(root/'results'/'novel_scorings.jsonl') + '\n']
     (root/'RESULTS.md').write_text('\n'.join(parts))
     doc,rows = root/'docs'/'readings.md',found['readings'].get('val')
