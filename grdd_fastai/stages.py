@@ -15,8 +15,9 @@ SCHEDULES = ('poly', 'step', 'one_cycle')
 STAGE_ONE = dict(arch='resnet12', epochs=90, schedule='poly', lr=0.05, rotation=True, rotation_from='logits', bs=64, seed=0)
 
 # Stage two, reading by reading; docs/readings.md says what each setting is, and what was measured
-_PAPER = dict(way=5, shot=1, query=15, episodes=400, per_step=1, epochs=15, schedule='step', lr=1e-3, T=4., gamma=0.2, scale=1., mean=False,
-              decouple=True, kl_weight=1., hinton=False, reverse=False, reduction='sum', center=False, teacher_view='clean', teacher_output='features', init='cl', seed=0)
+_PAPER = dict(way=5, shot=1, query=15, episodes=400, per_step=1, epochs=15, schedule='step', lr=1e-3, init='cl', seed=0,
+              T=4., gamma=0.2, scale=1., mean=False, decouple=True, kl_weight=1., hinton=False, reverse=False, reduction='sum',
+              center=False, teacher_view='clean', teacher_output='features')
 READINGS = dict(
     paper=_PAPER, # the paper's words: T divides the cosines, L_rt reads their sum as it is
     best=_PAPER | dict(way=20, query=6, T=0.1, scale=10., mean=True, gamma=1., reduction='mean', kl_weight=5., teacher_view='same',
@@ -30,7 +31,8 @@ def stage_two_settings(reading, labels_alone=False, **changes):
     if reading not in READINGS: raise UserError(f'unknown reading {reading!r}: it is one of {", ".join(READINGS)}')
     return READINGS[reading] | (LABELS_ALONE.get(reading, {}) if labels_alone else {}) | {k:v for k,v in changes.items() if v is not None}
 
-BOUNDS = {**dict.fromkeys(('epochs','teacher_epochs','meta_epochs','episodes','test_episodes','query','per_step','bs','meta_way','meta_query','images','classes','stage_one_epochs'), 'at least 1'),
+BOUNDS = {**dict.fromkeys(('epochs','teacher_epochs','stage_one_epochs','meta_epochs','episodes','test_episodes','query','meta_query',
+                           'meta_way','per_step','bs','images','classes'), 'at least 1'),
           **dict.fromkeys(('lr','meta_lr','T','scale','max_minutes'), 'positive'), 'gamma':'at least 0', 'seed':'from 0 to 4294967295',
           **dict.fromkeys(('schedule','meta_schedule'), f'one of {", ".join(SCHEDULES)}'), 'teacher_view':'same or clean'}
 WITHIN = {'at least 1':lambda v: v >= 1, 'positive':lambda v: 0 < v < math.inf, 'at least 0':lambda v: 0 <= v < math.inf,
