@@ -12,7 +12,7 @@ from .stages import STAGE_ONE, check_settings, stage_one, stage_two, stage_two_s
 __all__ = ['grdd', 'PAPER', 'DEMO']
 
 PAPER = dict(teacher='resnet12', student='resnet12', epochs=90, test_episodes=10_000)
-DEMO  = dict(teacher='convnet4', student='convnet4', epochs=3, test_episodes=2000, meta_epochs=2, episodes=50)
+DEMO  = dict(teacher='convnet4', student='convnet4', epochs=2, test_episodes=2000, meta_epochs=2, episodes=50)
 DEMO_PX = 32
 META = dict(epochs='meta_epochs', schedule='meta_schedule', lr='meta_lr', way='meta_way', query='meta_query', episodes='episodes',
             per_step='per_step', T='T', gamma='gamma', scale='scale', teacher_view='teacher_view') # of a reading, and what they are called here
@@ -27,7 +27,7 @@ def grdd(
     cache:str=None, # folder for decoded images (none: ~/.cache/grdd_fastai)
     teacher:str=None, # global learner phi, a timm model (resnet12; demo: convnet4)
     student:str=None, # meta-learner psi, a timm model (resnet12; demo: convnet4)
-    epochs:int=None, # of stage one (90; demo: 3)
+    epochs:int=None, # of stage one (90; demo: 2)
     schedule:str='poly', # of stage one: poly, step or one_cycle
     lr:float=0.05, # initial or highest rate of stage one
     bs:int=None, # images per batch of stage one, before rotation (64; 1% of fewer than 6400 base images, at least 16)
