@@ -58,7 +58,7 @@ def compared(rs, shot):
 def section(rows, split, root):
     shots = sorted({shot for rs in rows.values() for r in rs for shot in r['scores']})
     paper = any(r['paper'] for rs in rows.values() for r in rs)
-    head = ['row', 'phi → psi', *(f'{shot}, {CLASSES[split]}' for shot in shots), *(['paper, 1-shot', 'ours - paper'] if paper else []),
+    head = ['row', 'phi → psi', *(f'{shot}, {CLASSES[split]}' for shot in shots), *(['paper, novel 1-shot', 'ours - paper'] if paper else []),
             *(f'difference, {s}' for s in shots), 'records']
     lines = [f'| {" | ".join(head)} |', '|' + '---|'*len(head)]
     for (row,_),rs in rows.items():
