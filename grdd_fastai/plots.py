@@ -16,7 +16,7 @@ def plot_rows(
 ) -> Figure:
     "A line per row, a mark per shot: the mean over seeds with the 95% interval over episodes, and a small tick for each seed"
     shots,rows = sorted(scored.shot.unique()),list(dict.fromkeys(scored.row))
-    fig,ax = plt.subplots(figsize=(6.8, 1.4 + .27*len(rows)*max(1, .7*len(shots))), layout='constrained')
+    fig,ax = plt.subplots(figsize=(5. + .07*max(map(len, rows)), 1.4 + .27*len(rows)*max(1, .7*len(shots))), layout='constrained')
     for i,shot in enumerate(shots):
         for j,row in enumerate(rows):
             of,y = scored[(scored.shot == shot) & (scored.row == row)],j + .25*(i - (len(shots)-1)/2)
@@ -27,7 +27,7 @@ def plot_rows(
             ax.annotate(f'{mean:.1f}', (max(mean + ci, of.accuracy.max()), y), (6, 0), textcoords='offset points', va='center', fontsize=8)
     classes = dict(val='validation').get(scored.split.iloc[0], scored.split.iloc[0])
     ax.set(yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - .4, -.6), title=title,
-           xlabel=f'5-way accuracy on the {classes} classes, %\n95% interval over {scored.n.iloc[0]:,} episodes')
+           xlabel=f'accuracy on the {classes} classes, %\n95% interval, {scored.n.iloc[0]:,} episodes')
     ax.margins(x=.12)
     if len(shots) > 1: ax.legend(frameon=False)
     _plain(ax)
