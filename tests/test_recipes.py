@@ -68,7 +68,7 @@ def test_explicit_flags_win_over_the_demos(csv_set, cache, tmp_path):
     assert r['demo'] and r['epochs'] == 1 and r['test_episodes'] == 50 and r['dataset'] == csv_set.name
 
 def test_it_learns_data_it_never_saw(tmp_path, cache):
-    "Two epochs on a set of other names, counts, sizes and formats: at least five points above the untrained network"
+    "Four epochs on a set of other names, counts, sizes and formats: at least five points above the untrained network"
     rng = np.random.default_rng(0)
     for c in range(40): # textures of a frequency, a kind and a colour, at any angle
         folder,freq,base = tmp_path/'things'/f'Texture no. {c}',rng.uniform(1, 8),rng.uniform(60, 200, 3)
@@ -83,7 +83,7 @@ def test_it_learns_data_it_never_saw(tmp_path, cache):
             im = base + rng.normal(0, 40, 3) + 50*wave[..., None] + rng.normal(0, 20, (h, w, 3))
             Image.fromarray(im.clip(0, 255).astype(np.uint8)).save(folder/f'{j}.{("jpg","png","bmp","webp")[j%4]}')
     r = recipe('cifarfs_5w1s')(data=str(tmp_path/'things'), cache=str(cache), out=str(tmp_path/'run'),
-                               **{**SMALL, 'epochs':2, 'meta_epochs':2, 'test_episodes':1000, 'episodes':100, 'query':15})
+                               **{**SMALL, 'epochs':4, 'meta_epochs':2, 'test_episodes':1000, 'episodes':40, 'query':15})
     assert r['accuracy'] > r['accuracy_untrained'] + 5
 
 def test_the_real_zip_by_the_command_of_the_readme(real_zip, cache, tmp_path):
