@@ -63,5 +63,5 @@ def stage_two(data, s, student, teacher=None, bank=None, **kwargs):
     n_images = np.bincount(data.train.y)
     dls = episodic_dls(data, min(s['way'], len(n_images)), s['shot'], max(1, min(s['query'], n_images.min() - s['shot'])), s['episodes'], s['per_step'], seed=s['seed'])
     distill = None if teacher is None else {k:s[k] for k in DISTILL} | dict(bank=bank)
-    learn = meta_learner(dls, student, teacher, s.get('T'), s.get('gamma'), s['scale'], s['mean'], seed=s['seed'], distill=distill, **kwargs)
+    learn = meta_learner(dls, student, teacher, s['T'], s['gamma'], s['scale'], s['mean'], seed=s['seed'], distill=distill, **kwargs)
     return learn,fitting(s)

@@ -70,8 +70,9 @@ class Study:
         if teacher.folder not in self.banks:
             path,of = teacher.folder/'bank.safetensors',dict(weights=teacher.read('net.json')['sha256'])
             with locked(teacher.folder/'.lock'):
-                if not path.exists() or load_tensors(path)[1] != of: save_tensors(path, dict(h=self.embed(teacher.net, 'train')[0]), of)
-                self.banks[teacher.folder] = load_tensors(path)[0]['h']
+                tensors,found = load_tensors(path) if path.exists() else ({}, None)
+                if found != of: save_tensors(path, tensors := dict(h=self.embed(teacher.net, 'train')[0]), of)
+                self.banks[teacher.folder] = tensors['h']
         return self.banks[teacher.folder]
 
     def embed(self, net, split):
