@@ -15,7 +15,8 @@ BACKBONES = dict(
     convnet4=(conv4(64,64,64,64), 64, 64), convnet4_flat=(conv4(64,64,64,64), 256, 1600),
     convnet4_128=(conv4(64,64,128,128), 128, 128), convnet4_256=(conv4(64,96,128,256), 256, 256),
     convnet4_r2d2=(conv4(96,192,384,512), 8192, 384*100 + 512*25),
-    resnet12=(res12(64,160,320,640), 640, 640), resnet12_512=(res12(64,128,256,512), 512, 512))
+    resnet12=(res12(64,160,320,640), 640, 640), resnet12_512=(res12(64,128,256,512), 512, 512),
+    resnet12_320=(res12(32,80,160,320), 320, 320))
 PUBLISHED = dict(convnet4=.113, convnet4_128=.261, convnet4_256=.464, convnet4_r2d2=2.6, resnet12=12.42, resnet12_512=8.0) # millions
 
 def test_all_are_listed():
