@@ -8,6 +8,7 @@ from fastai.learner import ValueMetric
 from fastai.torch_core import to_float
 
 from .data import rows_by_class
+from .errors import UserError
 from .evaluate import amp, embed, evaluate, features
 from .losses import kl_relatedness, relatedness
 
@@ -136,7 +137,8 @@ class RelatednessDistiller(LossTerm):
         bank=None, # the teacher's features of the clean base images (N, D), where they are known
     ):
         if teacher_output not in TEACHER_OUTPUTS: raise ValueError(f"teacher_output is one of {', '.join(TEACHER_OUTPUTS)}, not {teacher_output!r}")
-        if teacher_output != 'features' and not getattr(teacher, 'num_classes', 0): raise ValueError(f'teacher_output={teacher_output!r} needs a teacher with its classifier')
+        if teacher_output != 'features' and not getattr(teacher, 'num_classes', 0): raise UserError(
+            f"teacher_output={teacher_output!r} needs a teacher with its classifier: train it with classifier='linear'")
         if teacher_view not in ('clean', 'same'): raise ValueError(f"teacher_view is 'clean' or 'same', not {teacher_view!r}")
         self.teacher,self.gamma,self.center,self.teacher_view = teacher,gamma,center,teacher_view
         self.teacher_output,self.bank,self.bank_of = teacher_output,bank,None

@@ -21,10 +21,11 @@ from .cpu import keep_freed_memory
 from .data import EpisodicDL
 from .errors import UserError
 from .evaluate import features
-from .losses import EpisodicLoss
+from .losses import EpisodicLoss, relatedness
 
-__all__ = ['check_backbone', 'create_backbone', 'GlobalNet', 'FewShotLearner', 'global_learner', 'meta_learner', 'sgd', 'poly', 'step_down']
+__all__ = ['check_backbone', 'create_backbone', 'CosineClassifier', 'GlobalNet', 'CLASSIFIERS', 'FewShotLearner', 'global_learner', 'meta_learner', 'sgd', 'poly', 'step_down']
 
+CLASSIFIERS = ('linear', 'cosine')
 sgd = partial(OptimWrapper, opt=torch.optim.SGD, momentum=0.9)
 
 
@@ -56,18 +57,30 @@ def create_backbone(
         return timm.create_model(arch, num_classes=num_classes, **kwargs)
 
 
+class CosineClassifier(nn.Module):
+    "scale * cos(h, w_c), the scale learned: features (B, D) -> logits (B, n_classes)"
+    def __init__(self, n_features, n_classes, scale=10.):
+        super().__init__()
+        self.weight,self.scale = nn.Parameter(torch.randn(n_classes, n_features) / n_features**0.5),nn.Parameter(torch.tensor(scale))
+    def forward(self, h): return self.scale * relatedness(h, self.weight)
+
+
 class GlobalNet(nn.Module):
     """The global learner in training: backbone phi with its classifier FC3, and FC4 from category prediction to rotation
 
     Images (B, 3, H, W) -> category prediction p (B, n_classes); in training, with rotation, (p, r) with r (B, 4) (Eq. 2-4).
+    With `classifier='cosine'` FC3 is a `CosineClassifier` in place of the backbone's own, which is left with none.
     """
-    def __init__(self, backbone, rotation=True, rotation_from='logits'):
+    def __init__(self, backbone, rotation=True, rotation_from='logits', classifier='linear'):
         super().__init__()
         if rotation_from not in ('logits', 'probabilities'): raise ValueError(f"rotation_from is 'logits' or 'probabilities', not {rotation_from!r}")
-        self.backbone,self.rotation_from = backbone,rotation_from
-        self.rotation_head = nn.Linear(backbone.num_classes, 4) if rotation else None
+        if classifier not in CLASSIFIERS: raise ValueError(f"classifier is 'linear' or 'cosine', not {classifier!r}")
+        self.backbone,self.rotation_from,n_classes = backbone,rotation_from,backbone.num_classes
+        self.rotation_head = nn.Linear(n_classes, 4) if rotation else None
+        self.classifier = CosineClassifier(backbone.num_features, n_classes) if classifier == 'cosine' else None
+        if self.classifier: backbone.reset_classifier(0)
     def forward(self, x):
-        p = self.backbone(x)
+        p = self.classifier(features(self.backbone, x)) if self.classifier else self.backbone(x)
         if self.rotation_head is None or not self.training: return p
         return p,self.rotation_head(p if self.rotation_from == 'logits' else p.softmax(1))
 
@@ -91,7 +104,7 @@ class FewShotLearner(Learner):
             self._with_events(self._do_epoch, 'epoch', CancelEpochException)
 
 def _body_and_head(model):
-    head = L(params(model.backbone.get_classifier())) + (params(model.rotation_head) if model.rotation_head else [])
+    head = L(p for m in (model.backbone.get_classifier(), model.classifier, model.rotation_head) if m for p in params(m))
     ids = {id(p) for p in head}
     return L(L(p for p in params(model) if id(p) not in ids), head)
 
@@ -112,6 +125,7 @@ def global_learner(
     rotation=True, # train on four rotations with L_c + L_r
     rotation_weight=1., # of L_r
     rotation_from='logits', # FC4 reads 'logits' or 'probabilities' of the category prediction
+    classifier='linear', # FC3: 'linear', the backbone's own, or 'cosine', which leaves the backbone without one
     seed=0, # of weights, dropout, order and augmentation
     amp=True, # bfloat16 where it is supported
     keep_best=True, # end with the weights of the epoch that was best on the validation classes
@@ -123,7 +137,7 @@ def global_learner(
     backbone = create_backbone(arch, dls.c, px, seed) if isinstance(arch, str) else arch
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = GlobalNet(backbone, rotation, rotation_from)
+        model = GlobalNet(backbone, rotation, rotation_from, classifier)
     return _learner(dls, model, CrossEntropyLossFlat(), [Rotation(rotation_weight)] if rotation else [], seed, amp, keep_best,
                     valid or {}, splitter=_body_and_head, **kwargs)
 

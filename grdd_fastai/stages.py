@@ -5,14 +5,14 @@ import numpy as np
 
 from .data import category_dls, episodic_dls
 from .errors import UserError
-from .learners import global_learner, meta_learner
+from .learners import CLASSIFIERS, global_learner, meta_learner
 
 __all__ = ['STAGE_ONE', 'READINGS', 'SCHEDULES', 'stage_two_settings', 'stage_one', 'stage_two', 'check_settings']
 
 SCHEDULES = ('poly', 'step', 'one_cycle')
 
 # Stage one as the paper has it
-STAGE_ONE = dict(arch='resnet12', epochs=90, schedule='poly', lr=0.05, rotation=True, rotation_from='logits', bs=64, seed=0)
+STAGE_ONE = dict(arch='resnet12', epochs=90, schedule='poly', lr=0.05, rotation=True, rotation_from='logits', classifier='linear', bs=64, seed=0)
 
 # Stage two, reading by reading; docs/readings.md says what each setting is, and what was measured
 _PAPER = dict(way=5, shot=1, query=15, episodes=400, per_step=1, epochs=15, schedule='step', lr=1e-3, init='cl', seed=0,
@@ -34,10 +34,10 @@ def stage_two_settings(reading, labels_alone=False, **changes):
 BOUNDS = {**dict.fromkeys(('epochs','teacher_epochs','stage_one_epochs','meta_epochs','episodes','test_episodes','query','meta_query',
                            'meta_way','per_step','bs','images','classes'), 'at least 1'),
           **dict.fromkeys(('lr','meta_lr','T','scale','max_minutes'), 'positive'), 'gamma':'at least 0', 'seed':'from 0 to 4294967295',
-          **dict.fromkeys(('schedule','meta_schedule'), f'one of {", ".join(SCHEDULES)}'), 'teacher_view':'same or clean'}
+          **dict.fromkeys(('schedule','meta_schedule'), f'one of {", ".join(SCHEDULES)}'), 'teacher_view':'same or clean', 'classifier':'linear or cosine'}
 WITHIN = {'at least 1':lambda v: v >= 1, 'positive':lambda v: 0 < v < math.inf, 'at least 0':lambda v: 0 <= v < math.inf,
           'from 0 to 4294967295':lambda v: 0 <= v < 2**32, BOUNDS['schedule']:lambda v: v in SCHEDULES,
-          'same or clean':lambda v: v in ('same', 'clean')}
+          'same or clean':lambda v: v in ('same', 'clean'), 'linear or cosine':lambda v: v in CLASSIFIERS}
 
 def check_settings(settings):
     "UserError for a setting, by the name of its flag, that no run can have; None is not given"
@@ -51,7 +51,7 @@ def fitting(s):
 def stage_one(data, s, **kwargs):
     "Learner of the global learner and its fit, for the settings `s` of `STAGE_ONE`"
     dls = category_dls(data, bs=s['bs'], seed=s['seed'])
-    return global_learner(dls, s['arch'], rotation=s['rotation'], rotation_from=s['rotation_from'], seed=s['seed'], **kwargs),fitting(s)
+    return global_learner(dls, s['arch'], rotation=s['rotation'], rotation_from=s['rotation_from'], classifier=s['classifier'], seed=s['seed'], **kwargs),fitting(s)
 
 def stage_two(data, s, student, teacher=None, bank=None, **kwargs):
     """Learner of the meta-learner and its fit, for the settings `s` of a reading

@@ -20,10 +20,13 @@ from .storage import load_tensors, locked, save_tensors
 __all__ = ['Study', 'Trained', 'SPLITS']
 
 VALID = dict(n_way=5, k_shot=1, n_query=15) # episodes of the validation classes that choose the epoch kept
-YOUNGER = dict(teacher_output='features') # settings that came after the first records: where they are as before they name nothing
+YOUNGER = dict(teacher_output='features', classifier='linear') # settings that came after the first records: where they are as before they name nothing
 SPLITS = dict(val='val', novel='test')
 EPISODIC = ('way','shot','query','episodes','per_step','epochs','schedule','lr','scale','mean','init','seed') # what CL+EL depends on
 EPISODES_SEED = dict(val=1, novel=0) # not the episodes that chose the epoch; those of the other recipes
+
+
+def as_before(s): return {k:v for k,v in s.items() if YOUNGER.get(k) != v}
 
 
 class Trained(NamedTuple):
@@ -63,7 +66,7 @@ class Study:
     def global_net(self, **changes):
         "Stage one (CL): the backbone trained by `STAGE_ONE | changes`"
         s = STAGE_ONE | changes
-        return self.train('cl', s['arch'], s, lambda: stage_one(self.data, s, valid=VALID))
+        return self.train('cl', s['arch'], as_before(s), lambda: stage_one(self.data, s, valid=VALID))
 
     def bank(self, teacher):
         "The teacher's features of the clean base images (N, D), computed once"
@@ -81,7 +84,7 @@ class Study:
 
     def meta_net(self, student, teacher, s):
         "Stage two from a `Trained` student by the settings `s` of a reading: CL+EL where `teacher` is None, else CL+GR"
-        s = {k:v for k,v in s.items() if YOUNGER.get(k) != v}
+        s = as_before(s)
         full = (s if teacher else {k:v for k,v in s.items() if k in EPISODIC}) | dict(student=student.settings, teacher=teacher and teacher.settings)
         def make():
             start = student.net if s['init'] == 'cl' else create_backbone(student.settings['arch'], 0, self.data.px, s['seed'])

@@ -48,12 +48,13 @@ class Table(NamedTuple):
 
 def table(
     name, # of the experiment: names its files
-    rows, # row name -> row: see `CL`, `EL`, `GR`; `versus` names the rows it is compared with, `paper` the paper's 1-shot accuracy by (data set, phi, psi)
+    rows, # row name -> row: see `CL`, `EL`, `GR`; `versus` names the rows it is compared with, `paper` the paper's accuracies by (data set, phi, psi)
     keep:str=None, # the rows wanted, separated by commas (all); those they are compared with come along
     data:str=None, # raw data set in any layout of data/README.md (none: fetch CIFAR-FS)
     out:str='runs/experiments', # folder for networks, tables and figures; networks there are used again
     results:str=None, # folder that takes a record of each row as well (the project's own: results)
     seeds:str='0', # training seeds, separated by commas
+    stage_one_seed:int=None, # one stage one for all of them, so that they are stage two's alone (each seed its own)
     score:str='val', # classes to score: val chooses, novel is for the end
     shots:str='1', # shots to score, separated by commas
     student:str=None, # timm model (convnet4)
@@ -63,6 +64,7 @@ def table(
     schedule:str=None, # of stage one: poly, step or one_cycle (poly; demo: one_cycle)
     lr:float=None, # of stage one (0.05; demo: 0.1)
     rotation:bool=True, # leave out stage one's rotation task (the demo does)
+    classifier:str='linear', # of stage one, FC3: linear or cosine
     reading:str='best', # of stage two: best or paper, see docs/readings.md
     meta_epochs:int=None, # of stage two (the reading's; demo: 1)
     meta_lr:float=None, # of stage two (the reading's)
@@ -89,11 +91,11 @@ def table(
     logs = [out, *([Path(results).expanduser()] if results else [])]
     study,nets,scores,failed,stop = Study(data, out, max_minutes, logs),{},{},[],None
     two = {alone:stage_two_settings(reading, alone, epochs=s['meta_epochs'], lr=meta_lr, episodes=s['episodes']) for alone in (False, True)}
-    common = dict(schedule=s['schedule'], lr=s['lr'], rotation=rotation and not demo)
+    common = dict(schedule=s['schedule'], lr=s['lr'], rotation=rotation and not demo, classifier=classifier)
     roles = dict(student=dict(arch=s['student'], epochs=s['epochs'], **common), teacher=dict(arch=s['teacher'], epochs=s['teacher_epochs'], **common))
     for seed,key in itertools.product(seeds, rows):
         try:
-            nets[key, seed] = train(study, rows[key], roles, seed, two)
+            nets[key, seed] = train(study, rows[key], roles, seed, two, seed if stage_one_seed is None else stage_one_seed)
             for shot in shots:
                 scores[key, seed, shot] = study.score(nets[key, seed]['net'], score, shot, s['test_episodes'])
                 say(f'{key}, seed {seed}, {shot}-shot: {scores[key, seed, shot]}')
@@ -104,8 +106,12 @@ def table(
             failed.append(f'{key}, seed {seed}: {e}')
             say(f'failed: {failed[-1]}')
 
-    records = [record(name, key, rows[key], seed, score, shots, made, scores, data) | dict(order=order[key])
-               for (key,seed),made in nets.items() if (key, seed, shots[-1]) in scores]
+    records = {} # by file: where seeds share a stage one they share its record
+    for (key,seed),made in nets.items():
+        if (key, seed, shots[-1]) not in scores: continue
+        r = record(name, key, rows[key], seed, score, shots, made, scores, data) | dict(order=order[key])
+        records[r['file']] = r
+    records = list(records.values())
     scored,pairs = frames(rows, records, scores)
     if records:
         say(f'\n{scored.to_string(index=False)}\n')
@@ -119,14 +125,14 @@ def table(
     return Table(scored, pairs, nets, study, failed)
 
 
-def train(study, row, roles, seed, two):
-    "The networks of a row: the student's stage one, its teacher's and its own"
+def train(study, row, roles, seed, two, start):
+    "The networks of a row: the student's stage one (of seed `start`), its teacher's and its own"
     def one(role, seed): return study.global_net(**roles[role] | row.get('stage_one', {}) | dict(seed=seed))
     psi,phi = row['psi'],row.get('phi')
-    student = one(psi, seed)
+    student = one(psi, start)
     if 'stage_two' not in row: return dict(net=student)
     teacher = None
-    if phi and roles[phi] == roles[psi]: teacher = one(phi, seed + 1) if row.get('independent') else student
+    if phi and roles[phi] == roles[psi]: teacher = one(phi, start + 1) if row.get('independent') else student
     elif phi: teacher = one(phi, 0) # one teacher for every seed
     return dict(student=student, teacher=teacher, net=study.meta_net(student, teacher, two[not phi] | row['stage_two'] | dict(seed=seed)))
 
@@ -153,6 +159,7 @@ def wanted(rows, keep):
 def record(name, key, row, seed, split, shots, made, scores, data):
     "Everything a reported number needs to be had again, JSON-able"
     net = made['net']
+    seed_of = net.settings['seed']
     def trained(t):
         began,card = t.read('settings.json'),t.read('net.json')
         return {k:began[k] for k in ('commit','device','torch_threads','versions')} | dict(
@@ -166,7 +173,7 @@ def record(name, key, row, seed, split, shots, made, scores, data):
     same = hashlib.sha256(json.dumps([_no_seed(net.settings), data.fingerprint], sort_keys=True).encode()).hexdigest()[:6] # but for the seed
     slug = re.sub('[^a-z0-9.=]+', '-', key.lower()).strip('-')
     return dict(
-        file=f'{slug}-{same}-s{seed}-{split}.json', experiment=name, row=key, same=same, seed=seed, split=split,
+        file=f'{slug}-{same}-s{seed_of}-{split}.json', experiment=name, row=key, same=same, seed=seed_of, split=split,
         supervision='CL+GR' if phi else 'CL+EL' if 'student' in networks else 'CL', phi=phi, psi=psi,
         paper=row.get('paper', {}).get((data.name, phi, psi)),
         scores={f'{shot}-shot':dict(accuracy=round(e.accuracy, 3), ci95=round(e.ci95, 3), n=len(e.episodes), episodes=e.drawn)
@@ -185,7 +192,7 @@ def write_record(folder, r):
 def frames(rows, records, scores):
     "Tidy DataFrames: a line per row, seed and shot; a line per comparison, seed and shot, and one over all seeds"
     scored = [dict(row=r['row'], supervision=r['supervision'], phi=r['phi'], psi=r['psi'], seed=r['seed'], split=r['split'], shot=int(shot[:-5]),
-                   accuracy=v['accuracy'], ci95=v['ci95'], n=v['n'], paper=r['paper'] if shot == '1-shot' else None, weights=r['networks']['net']['weights'][:8])
+                   accuracy=v['accuracy'], ci95=v['ci95'], n=v['n'], paper=(r['paper'] or {}).get(shot), weights=r['networks']['net']['weights'][:8])
               for r in records for shot,v in r['scores'].items()]
     versus,pairs = {k:row.get('versus', ()) for k,row in rows.items()},[]
     for shot in sorted({shot for *_,shot in scores}):

@@ -57,17 +57,19 @@ def compared(rs, shot):
 
 def section(rows, split, root):
     shots = sorted({shot for rs in rows.values() for r in rs for shot in r['scores']})
-    paper = any(r['paper'] for rs in rows.values() for r in rs)
-    head = ['row', 'phi → psi', *(f'{shot}, {CLASSES[split]}' for shot in shots), *(['paper, novel 1-shot', 'ours - paper'] if paper else []),
+    paper = {s for rs in rows.values() for r in rs for s in r['paper'] or {} if s in shots}
+    head = ['row', 'phi → psi', *(h for s in shots for h in (f'{s}, {CLASSES[split]}', *([f'paper, {s}, novel', 'ours - paper'] if s in paper else []))),
             *(f'difference, {s}' for s in shots), 'records']
     lines = [f'| {" | ".join(head)} |', '|' + '---|'*len(head)]
     for (row,_),rs in rows.items():
-        r = rs[0]
-        cells = [row, f"{r['phi']} → {r['psi']}" if r['phi'] else r['psi'], *(accuracy(rs, s) for s in shots)]
-        if paper:
-            ours = [x['scores']['1-shot']['accuracy'] for x in rs if '1-shot' in x['scores']]
-            cells += [f"{r['paper'] or ''}", f"{statistics.mean(ours) - r['paper']:+.1f}" if r['paper'] and ours and split == 'novel' else '']
-        cells += [*(compared(rs, s) for s in shots), ' '.join(f"[{x['seed']}]({root}{x['experiment']}/{x['file']})" for x in rs)]
+        r,cells = rs[0],[]
+        for shot in shots:
+            cells.append(accuracy(rs, shot))
+            if shot not in paper: continue
+            theirs,ours = (r['paper'] or {}).get(shot),[x['scores'][shot]['accuracy'] for x in rs if shot in x['scores']]
+            cells += [f"{theirs or ''}", f'{statistics.mean(ours) - theirs:+.1f}' if theirs and ours and split == 'novel' else '']
+        links = ' '.join(f"[{x['seed']}]({root}{x['experiment']}/{x['file']})" for x in rs)
+        cells = [row, f"{r['phi']} → {r['psi']}" if r['phi'] else r['psi'], *cells, *(compared(rs, s) for s in shots), links]
         lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
 

@@ -79,6 +79,18 @@ def test_a_stage_one_step_is_equations_2_to_9(data, rotation_from):
         opt.step()
     for a,b in zip(learn.model.parameters(), ref.parameters()): assert torch.allclose(a, b, atol=2e-4)
 
+def test_a_cosine_classifier_in_stage_one_by_hand(data):
+    "Its loss from normalised features and weights; it trains, and the backbone is left without a classifier"
+    learn = stage_one(data, rotation=False, classifier='cosine', cbs=Grab(), keep_best=False)
+    ref = copy.deepcopy(learn.model).train()
+    fit(learn, 1, .05)
+    h,(_,y),w = ref.backbone(learn.grab.x[0]),next(iter(category_dls(data, bs=60, aug=None).train)),ref.classifier.weight
+    p = torch.stack([torch.stack([10 * (a @ b) / (a.norm() * b.norm()) for b in w]) for a in h])
+    assert learn.grab.losses[0] == pytest.approx(F.cross_entropy(p, y.as_subclass(torch.Tensor)).item(), rel=1e-4)
+    assert learn.model.backbone.num_classes == 0 and not torch.equal(w, learn.model.classifier.weight) and learn.model.classifier.scale != 10
+    head = learn.splitter(learn.model)[1]
+    assert {id(p) for p in head} == {id(p) for p in learn.model.classifier.parameters()}
+
 def test_both_losses_are_logged(data):
     learn = fit(stage_one(data, cbs=Grab()))
     row = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))

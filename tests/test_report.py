@@ -17,7 +17,7 @@ def versus(difference, ci95=.1): return {'CL':{'1-shot':dict(difference=differen
 
 def made_up(row, seed, accuracy, vs=None, order=0, split='novel', paper=None, same='x', minutes=30.):
     net = dict(run=f'{row}-{seed}', device='cpu', torch_threads=1, versions=dict(torch='2'), minutes=minutes)
-    return dict(experiment='table2', row=row, seed=seed, split=split, supervision='CL', phi=None, psi='convnet4', paper=paper, scores={'1-shot':score(accuracy)},
+    return dict(experiment='table2', row=row, seed=seed, split=split, supervision='CL', phi=None, psi='convnet4', paper=paper and {'1-shot':paper}, scores={'1-shot':score(accuracy)},
                 versus=vs or {}, order=order, same=same, file=f'{row.lower()}-{same}-s{seed}-{split}.json', data=dict(name='d', fingerprint='f'*64),
                 networks=dict(net=net, teacher=net | dict(run='teacher')))
 

@@ -18,7 +18,7 @@ from grdd_fastai.tables import CL, EL, GR, table
 
 SMALL = dict(student='convnet4', teacher='convnet4_128', epochs=1, teacher_epochs=1, schedule='one_cycle', lr=0.1, rotation=False, meta_epochs=1,
              episodes=2, test_episodes=40)
-ROWS = {'CL':CL, 'CL+EL':EL | dict(versus=['CL']), 'GRDD':GR | dict(versus=['CL','CL+EL'], paper={('faint0', 'convnet4_128', 'convnet4'):69.3})}
+ROWS = {'CL':CL, 'CL+EL':EL | dict(versus=['CL']), 'GRDD':GR | dict(versus=['CL','CL+EL'], paper={('faint0', 'convnet4_128', 'convnet4'):{'1-shot':69.3}})}
 
 @pytest.fixture(scope='module')
 def faint(tmp_path_factory):
@@ -107,6 +107,16 @@ def test_stopped_after_every_step_it_comes_to_the_same_bits(small, tmp_path, cap
         if len(scored) == 3: break
     assert 8 < sessions < 20 and weights(tmp_path/'a') == weights(tmp_path/'b')
 
+def test_seeds_of_stage_two_alone_share_one_stage_one(small, tmp_path):
+    made = table('a', ROWS, out=tmp_path, results=tmp_path/'results', seeds='0,1,2', stage_one_seed=1, **small)
+    assert sorted(n.rsplit('-', 1)[0] for n in weights(tmp_path)) == ['cl-convnet4-s1', 'cl-convnet4_128-s0', *(f'{k}-convnet4-s{i}' for k in ('el','gr') for i in range(3))]
+    records = [json.loads(p.read_text()) for p in (tmp_path/'results').glob('*/*.json')]
+    assert len(made.scored) == len(records) == 7 and [r['seed'] for r in records if r['row'] == 'CL'] == [1] # once
+    d = made.pairs[(made.pairs.row == 'GRDD') & (made.pairs.versus == 'CL')].set_index('seed').difference
+    of = {r['seed']:r['versus']['CL']['1-shot']['difference'] for r in records if r['row'] == 'GRDD'}
+    assert sorted(of) == [0, 1, 2] and of == {seed:pytest.approx(d[seed], abs=1e-3) for seed in of}
+    assert d['all'] == pytest.approx(np.mean([d[i] for i in range(3)]))
+
 def test_other_settings_and_other_seeds_are_other_networks(data, tmp_path):
     study = Study(data, tmp_path)
     a,b = (study.folder('cl', 'x', STAGE_ONE | c) for c in ({}, dict(lr=0.1)))
@@ -151,7 +161,7 @@ def test_records_hold_what_a_number_needs_and_novel_scorings_are_logged_once(sma
     assert [o['what'].split('-')[0] for o in log] == ['cl','el','gr']
     r = json.loads(next((tmp_path/'results'/'a').glob('grdd-*-s0-novel.json')).read_text())
     assert {'command','seed','settings','data','networks','scored','scores','versus','paper'} <= set(r)
-    assert (r['supervision'], r['phi'], r['psi'], r['split'], r['paper']) == ('CL+GR', 'convnet4_128', 'convnet4', 'novel', 69.3)
+    assert (r['supervision'], r['phi'], r['psi'], r['split'], r['paper']) == ('CL+GR', 'convnet4_128', 'convnet4', 'novel', {'1-shot':69.3})
     assert set(r['versus']) == {'CL','CL+EL'} and r['scores']['1-shot']['n'] == 40 and r['settings']['teacher']['arch'] == 'convnet4_128'
     assert set(r['networks']) == {'student','teacher','net'} and all(n['minutes'] >= 0 and n['commit'] and n['device'] for n in r['networks'].values())
 
