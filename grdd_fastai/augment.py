@@ -9,13 +9,11 @@ import torch
 __all__ = ['train_augmentation', 'SeededAugmentation']
 
 
-def train_augmentation(px):
-    "RFS's and SKD's: crop after padding (4 at 32 px, 8 at 84 px), colour jitter 0.4, horizontal flip; for uint8 images"
+def train_augmentation(px, jitter=True):
+    "RFS's and SKD's: crop after padding (4 at 32 px, 8 at 84 px), colour `jitter` 0.4, horizontal flip; for uint8 images"
     pad = round(px / 32 * 4) if px < 84 else round(px / 84 * 8)
-    jitter = (0.6, 1.4)
-    return A.Compose([A.PadIfNeeded(px + 2*pad, px + 2*pad), A.RandomCrop(px, px),
-                      A.ColorJitter(brightness=jitter, contrast=jitter, saturation=jitter, hue=(0., 0.), p=1.),
-                      A.HorizontalFlip(p=0.5)])
+    colour = A.ColorJitter(brightness=(0.6, 1.4), contrast=(0.6, 1.4), saturation=(0.6, 1.4), hue=(0., 0.), p=1.)
+    return A.Compose([A.PadIfNeeded(px + 2*pad, px + 2*pad), A.RandomCrop(px, px), *([colour] if jitter else []), A.HorizontalFlip(p=0.5)])
 
 
 class SeededAugmentation:

@@ -3,6 +3,7 @@ import math
 
 import numpy as np
 
+from .augment import train_augmentation
 from .data import category_dls, episodic_dls
 from .errors import UserError
 from .learners import CLASSIFIERS, global_learner, meta_learner
@@ -12,12 +13,13 @@ __all__ = ['STAGE_ONE', 'READINGS', 'SCHEDULES', 'stage_two_settings', 'stage_on
 SCHEDULES = ('poly', 'step', 'one_cycle')
 
 # Stage one as the paper has it
-STAGE_ONE = dict(arch='resnet12', epochs=90, schedule='poly', lr=0.05, rotation=True, rotation_from='logits', classifier='linear', bs=64, seed=0)
+STAGE_ONE = dict(arch='resnet12', epochs=90, schedule='poly', lr=0.05, rotation=True, rotation_from='logits', classifier='linear', jitter=True,
+                 bs=64, seed=0)
 
 # Stage two, reading by reading; docs/readings.md says what each setting is, and what was measured
 _PAPER = dict(way=5, shot=1, query=15, episodes=400, per_step=1, epochs=15, schedule='step', lr=1e-3, init='cl', seed=0,
               T=4., gamma=0.2, scale=1., mean=False, decouple=True, kl_weight=1., hinton=False, reverse=False, reduction='sum',
-              center=False, teacher_view='clean', teacher_output='features')
+              center=False, teacher_view='clean', teacher_output='features', jitter=True)
 READINGS = dict(
     paper=_PAPER, # the paper's words: T divides the cosines, L_rt reads their sum as it is
     best=_PAPER | dict(way=20, query=6, T=0.1, scale=10., mean=True, gamma=1., reduction='mean', kl_weight=5., teacher_view='same',
@@ -50,7 +52,7 @@ def fitting(s):
 
 def stage_one(data, s, **kwargs):
     "Learner of the global learner and its fit, for the settings `s` of `STAGE_ONE`"
-    dls = category_dls(data, bs=s['bs'], seed=s['seed'])
+    dls = category_dls(data, bs=s['bs'], aug=train_augmentation(data.px, s['jitter']), seed=s['seed'])
     return global_learner(dls, s['arch'], rotation=s['rotation'], rotation_from=s['rotation_from'], classifier=s['classifier'], seed=s['seed'], **kwargs),fitting(s)
 
 def stage_two(data, s, student, teacher=None, bank=None, **kwargs):
@@ -61,7 +63,8 @@ def stage_two(data, s, student, teacher=None, bank=None, **kwargs):
     and `query` queries of each, or as many as there are.
     """
     n_images = np.bincount(data.train.y)
-    dls = episodic_dls(data, min(s['way'], len(n_images)), s['shot'], max(1, min(s['query'], n_images.min() - s['shot'])), s['episodes'], s['per_step'], seed=s['seed'])
+    dls = episodic_dls(data, min(s['way'], len(n_images)), s['shot'], max(1, min(s['query'], n_images.min() - s['shot'])), s['episodes'], s['per_step'],
+                       aug=train_augmentation(data.px, s['jitter']), seed=s['seed'])
     distill = None if teacher is None else {k:s[k] for k in DISTILL} | dict(bank=bank)
     learn = meta_learner(dls, student, teacher, s['T'], s['gamma'], s['scale'], s['mean'], seed=s['seed'], distill=distill, **kwargs)
     return learn,fitting(s)

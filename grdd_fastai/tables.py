@@ -65,6 +65,7 @@ def table(
     lr:float=None, # of stage one (0.05; demo: 0.1)
     rotation:bool=True, # leave out stage one's rotation task (the demo does)
     classifier:str='linear', # of stage one, FC3: linear or cosine
+    jitter:bool=True, # leave out both stages' colour jitter
     reading:str='best', # of stage two: best or paper, see docs/readings.md
     meta_epochs:int=None, # of stage two (the reading's; demo: 1)
     meta_lr:float=None, # of stage two (the reading's)
@@ -90,8 +91,8 @@ def table(
 
     logs = [out, *([Path(results).expanduser()] if results else [])]
     study,nets,scores,failed,stop = Study(data, out, max_minutes, logs),{},{},[],None
-    two = {alone:stage_two_settings(reading, alone, epochs=s['meta_epochs'], lr=meta_lr, episodes=s['episodes']) for alone in (False, True)}
-    common = dict(schedule=s['schedule'], lr=s['lr'], rotation=rotation and not demo, classifier=classifier)
+    two = {alone:stage_two_settings(reading, alone, epochs=s['meta_epochs'], lr=meta_lr, episodes=s['episodes'], jitter=jitter) for alone in (False, True)}
+    common = dict(schedule=s['schedule'], lr=s['lr'], rotation=rotation and not demo, classifier=classifier, jitter=jitter)
     roles = dict(student=dict(arch=s['student'], epochs=s['epochs'], **common), teacher=dict(arch=s['teacher'], epochs=s['teacher_epochs'], **common))
     for seed,key in itertools.product(seeds, rows):
         try:
