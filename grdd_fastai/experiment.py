@@ -33,6 +33,8 @@ def grdd(
     bs:int=None, # images per batch of stage one, before rotation (64; 1% of fewer than 6400 base images, at least 16)
     classifier:str='linear', # of stage one, FC3: linear or cosine
     jitter:bool=True, # leave out both stages' colour jitter
+    opt:str='sgd', # of stage one: sgd or muon
+    meta_opt:str='sgd', # of stage two: sgd or muon
     reading:str='best', # of stage two, best or paper: what is not given below, see docs/readings.md
     meta_epochs:int=None, # of stage two (the reading's; demo: 2)
     meta_schedule:str=None, # of stage two: poly, step or one_cycle (the reading's)
@@ -60,7 +62,7 @@ def grdd(
     if demo: px = DEMO_PX
     defaults,given = DEMO if demo else PAPER,{k:v for k,v in locals().items() if k not in ('out','cache','resume','max_minutes')}
     settings = given | {k:given[k] if given[k] is not None else v for k,v in defaults.items()}
-    two = stage_two_settings(reading, shot=shot, **{k:settings[name] for k,name in META.items()}, jitter=jitter, seed=seed)
+    two = stage_two_settings(reading, shot=shot, **{k:settings[name] for k,name in META.items()}, jitter=jitter, opt=meta_opt, seed=seed)
     settings |= {name:two[k] for k,name in META.items()}
     s = SimpleNamespace(**settings)
     check_settings(settings | dict(max_minutes=max_minutes))
@@ -85,7 +87,7 @@ def _stages(run, s, two, share, cache):
     # stage one: global category knowledge, Eq. 2-9
     def train(name, arch, seed):
         run.say(f'stage one: {name}, {arch}')
-        one = STAGE_ONE | dict(arch=arch, epochs=s.epochs, schedule=s.schedule, lr=s.lr, rotation=s.rotation, classifier=s.classifier, jitter=s.jitter, bs=s.bs, seed=seed)
+        one = STAGE_ONE | dict(arch=arch, epochs=s.epochs, schedule=s.schedule, lr=s.lr, rotation=s.rotation, classifier=s.classifier, jitter=s.jitter, opt=s.opt, bs=s.bs, seed=seed)
         return run.stage(name, *stage_one(data, one, **common), arch=arch, **card)
     student_cl,val_cl = train('student_cl', s.student, s.seed)
     teacher = student_cl if share else train('teacher', s.teacher, s.seed + (s.teacher == s.student))[0]

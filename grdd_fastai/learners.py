@@ -2,7 +2,6 @@
 import copy
 import difflib
 from contextlib import suppress
-from functools import partial
 
 import timm
 import torch
@@ -10,7 +9,6 @@ from fastai.callback.core import CancelEpochException
 from fastai.callback.schedule import ParamScheduler
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
-from fastai.optimizer import OptimWrapper
 from fastai.torch_core import params
 from fastcore.basics import patch
 from fastcore.foundation import L
@@ -22,11 +20,11 @@ from .data import EpisodicDL
 from .errors import UserError
 from .evaluate import features
 from .losses import EpisodicLoss, relatedness
+from .optim import sgd
 
-__all__ = ['check_backbone', 'create_backbone', 'CosineClassifier', 'GlobalNet', 'CLASSIFIERS', 'FewShotLearner', 'global_learner', 'meta_learner', 'sgd', 'poly', 'step_down']
+__all__ = ['check_backbone', 'create_backbone', 'CosineClassifier', 'GlobalNet', 'CLASSIFIERS', 'FewShotLearner', 'global_learner', 'meta_learner', 'poly', 'step_down']
 
 CLASSIFIERS = ('linear', 'cosine')
-sgd = partial(OptimWrapper, opt=torch.optim.SGD, momentum=0.9)
 
 
 def check_backbone(arch, px=None):

@@ -1,7 +1,10 @@
 """Few-shot backbones registered in timm: ConvNet-4 and ResNet-12 in the variants papers use."""
+import json
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
-from timm.layers import DropBlock2d, SelectAdaptivePool2d
+from timm.layers import DropBlock2d, SelectAdaptivePool2d, to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
@@ -74,7 +77,7 @@ class ConvNet4(FewShotBackbone):
         self.feature_info = [dict(num_chs=w, reduction=2**min(i+1, n_pool), module=f'stages.{i}')
                              for i,w in enumerate(widths)]
         self._init_weights('relu')
-        self._make_head(in_chans, num_classes, global_pool, drop_rate, img_size // 2**n_pool)
+        self._make_head(in_chans, num_classes, global_pool, drop_rate, to_2tuple(img_size)[0] // 2**n_pool)
 
 
 class R2D2Net(FewShotBackbone):
@@ -85,7 +88,7 @@ class R2D2Net(FewShotBackbone):
     def __init__(self, num_classes=64, in_chans=3, global_pool='', drop_rate=0., widths=(96,192,384,512), img_size=32):
         super().__init__()
         if global_pool: raise ValueError("convnet4_r2d2 concatenates two flattened maps: global_pool must be ''")
-        chs = (in_chans, *widths)
+        chs,img_size = (in_chans, *widths),to_2tuple(img_size)[0]
         def block(i, *tail): return nn.Sequential(
             nn.Conv2d(chs[i], chs[i+1], 3, padding=1), nn.BatchNorm2d(chs[i+1]), nn.MaxPool2d(2), *tail)
         act = lambda: nn.LeakyReLU(0.1)
@@ -151,6 +154,7 @@ class ResNet12(FewShotBackbone):
     def __init__(self, num_classes=64, in_chans=3, global_pool='avg', drop_rate=0., widths=(64,160,320,640),
                  block_drop_rate=0.1, block_size=None, drop_steps=40_000, img_size=32):
         super().__init__()
+        img_size = to_2tuple(img_size)[0] # square images
         if block_size is None: block_size = 2 if img_size < 64 else 5
         chs = (in_chans, *widths)
         drop = lambda i: (nn.Dropout(block_drop_rate) if i < 2 else
@@ -168,8 +172,15 @@ def _cfg(first_conv, pool_size, **kwargs):
                 interpolation='bicubic', mean=(0.5071,0.4867,0.4408), std=(0.2675,0.2565,0.2761), license='apache-2.0',
                 first_conv=first_conv, classifier='head', **kwargs)
 
+WEIGHTS = Path(__file__).with_name('weights') # a folder of `publish` per arch.tag, in the package
+
+def _weights():
+    "What `publish` wrote beside each of the package's weights, as timm's cfgs"
+    return {f.parent.name:json.loads(f.read_text())['pretrained_cfg'] | dict(num_classes=0, file=str(f.with_name('model.safetensors')))
+            for f in sorted(WEIGHTS.glob('*/config.json'))}
+
 _conv,_res = 'stages.0.0','stages.0.conv1'
-default_cfgs = generate_default_cfgs({
+default_cfgs = generate_default_cfgs(_weights() | {
     'convnet4.untrained':      _cfg(_conv, (4,4)),
     'convnet4_flat.untrained': _cfg(_conv, (2,2)),
     'convnet4_128.untrained':  _cfg(_conv, (4,4)),

@@ -20,9 +20,9 @@ from .storage import load_tensors, locked, save_tensors
 __all__ = ['Study', 'Trained', 'SPLITS']
 
 VALID = dict(n_way=5, k_shot=1, n_query=15) # episodes of the validation classes that choose the epoch kept
-YOUNGER = dict(teacher_output='features', classifier='linear', jitter=True) # settings that came after the first records: where they are as before they name nothing
+YOUNGER = dict(teacher_output='features', classifier='linear', jitter=True, opt='sgd') # settings that came after the first records: where they are as before they name nothing
 SPLITS = dict(val='val', novel='test')
-EPISODIC = ('way','shot','query','episodes','per_step','epochs','schedule','lr','scale','mean','init','seed','jitter') # what CL+EL depends on
+EPISODIC = ('way','shot','query','episodes','per_step','epochs','schedule','lr','scale','mean','init','seed','jitter','opt') # what CL+EL depends on
 EPISODES_SEED = dict(val=1, novel=0) # not the episodes that chose the epoch; those of the other recipes
 
 
@@ -45,7 +45,7 @@ class Study:
     """
     def __init__(self, data, out, max_minutes=None, logs=None):
         self.data,self.out,self.end,self.banks = data,Path(out).expanduser(),None if max_minutes is None else time.monotonic() + 60*max_minutes,{}
-        self.logs = [self.out] if logs is None else logs
+        self.logs = [self.out] if logs is None else [Path(f).expanduser() for f in logs]
 
     def folder(self, kind, arch, settings):
         key = hashlib.sha256(json.dumps([settings, self.data.fingerprint], sort_keys=True).encode()).hexdigest()[:8]

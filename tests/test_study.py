@@ -5,7 +5,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import write_csv_set
 from scipy.stats import ttest_rel
 from test_recipes import recipe
 
@@ -19,11 +18,6 @@ from grdd_fastai.tables import CL, EL, GR, table
 SMALL = dict(student='convnet4', teacher='convnet4_128', epochs=1, teacher_epochs=1, schedule='one_cycle', lr=0.1, rotation=False, meta_epochs=1,
              episodes=2, test_episodes=40)
 ROWS = {'CL':CL, 'CL+EL':EL | dict(versus=['CL']), 'GRDD':GR | dict(versus=['CL','CL+EL'], paper={('faint0', 'convnet4_128', 'convnet4'):{'1-shot':69.3}})}
-
-@pytest.fixture(scope='module')
-def faint(tmp_path_factory):
-    "Split CSVs of classes that can hardly be told apart: no accuracy is 100%"
-    return write_csv_set(tmp_path_factory.mktemp('faint'), amplitude=4)
 
 @pytest.fixture
 def small(faint, cache): return SMALL | dict(data=str(faint), cache=str(cache))
