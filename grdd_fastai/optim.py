@@ -12,9 +12,10 @@ COEFFICIENTS = ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -
 
 
 def orthogonalized(G):
-    """Nearly the orthogonal factor U V^T of matrices G = U S V^T (..., M, N), by five Newton-Schulz steps; singular values 0.7 to 1.2
+    """Nearly the orthogonal factor U V^T of matrices G = U S V^T (..., M, N), by five Newton-Schulz steps
 
-    In bfloat16 where the device computes in it, else float32. Coefficients: leloykun's, as timm has them.
+    In bfloat16 where the device computes in it, else float32. Singular values far below the largest stay below 1. The coefficients are
+    timm's default.
     """
     X = G.to(autocast_dtype(G.device) or torch.float32)
     if tall := G.shape[-2] > G.shape[-1]: X = X.mT
