@@ -9,12 +9,13 @@ from scipy.stats import ttest_1samp
 
 from .data import rows_by_class
 from .errors import UserError
-from .inference import sum_of_cosines
+from . import transductive  # noqa: F401  (registers its classifiers)
+from .inference import get_classifier
 
-__all__ = ['Evaluation', 'Difference', 'over_seeds', 'compare', 'features', 'embed', 'sample_episodes', 'evaluate', 'mean_ci95']
+__all__ = ['Evaluation', 'Difference', 'over_seeds', 'compare', 'features', 'embed', 'sample_episodes', 'sample_unbalanced', 'evaluate', 'mean_ci95']
 
 BLOCK = 500 # episodes drawn at a time
-CHUNK = 2**26 # bytes of features classified at a time
+CHUNK = 2**21,2**28 # bytes of features classified at a time: what a CPU's cache holds, what fills a GPU
 
 
 def features(model, x):
@@ -75,6 +76,26 @@ def sample_episodes(
         yield rows[..., :k_shot],rows[..., k_shot:]
 
 
+def sample_unbalanced(
+    y, n_way=5, k_shot=1, n_query=15, n_episodes=10_000, seed=0, # as in `sample_episodes`
+    concentration=2., # of the symmetric Dirichlet distribution the classes' shares of the queries are drawn from
+):
+    """Yield blocks of episodes whose n_way * n_query queries fall unevenly on the classes: support rows (E, C, K), query rows and their
+    classes 0..C-1 (E, C * n_query)
+
+    As alpha-TIM's (arXiv 2204.11181): shares from Dirichlet(2), rounded by the largest remainders.
+    """
+    total = n_way*n_query
+    for block,(support,query) in enumerate(sample_episodes(y, n_way, k_shot, total, n_episodes, seed)): # as many of each class as one might need
+        rng = np.random.default_rng([seed, block, 1])
+        shares = rng.dirichlet([concentration]*n_way, BLOCK)[:len(query)] * total
+        counts = np.floor(shares).astype(np.int64)
+        rank = (shares - counts).argsort(1)[:, ::-1].argsort(1)
+        counts += rank < (total - counts.sum(1))[:, None]
+        taken = np.arange(total) < counts[..., None]                                          # (E, C, total)
+        yield support,query[taken].reshape(-1, total),np.broadcast_to(np.arange(n_way)[:, None], taken.shape)[taken].reshape(-1, total)
+
+
 def mean_ci95(x):
     "Mean and half-width of its 95% confidence interval, 1.96 standard errors"
     x = np.asarray(x, dtype=np.float64)
@@ -86,6 +107,7 @@ class Evaluation:
     "Accuracy of each episode, in percent"
     episodes: np.ndarray
     drawn: str = None # names the episodes: two evaluations can be compared where it is the same
+    classifier: str = 'cosine' # and what else was chosen
     @property
     def accuracy(self): return mean_ci95(self.episodes)[0]
     @property
@@ -163,17 +185,42 @@ def evaluate(
     n_query=15, # query images a class
     n_episodes=10_000,
     seed=0, # of the episodes
-    classifier=sum_of_cosines, # (support, support_y, query) -> logits
+    classifier='cosine', # a name of `CLASSIFIERS`, or `(support, support_y, query) -> logits`; or a list of names or dict of functions
+    query_distribution='balanced', # n_query of each class, or 'dirichlet': as many in all, unevenly (`sample_unbalanced`)
+    views=None, # features of V augmented views of every image (V, N, D), to be the support in place of h: RFS's support augmentation
 ):
-    "Accuracy over `n_episodes` seeded episodes drawn from features; `a - b` is the paired `Difference` of two"
+    """Accuracy over `n_episodes` seeded episodes drawn from features; `a - b` is the paired `Difference` of two
+
+    Of several classifiers a dict of `Evaluation`s, all on the same episodes in one pass. Memory does not grow with the episodes.
+    """
     y = torch.as_tensor(y)
-    if not torch.isfinite(h).all(): raise UserError('the features hold NaN or infinite values: the network diverged, lower its learning rate')
-    accs,size = [],max(1, CHUNK // max(1, n_way*(k_shot + n_query)*h[0].numel()*h.element_size()))
-    for block in sample_episodes(y, n_way, k_shot, n_query, n_episodes, seed):
-        for at in range(0, len(block[0]), size):
-            support,query = (torch.as_tensor(rows[at:at+size], device=h.device).flatten(1) for rows in block)
-            s_y,q_y = (torch.arange(n_way, device=h.device).repeat_interleave(k).expand(len(support), -1) for k in (k_shot, n_query))
-            accs.append((classifier(h[support], s_y, h[query]).argmax(-1) == q_y).float().mean(1).cpu())
+    if query_distribution not in QUERIES: raise UserError(f'the query distribution is {query_distribution!r}: it is one of {", ".join(QUERIES)}')
+    for x in (h, *(views if views is not None else ())):
+        if not torch.isfinite(x).all(): raise UserError('the features hold NaN or infinite values: the network diverged, lower its learning rate')
+    if views is not None and views.shape[1:] != h.shape: raise UserError(f'views of shape {tuple(views.shape)} are not those of features {tuple(h.shape)}')
+    one = not isinstance(classifier, (dict, list, tuple))
+    of = classifier if isinstance(classifier, dict) else {c:c for c in ([classifier] if one else classifier)}
+    of = {k:get_classifier(f) for k,f in of.items()}
+    bank,V = (h, 1) if views is None else (views.flatten(0, 1), len(views))
+    budget = CHUNK[h.device.type != 'cpu']
+    size = max(1, budget // max(1, n_way*(V*k_shot + n_query)*h[0].numel()*h.element_size()))
+    accs = {k:[] for k in of}
+    for support,query,query_y in QUERIES[query_distribution](y, n_way, k_shot, n_query, n_episodes, seed):
+        for at in range(0, len(support), size):
+            s,q,q_y = (torch.as_tensor(a[at:at+size], device=h.device).flatten(1) for a in (support, query, query_y))
+            s_y = torch.arange(n_way, device=h.device).repeat_interleave(k_shot).repeat(V).expand(len(s), -1)
+            s = torch.cat([s + v*len(y) for v in range(V)], 1)
+            z_s,z_q = (b.index_select(0, rows.flatten()).view(*rows.shape, -1) for b,rows in ((bank, s), (h, q)))
+            for k,f in of.items(): accs[k].append((f(z_s, s_y, z_q).argmax(-1) == q_y).float().mean(1).cpu())
     classes = hashlib.sha256(y.long().cpu().numpy().tobytes()).hexdigest()[:8]
     drawn = f'{n_episodes} of {n_way} way {k_shot} shot {n_query} query, seed {seed}, {len(y)} images {classes}'
-    return Evaluation(100 * torch.cat(accs).double().numpy(), drawn)
+    if query_distribution != 'balanced': drawn += f', {query_distribution} queries'
+    how = '' if V == 1 else f', support of {V} views'
+    made = {k:Evaluation(100 * torch.cat(a).double().numpy(), drawn, f'{k if isinstance(k, str) else k.__name__}{how}') for k,a in accs.items()}
+    return next(iter(made.values())) if one else made
+
+def _balanced(*args):
+    for support,query in sample_episodes(*args):
+        yield support,query,np.broadcast_to(np.arange(query.shape[1])[:, None], query.shape)
+
+QUERIES = dict(balanced=_balanced, dirichlet=sample_unbalanced)

@@ -1,13 +1,157 @@
-"""Classifiers on features: `(support, support_y, query) -> logits`, stateless, batched over episodes."""
-from .losses import class_relatedness, relatedness
+"""Classifiers on features, `(support, support_y, query, ...) -> logits`: stateless, batched over episodes, by name in `CLASSIFIERS`
 
-__all__ = ['sum_of_cosines']
+Shapes: E episodes, NS support and NQ query images, D features, C classes; support (E, NS, D), support_y 0..C-1 (E, NS), query
+(E, NQ, D), logits (E, NQ, C), whose argmax is the prediction. Episodes do not see each other, and everything is in float32. Each raises
+UserError for features that are not finite and for a class without support images. Inductive ones are here, the others, which look at
+all queries of an episode together, in `transductive`.
+"""
+import inspect
+from functools import wraps
+
+import torch
+import torch.nn.functional as F
+
+from .errors import UserError
+from .losses import full_precision
+
+__all__ = ['CLASSIFIERS', 'classifier', 'get_classifier', 'prototypes', 'sum_of_cosines', 'nearest_centroid', 'simpleshot', 'nearest_neighbour', 'ridge',
+           'logistic_regression']
+
+CLASSIFIERS = {} # name -> function with `transductive` and `balanced`: whether it takes every class to have equally many queries
 
 
-def sum_of_cosines(
-    support,   # features (E, NS, D)
-    support_y, # classes 0..C-1 (E, NS)
-    query,     # features (E, NQ, D)
+def classifier(name, transductive=False, balanced=False):
+    "Register a classifier: its arguments are checked and in float32, its logits finite"
+    def register(f):
+        inner = full_precision(f)
+        @wraps(f)
+        def checked(support, support_y, query, **settings):
+            if support.ndim != 3 or query.ndim != 3 or support_y.shape != support.shape[:2] or len(query) != len(support) or query.shape[2] != support.shape[2]:
+                raise UserError(f'{name} takes support (E, NS, D), support_y (E, NS) and query (E, NQ, D), not {tuple(support.shape)}, '
+                                f'{tuple(support_y.shape)} and {tuple(query.shape)}')
+            logits = inner(support, support_y, query, **settings)
+            if not torch.isfinite(logits.sum()): raise why_not_finite(name, support, support_y, query, logits)
+            return logits
+        checked.transductive,checked.balanced,checked.settings = transductive,balanced,list(inspect.signature(f).parameters)[3:]
+        CLASSIFIERS[name] = checked
+        return checked
+    return register
+
+def why_not_finite(name, support, support_y, query, logits):
+    if not (torch.isfinite(support).all() and torch.isfinite(query).all()):
+        return UserError('the features hold NaN or infinite values: the network diverged, or images are damaged; classify others')
+    n = F.one_hot(support_y, logits.shape[-1]).sum(1)
+    if (n == 0).any(): return UserError(f'class {int((n == 0).nonzero()[0][1])} has no support image: give each class of an episode at least one')
+    return UserError(f'{name} gives logits that are not finite: its settings do not suit features of this size, try normalised ones')
+
+def get_classifier(name):
+    "The classifier of that name, or a UserError that lists them; a function is returned as it is"
+    if callable(name): return name
+    if name not in CLASSIFIERS: raise UserError(f'unknown classifier {name!r}: it is one of {", ".join(CLASSIFIERS)}')
+    return CLASSIFIERS[name]
+
+
+# ---- what they share --------------------------------------------------------------------------------------------------
+
+def one_hot(y, like): return F.one_hot(y).to(like.dtype)
+
+def no_support(Y):
+    "NaN (E, 1, C) for a class without support images, else 0"
+    return torch.where(Y.amax(1, keepdim=True) > 0, 0., torch.nan)
+
+def prototypes(support, support_y):
+    "Mean feature of each class (E, C, D)"
+    Y = one_hot(support_y, support)
+    return (Y.mT @ support) / Y.sum(1).unsqueeze(-1)
+
+def norms(x): return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12)
+
+def cosines(a, b):
+    "(E, A, D), (E, B, D) -> (E, A, B); the longer one is read twice and not copied"
+    return a @ (b / norms(b)).mT / norms(a)
+
+def squared_distances(a, b):
+    "(E, A, D), (E, B, D) -> (E, A, B)"
+    return a.square().sum(-1, keepdim=True) + b.square().sum(-1).unsqueeze(-2) - 2 * a @ b.mT
+
+
+# ---- inductive --------------------------------------------------------------------------------------------------------
+
+@classifier('cosine')
+def sum_of_cosines(support, support_y, query):
+    "The paper's: sigma, the sum of cosines with a class's support images (Eq. 14)"
+    Y = one_hot(support_y, support)
+    return query @ (Y.mT @ (support / norms(support))).mT / norms(query) + no_support(Y)
+
+@classifier('centroid')
+def nearest_centroid(support, support_y, query,
+    metric='euclidean', # minus the squared 'euclidean' distance, or the 'cosine'
 ):
-    "The paper's classifier: sigma of Eq. 14 as logits (E, NQ, C); a query takes the class it is most related to"
-    return class_relatedness(relatedness(support, query), support_y, int(support_y.max())+1)
+    "Distance to the mean feature of each class: Prototypical Networks' classifier (arXiv 1703.05175)"
+    if metric not in ('euclidean', 'cosine'): raise ValueError(f"metric is 'euclidean' or 'cosine', not {metric!r}")
+    p = prototypes(support, support_y)
+    return cosines(query, p) if metric == 'cosine' else -squared_distances(query, p)
+
+@classifier('simpleshot')
+def simpleshot(support, support_y, query,
+    mean=None, # mean feature of the base classes (D): CL2N; None leaves it out: L2N
+):
+    "Nearest centroid of features centred by the base classes' mean and normalised (SimpleShot, arXiv 1911.04623)"
+    if mean is not None: support,query = support - mean,query - mean
+    p = prototypes(F.normalize(support, dim=-1), support_y)
+    return 2 * query @ p.mT / norms(query) - p.square().sum(-1).unsqueeze(1) - 1 # minus the squared distance to a query of length 1
+
+@classifier('neighbour')
+def nearest_neighbour(support, support_y, query):
+    "Cosine with the nearest support image of each class"
+    R = cosines(query, support)
+    index,C = support_y.unsqueeze(1).expand_as(R),int(support_y.max())+1
+    return R.new_full((*R.shape[:2], C), -torch.inf).scatter_reduce(2, index, R, 'amax')
+
+@classifier('ridge')
+def ridge(support, support_y, query,
+    weight=1., # of the squared norm of the coefficients
+    normalize=True, # features to unit length first
+):
+    "Ridge regression onto -1 and 1 with an intercept, in its dual form (R2-D2, arXiv 1805.08136; scikit-learn's RidgeClassifier)"
+    if normalize: support,query = F.normalize(support, dim=-1),F.normalize(query, dim=-1)
+    Y = 2*one_hot(support_y, support) - 1
+    mean,offset = support.mean(1, keepdim=True),Y.mean(1, keepdim=True)
+    X = support - mean
+    K = X @ X.mT
+    K.diagonal(dim1=1, dim2=2).add_(weight)
+    return (query - mean) @ X.mT @ torch.linalg.solve(K, Y - offset) + offset + no_support(Y)
+
+@classifier('logistic')
+def logistic_regression(support, support_y, query,
+    C=1., # weight of the losses' sum against half the squared norm of the coefficients, as in scikit-learn
+    normalize=True, # features to unit length first, as RFS and SKD do
+    tol=1e-6, # stop when no logit of a support image moves more
+    max_iter=2000,
+):
+    """Multinomial logistic regression with an unpenalised intercept: RFS's classifier (arXiv 2003.11539), scikit-learn's LogisticRegression
+
+    Minimises a quadratic upper bound of the loss again and again (Boehning, 1992), in its dual form, with Nesterov's momentum: a
+    product with one (NS, NS) matrix a step, whatever D.
+    """
+    if normalize: support,query = F.normalize(support, dim=-1),F.normalize(query, dim=-1)
+    Y,K,h = one_hot(support_y, support),support @ support.mT,C/2 # h bounds the curvature of C * cross-entropy in the logits
+    M = h*K
+    M.diagonal(dim1=1, dim2=2).add_(1.)
+    M = torch.linalg.inv(M)
+    u = M.sum(2, keepdim=True)
+    M = M - u @ u.mT / u.sum(1, keepdim=True) # the intercept: columns of A sum to zero
+    A = Z = Z_new = torch.zeros_like(Y)
+    t,live = torch.ones(len(Y), 1, 1, device=Y.device),torch.ones(len(Y), 1, 1, dtype=torch.bool, device=Y.device)
+    for _ in range(max_iter):
+        G = C * (Z.softmax(-1) - Y)
+        A = torch.where(live, M @ (h*Z - G), A)
+        Z_old,Z_new = Z_new,torch.where(live, Z - (G + A)/h, Z_new)
+        moved = Z_new - Z_old
+        live = live & (moved.abs().amax((1, 2), keepdim=True) >= tol) # an episode rests when it is done, whatever the others do
+        if not live.any(): break
+        t = torch.where(((Z - Z_new)*moved).sum((1, 2), keepdim=True) > 0, 1., t) # momentum against the descent starts anew
+        t_new = (1 + (1 + 4*t*t).sqrt()) / 2
+        Z,t = Z_new + (t - 1)/t_new*moved,t_new
+    b = (Z_new - K @ A).mean(1, keepdim=True)
+    return query @ support.mT @ A + b + no_support(Y)

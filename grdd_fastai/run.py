@@ -5,6 +5,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -184,7 +185,7 @@ class Run:
             for f in ('result.json', 'data.json', *(f for s in STAGES for f in (f'{s}.safetensors', f'{s}.json', f'history_{s}.csv'))):
                 (self.out/f).unlink(missing_ok=True)
             write_json(self.out/'settings.json', dict(
-                settings=self.settings, commit=git_commit(), python=platform.python_version(), cpus=os.cpu_count(),
+                settings=self.settings, command=shlex.join(['python', *sys.argv]), commit=git_commit(), python=platform.python_version(), cpus=os.cpu_count(),
                 torch_threads=torch.get_num_threads(),
                 device=device_name(),
                 versions=versions()))

@@ -1,4 +1,4 @@
-"""Write RESULTS.md, and the measured part of docs/readings.md, from the records in results/
+"""Write RESULTS.md, and the measured parts of README.md and docs/readings.md, from the records in results/
 
     python recipes/report.py
 
@@ -15,8 +15,14 @@ from fastcore.script import call_parse
 TITLES = dict(table2='Table 2: category labels, episodic labels, global relatedness', ablations='Figure 4: the components of GRDD',
               sweep='Figure 6: gamma and T', readings='Readings of what the paper leaves open')
 FIGURES = dict(figure3='Figure 3: t-SNE of five novel classes', figure5="Figure 5: the teacher's relatedness over T")
+WEIGHTS = 'grdd_fastai/weights'
 CLASSES = dict(val='validation', novel='novel')
 MARKS = '<!-- measured: written by recipes/report.py -->','<!-- /measured -->'
+PUBLISHED = ( # 5-way on the novel classes of CIFAR-FS, 1-shot and 5-shot, inductive, as their papers give them
+    ('GRDD from a ResNet-12, the paper, width not given', 'ConvNet-4', '69.3 ± 0.9', '84.7 ± 0.6', '2107.05583'),
+    ('RFS-distill, best published for 64-64-64-64', 'ConvNet-4', '63.8 ± 0.8', '79.5 ± 0.5', '2003.11539'),
+    ('GRDD, the paper', 'ResNet-12', '77.5 ± 0.9', '89.1 ± 0.6', '2107.05583'),
+    ('IER-distill, best published plain embedding', 'ResNet-12', '77.87 ± 0.85', '89.74 ± 0.57', '2103.01315'))
 HEAD = '''# Results
 
 Written by `python recipes/report.py` from the [records](results/): each row links those of its training seeds. A record holds the
@@ -87,6 +93,15 @@ def picture(root, name, title):
     path = Path('results')/'figures'/f'{name}.png'
     return [f'![{title}]({path})\n'] if (root/path).exists() else []
 
+def beside(root):
+    "The package's weights beside the paper's and the best published numbers"
+    lines = ['| 5-way, novel classes of CIFAR-FS | network | 1-shot | 5-shot | source |', '|---|---|---|---|---|']
+    for f in sorted((root/WEIGHTS).glob('*/measured.json')):
+        of = json.loads(f.read_text())['scores']['novel']
+        cells = [f"{of[s]['accuracy']:.2f} ± {of[s]['ci95']:.2f}" for s in ('1-shot','5-shot')]
+        lines.append(f"| **`{f.parent.name}`, ours** | ConvNet-4, 64-64-64-64 | {' | '.join(cells)} | [card]({WEIGHTS}/{f.parent.name}/README.md) |")
+    return '\n'.join([*lines, *(f'| {what} | {net} | {one} | {five} | [{arxiv}](https://arxiv.org/abs/{arxiv}) |' for what,net,one,five,arxiv in PUBLISHED)])
+
 def novel_log(path):
     if not path.exists(): return 'The novel classes have not been scored yet.'
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -101,11 +116,11 @@ def between(text, measured):
 def main(
     root:str='.', # of the checkout
 ):
-    "Write RESULTS.md and docs/readings.md from results/"
+    "Write RESULTS.md and the measured parts of README.md and docs/readings.md from results/"
     root = Path(root)
     found = records(root/'results')
     notes = root/'results'/'NOTES.md'
-    parts = [HEAD, *([notes.read_text()] if notes.exists() else [])]
+    parts = [HEAD, '## Beside the paper and the best published\n', beside(root) + '\n', *([notes.read_text()] if notes.exists() else [])]
     for name,title in TITLES.items():
         for split,rows in found[name].items():
             parts += [f'## {title}, on the {CLASSES[split]} classes\n', about(rows) + '\n', section(rows, split, 'results/') + '\n', *picture(root, f'{name}_{split}', title)]
@@ -113,5 +128,7 @@ def main(
         if shown := picture(root, name, title): parts += [f'## {title}\n', *shown]
     parts += ['## Every scoring of the novel classes\n', novel_log(root/'results'/'novel_scorings.jsonl') + '\n']
     (root/'RESULTS.md').write_text('\n'.join(parts))
+    readme = root/'README.md'
+    readme.write_text(between(readme.read_text(), beside(root)))
     doc,rows = root/'docs'/'readings.md',found['readings'].get('val')
     if rows: doc.write_text(between(doc.read_text(), about(rows) + '\n\n' + section(rows, 'val', '../results/')))

@@ -88,7 +88,7 @@ def test_nothing_to_evaluate_is_one_sentence(kwargs):
 def test_wide_features_take_no_more_memory_and_change_nothing(monkeypatch):
     h = torch.randn(len(Y), 16, generator=torch.Generator().manual_seed(0))
     whole = evaluate(h, Y, n_episodes=200)
-    monkeypatch.setattr('grdd_fastai.evaluate.CHUNK', 3*5*16*16*4) # three episodes
+    monkeypatch.setattr('grdd_fastai.evaluate.CHUNK', [3*5*16*16*4]*2) # three episodes
     assert (evaluate(h, Y, n_episodes=200).episodes == whole.episodes).all()
 
 def test_nan_features_are_one_sentence():

@@ -30,6 +30,7 @@ def checkout(tmp_path):
             (tmp_path/'results'/r['experiment']/r['file']).write_text(json.dumps(r))
         (tmp_path/'docs').mkdir()
         shutil.copy(ROOT/'docs'/'readings.md', tmp_path/'docs')
+        shutil.copy(ROOT/'README.md', tmp_path)
         recipe('report')(root=str(tmp_path))
         return (tmp_path/'RESULTS.md').read_text()
     return make
@@ -58,9 +59,10 @@ def test_other_settings_are_another_line_and_one_seed_is_never_bold(checkout):
 
 @pytest.mark.skipif(not RECORDS, reason='no records in results/')
 def test_what_is_committed_is_what_the_records_say(tmp_path):
-    for f in ('results','docs'): shutil.copytree(ROOT/f, tmp_path/f)
+    for f in ('results','docs','grdd_fastai/weights'): shutil.copytree(ROOT/f, tmp_path/f)
+    shutil.copy(ROOT/'README.md', tmp_path)
     recipe('report')(root=str(tmp_path))
-    for f in ('RESULTS.md','docs/readings.md'): assert (tmp_path/f).read_text() == (ROOT/f).read_text(), f'{f} is out of date: python recipes/report.py'
+    for f in ('RESULTS.md','README.md','docs/readings.md'): assert (tmp_path/f).read_text() == (ROOT/f).read_text(), f'{f} is out of date: python recipes/report.py'
 
 @pytest.mark.parametrize('path', RECORDS, ids=lambda p: f'{p.parent.name}/{p.stem}')
 def test_a_record_names_a_clean_commit_and_a_command_that_parses(path):

@@ -1,0 +1,170 @@
+"""Transductive classifiers: they look at all queries of an episode together (see `inference` for shapes and errors)
+
+`balanced` ones take every class to have equally many queries, as the usual episodes do: what they gain by it is not there in use.
+"""
+import torch
+import torch.nn.functional as F
+
+from .inference import classifier, cosines, one_hot, prototypes, squared_distances
+
+__all__ = ['tim_gd', 'tim_adm', 'alpha_tim', 'bd_cspn', 'laplacian_shot', 'pt_map', 'soft_kmeans']
+
+EPS = 1e-12
+
+
+# ---- transductive information maximisation ------------------------------------------------------------------------------
+
+def tim_logits(z, W, scale): return -scale/2 * squared_distances(z, W)
+
+def entropy(p): return -(p * (p + EPS).log()).sum(-1)
+
+def tsallis(p, alpha):
+    "Tsallis' entropy (1 - sum p^alpha) / (alpha - 1), Shannon's in the limit of alpha = 1"
+    return entropy(p) if alpha == 1 else (1 - p.pow(alpha).sum(-1)) / (alpha - 1)
+
+def information_maximisation(support, support_y, query, scale, ce_weight, marginal_weight, conditional_weight, alpha, lr, steps):
+    "Adam on the class weights W, from the prototypes: min ce_weight*CE - marginal_weight*H(Y_Q) + conditional_weight*H(Y_Q|X_Q)"
+    z_s,z_q,Y = F.normalize(support, dim=-1),F.normalize(query, dim=-1),one_hot(support_y, support)
+    with torch.enable_grad():
+        W = prototypes(z_s, support_y).requires_grad_()
+        opt = torch.optim.Adam([W], lr)
+        for _ in range(steps):
+            p = tim_logits(z_q, W, scale).softmax(-1)
+            ce = -(Y * tim_logits(z_s, W, scale).log_softmax(-1)).sum(-1).mean(1)
+            loss = ce_weight*ce - marginal_weight*tsallis(p.mean(1), alpha) + conditional_weight*tsallis(p, alpha).mean(1)
+            W.grad, = torch.autograd.grad(loss.sum(), W) # a sum over episodes, which do not see each other
+            opt.step()
+    return tim_logits(z_q, W.detach(), scale)
+
+@classifier('tim_gd', transductive=True, balanced=True)
+def tim_gd(support, support_y, query,
+    scale=15., # tau: logits are -tau/2 times the squared distance to W
+    ce_weight=.1, # lambda, of the cross-entropy on the support
+    marginal_weight=1., # of the queries' marginal entropy, which spreads them evenly over the classes
+    conditional_weight=.1, # alpha, of the queries' conditional entropy
+    lr=1e-4, # of Adam
+    steps=1000,
+):
+    "TIM by gradient descent (arXiv 2008.11297)"
+    return information_maximisation(support, support_y, query, scale, ce_weight, marginal_weight, conditional_weight, 1., lr, steps)
+
+@classifier('alpha_tim', transductive=True)
+def alpha_tim(support, support_y, query,
+    alpha=7., # of both entropies of the queries; above 1 it allows them to be spread unevenly
+    scale=15., ce_weight=1., marginal_weight=1., conditional_weight=1., lr=1e-4, steps=1000,
+):
+    "TIM with Tsallis' entropies, for queries that are not balanced (arXiv 2204.11181)"
+    return information_maximisation(support, support_y, query, scale, ce_weight, marginal_weight, conditional_weight, alpha, lr, steps)
+
+@classifier('tim_adm', transductive=True, balanced=True)
+def tim_adm(support, support_y, query,
+    scale=15., ce_weight=.1, # as in `tim_gd`
+    marginal_weight=1., conditional_weight=.1,
+    steps=150,
+):
+    "TIM by the alternating direction method, whose steps have closed forms (arXiv 2008.11297, section 3.2)"
+    z_s,z_q,Y = F.normalize(support, dim=-1),F.normalize(query, dim=-1),one_hot(support_y, support)
+    W = prototypes(z_s, support_y)
+    a,b = ce_weight/(1 + conditional_weight),support.shape[1]/query.shape[1]
+    n_s = Y.sum(1).unsqueeze(-1) # (E, C, 1)
+    SY = Y.mT @ z_s
+    for _ in range(steps):
+        p_s,p_q = (tim_logits(z, W, scale).softmax(-1) for z in (z_s, z_q))
+        q = p_q.pow(1 + conditional_weight)
+        q = q / (q.sum(1, keepdim=True) + EPS).pow(marginal_weight/(1 + marginal_weight))
+        q = q / q.sum(-1, keepdim=True)
+        def drawn(p, z): return p.sum(1).unsqueeze(-1)*W - p.mT @ z # sum_i p_ik (w_k - z_i)
+        W = (a*(SY + drawn(p_s, z_s)) + b*(q.mT @ z_q + drawn(p_q, z_q))) / (a*n_s + b*q.sum(1).unsqueeze(-1))
+    return tim_logits(z_q, W, scale)
+
+
+# ---- rectified prototypes -----------------------------------------------------------------------------------------------
+
+def rectified_prototypes(support, support_y, query, scale):
+    "Prototypes (E, C, D) of the support and of the queries, each in the class it is nearest to, weighted by exp(scale * cos)"
+    p,Y = prototypes(support, support_y),one_hot(support_y, support)
+    query = query + (support.mean(1, keepdim=True) - query.mean(1, keepdim=True))
+    w_s,cos_q = Y * (scale*cosines(support, p)).exp(),cosines(query, p)
+    w_q = F.one_hot(cos_q.argmax(-1), p.shape[1]) * (scale*cos_q).exp()
+    return (w_s.mT @ support + w_q.mT @ query) / (w_s.sum(1) + w_q.sum(1)).unsqueeze(-1),query
+
+@classifier('bd_cspn', transductive=True)
+def bd_cspn(support, support_y, query,
+    scale=10., # of the cosines in the weights of an image
+    shift=True, # classify the queries moved by the difference of the support's mean and theirs
+):
+    "Prototypes rectified by the queries' own predictions, and the queries moved onto the support (BD-CSPN, arXiv 1911.10713)"
+    p,moved = rectified_prototypes(support, support_y, query, scale)
+    return cosines(moved if shift else query, p)
+
+@classifier('laplacian_shot', transductive=True)
+def laplacian_shot(support, support_y, query,
+    weight=0.7, # lambda, of the neighbours' predictions
+    n_neighbours=3, # of a query among the queries
+    steps=20,
+    scale=10., # of the prototypes' rectification, as in `bd_cspn`
+    normalize=True, # features to unit length first
+    shift=True, # as in `bd_cspn`
+):
+    "Distances to rectified prototypes, smoothed over each query's nearest neighbours (LaplacianShot, arXiv 2006.15486)"
+    if normalize: support,query = F.normalize(support, dim=-1),F.normalize(query, dim=-1)
+    p,moved = rectified_prototypes(support, support_y, query, scale)
+    if shift: query = moved
+    unary = squared_distances(query, p)
+    far = squared_distances(query, query)
+    far.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+    near = far.topk(min(n_neighbours, query.shape[1] - 1), largest=False).indices # (E, NQ, k)
+    z = (-unary).softmax(-1)
+    rows = near.flatten(1).unsqueeze(-1).expand(-1, -1, z.shape[-1])
+    for _ in range(steps): z = (weight*z.gather(1, rows).unflatten(1, near.shape[1:]).sum(2) - unary).softmax(-1)
+    return z.clamp_min(torch.finfo(z.dtype).tiny).log()
+
+
+# ---- optimal transport and clustering -----------------------------------------------------------------------------------
+
+def sinkhorn(cost, scale, steps, tol):
+    "Log of the plan (E, NQ, C) whose rows sum to 1 and columns to NQ/C, exp(-scale*cost) but for a factor a row and a column"
+    K = (-scale*(cost - cost.amin(-1, keepdim=True))).exp() # a factor a row changes nothing and keeps it from vanishing
+    per_class,v,live = K.shape[1]/K.shape[2],K.new_ones(len(K), 1, K.shape[2]),K.new_ones(len(K), 1, 1, dtype=torch.bool)
+    for step in range(steps):
+        v_old,v = v,torch.where(live, per_class / ((K / (K*v).sum(2, keepdim=True)).sum(1, keepdim=True) + EPS), v)
+        if step % 10 < 9: continue
+        live = live & ((v/v_old - 1).abs().amax(2, keepdim=True) >= tol) # an episode rests when it is done, whatever the others do
+        if not live.any(): break
+    return (v.log() - scale*cost).log_softmax(-1)
+
+@classifier('pt_map', transductive=True, balanced=True)
+def pt_map(support, support_y, query,
+    power=0.5, # of the features, made positive
+    scale=10., # lambda, of the squared distances in the transport
+    lr=0.2, # how far the prototypes move
+    steps=20,
+    normalize=True, # features to unit length and each episode's mean to zero, after the power
+    sinkhorn_steps=1000, tol=1e-6,
+):
+    "Prototypes moved by an optimal transport plan that gives each class equally many queries (PT-MAP, arXiv 2006.03806)"
+    z_s,z_q = ((x.relu() + 1e-6).pow(power) for x in (support, query))
+    if normalize:
+        z = F.normalize(torch.cat([z_s, z_q], 1), dim=-1)
+        z_s,z_q = F.normalize(z - z.mean(1, keepdim=True), dim=-1).split([z_s.shape[1], z_q.shape[1]], 1)
+    Y,p = one_hot(support_y, support),prototypes(z_s, support_y)
+    for step in range(steps + 1):
+        logits = sinkhorn(squared_distances(z_q, p), scale, sinkhorn_steps, tol)
+        if step == steps: return logits
+        plan = logits.exp()
+        of = (Y.mT @ z_s + plan.mT @ z_q) / (Y.sum(1) + plan.sum(1)).unsqueeze(-1)
+        p = p + lr*(of - p)
+
+@classifier('soft_kmeans', transductive=True)
+def soft_kmeans(support, support_y, query,
+    scale=15., # of half the squared distances
+    steps=10,
+    normalize=True, # features to unit length first
+):
+    "Prototypes of the support and of the queries by their soft assignments, again and again (arXiv 1803.00676)"
+    if normalize: support,query = F.normalize(support, dim=-1),F.normalize(query, dim=-1)
+    Y,p = one_hot(support_y, support),prototypes(support, support_y)
+    for _ in range(steps):
+        z = tim_logits(query, p, scale).softmax(-1)
+        p = (Y.mT @ support + z.mT @ query) / (Y.sum(1) + z.sum(1)).unsqueeze(-1)
+    return tim_logits(query, p, scale)
