@@ -10,10 +10,14 @@ from .inference import *
 from .learners import *
 from .losses import *
 from .models import *
+from .networks import *
+from .optim import *
 from .pack import *
 from .plots import *
 from .prepare import *
+from .publish import *
 from .run import *
 from .stages import *
 from .study import *
 from .tables import *
+from .transductive import *

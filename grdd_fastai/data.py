@@ -205,8 +205,9 @@ def plain_dl(
     data, # FewShotData
     split='test', # 'train', 'val' or 'test'
     bs=256, # images a batch
-    **kwargs
+    stats=None, # mean and std to normalise with (the data's own)
+    **kwargs # of `SeededDL`: an `aug` makes every pass another view
 ):
-    "Every image of a split, in order, normalised and not augmented"
-    block = _packed_block(data.stats, (getattr(data, split),), SeededDL)
+    "Every image of a split, in order, normalised and, without `aug`, not augmented"
+    block = _packed_block(stats or data.stats, (getattr(data, split),), SeededDL)
     return block.dataloaders(data, bs=bs, shuffle=False, drop_last=False, num_workers=0, **kwargs).train

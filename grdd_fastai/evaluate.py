@@ -7,9 +7,9 @@ import pandas as pd
 import torch
 from scipy.stats import ttest_1samp
 
+from . import transductive  # noqa: F401  (registers its classifiers)
 from .data import rows_by_class
 from .errors import UserError
-from . import transductive  # noqa: F401  (registers its classifiers)
 from .inference import get_classifier
 
 __all__ = ['Evaluation', 'Difference', 'over_seeds', 'compare', 'features', 'embed', 'sample_episodes', 'sample_unbalanced', 'evaluate', 'mean_ci95']

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from .errors import UserError
 from .losses import full_precision
 
-__all__ = ['CLASSIFIERS', 'classifier', 'get_classifier', 'prototypes', 'sum_of_cosines', 'nearest_centroid', 'simpleshot', 'nearest_neighbour', 'ridge',
+__all__ = ['CLASSIFIERS', 'register_classifier', 'get_classifier', 'prototypes', 'sum_of_cosines', 'nearest_centroid', 'simpleshot', 'nearest_neighbour', 'ridge',
            'logistic_regression']
 
 CLASSIFIERS = {} # name -> function with `transductive` and `balanced`: whether it takes every class to have equally many queries
 
 
-def classifier(name, transductive=False, balanced=False):
+def register_classifier(name, transductive=False, balanced=False):
     "Register a classifier: its arguments are checked and in float32, its logits finite"
     def register(f):
         inner = full_precision(f)
@@ -77,13 +77,13 @@ def squared_distances(a, b):
 
 # ---- inductive --------------------------------------------------------------------------------------------------------
 
-@classifier('cosine')
+@register_classifier('cosine')
 def sum_of_cosines(support, support_y, query):
     "The paper's: sigma, the sum of cosines with a class's support images (Eq. 14)"
     Y = one_hot(support_y, support)
     return query @ (Y.mT @ (support / norms(support))).mT / norms(query) + no_support(Y)
 
-@classifier('centroid')
+@register_classifier('centroid')
 def nearest_centroid(support, support_y, query,
     metric='euclidean', # minus the squared 'euclidean' distance, or the 'cosine'
 ):
@@ -92,7 +92,7 @@ def nearest_centroid(support, support_y, query,
     p = prototypes(support, support_y)
     return cosines(query, p) if metric == 'cosine' else -squared_distances(query, p)
 
-@classifier('simpleshot')
+@register_classifier('simpleshot')
 def simpleshot(support, support_y, query,
     mean=None, # mean feature of the base classes (D): CL2N; None leaves it out: L2N
 ):
@@ -101,14 +101,14 @@ def simpleshot(support, support_y, query,
     p = prototypes(F.normalize(support, dim=-1), support_y)
     return 2 * query @ p.mT / norms(query) - p.square().sum(-1).unsqueeze(1) - 1 # minus the squared distance to a query of length 1
 
-@classifier('neighbour')
+@register_classifier('neighbour')
 def nearest_neighbour(support, support_y, query):
     "Cosine with the nearest support image of each class"
     R = cosines(query, support)
     index,C = support_y.unsqueeze(1).expand_as(R),int(support_y.max())+1
     return R.new_full((*R.shape[:2], C), -torch.inf).scatter_reduce(2, index, R, 'amax')
 
-@classifier('ridge')
+@register_classifier('ridge')
 def ridge(support, support_y, query,
     weight=1., # of the squared norm of the coefficients
     normalize=True, # features to unit length first
@@ -122,7 +122,7 @@ def ridge(support, support_y, query,
     K.diagonal(dim1=1, dim2=2).add_(weight)
     return (query - mean) @ X.mT @ torch.linalg.solve(K, Y - offset) + offset + no_support(Y)
 
-@classifier('logistic')
+@register_classifier('logistic')
 def logistic_regression(support, support_y, query,
     C=1., # weight of the losses' sum against half the squared norm of the coefficients, as in scikit-learn
     normalize=True, # features to unit length first, as RFS and SKD do

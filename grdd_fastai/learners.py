@@ -22,9 +22,9 @@ from .evaluate import features
 from .losses import EpisodicLoss, relatedness
 from .optim import sgd
 
-__all__ = ['check_backbone', 'create_backbone', 'CosineClassifier', 'GlobalNet', 'CLASSIFIERS', 'FewShotLearner', 'global_learner', 'meta_learner', 'poly', 'step_down']
+__all__ = ['check_backbone', 'create_backbone', 'CosineClassifier', 'GlobalNet', 'CATEGORY_CLASSIFIERS', 'FewShotLearner', 'global_learner', 'meta_learner', 'poly', 'step_down']
 
-CLASSIFIERS = ('linear', 'cosine')
+CATEGORY_CLASSIFIERS = ('linear', 'cosine')
 
 
 def check_backbone(arch, px=None):
@@ -72,7 +72,7 @@ class GlobalNet(nn.Module):
     def __init__(self, backbone, rotation=True, rotation_from='logits', classifier='linear'):
         super().__init__()
         if rotation_from not in ('logits', 'probabilities'): raise ValueError(f"rotation_from is 'logits' or 'probabilities', not {rotation_from!r}")
-        if classifier not in CLASSIFIERS: raise ValueError(f"classifier is 'linear' or 'cosine', not {classifier!r}")
+        if classifier not in CATEGORY_CLASSIFIERS: raise ValueError(f"classifier is 'linear' or 'cosine', not {classifier!r}")
         self.backbone,self.rotation_from,n_classes = backbone,rotation_from,backbone.num_classes
         self.rotation_head = nn.Linear(n_classes, 4) if rotation else None
         self.classifier = CosineClassifier(backbone.num_features, n_classes) if classifier == 'cosine' else None

@@ -14,7 +14,7 @@ from .run import load_weights
 from .storage import atomic_write, on_cpu, write_json
 from .study import Trained
 
-__all__ = ['load_trained', 'measured', 'publish', 'CHECK']
+__all__ = ['load_trained', 'publish']
 
 CHECK = 2000 # of the scored episodes, the first: what a quick test of the weights measures again
 LICENSE = 'apache-2.0'

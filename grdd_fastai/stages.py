@@ -6,7 +6,7 @@ import numpy as np
 from .augment import train_augmentation
 from .data import category_dls, episodic_dls
 from .errors import UserError
-from .learners import CLASSIFIERS, global_learner, meta_learner
+from .learners import CATEGORY_CLASSIFIERS, global_learner, meta_learner
 from .optim import OPTIMISERS
 
 __all__ = ['STAGE_ONE', 'READINGS', 'SCHEDULES', 'stage_two_settings', 'stage_one', 'stage_two', 'check_settings']
@@ -41,7 +41,7 @@ BOUNDS = {**dict.fromkeys(('epochs','teacher_epochs','stage_one_epochs','meta_ep
           'opt':'sgd or muon', 'meta_opt':'sgd or muon'}
 WITHIN = {'at least 1':lambda v: v >= 1, 'positive':lambda v: 0 < v < math.inf, 'at least 0':lambda v: 0 <= v < math.inf,
           'from 0 to 4294967295':lambda v: 0 <= v < 2**32, BOUNDS['schedule']:lambda v: v in SCHEDULES,
-          'same or clean':lambda v: v in ('same', 'clean'), 'linear or cosine':lambda v: v in CLASSIFIERS,
+          'same or clean':lambda v: v in ('same', 'clean'), 'linear or cosine':lambda v: v in CATEGORY_CLASSIFIERS,
           'sgd or muon':lambda v: v in OPTIMISERS}
 
 def check_settings(settings):

@@ -17,7 +17,7 @@ from .run import Run, device_name, git_commit, log_line, now
 from .stages import STAGE_ONE, stage_one, stage_two
 from .storage import load_tensors, locked, save_tensors
 
-__all__ = ['Study', 'Trained', 'SPLITS']
+__all__ = ['Study', 'Trained']
 
 VALID = dict(n_way=5, k_shot=1, n_query=15) # episodes of the validation classes that choose the epoch kept
 YOUNGER = dict(teacher_output='features', classifier='linear', jitter=True, opt='sgd') # settings that came after the first records: where they are as before they name nothing

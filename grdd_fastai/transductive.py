@@ -5,7 +5,7 @@
 import torch
 import torch.nn.functional as F
 
-from .inference import classifier, cosines, one_hot, prototypes, squared_distances
+from .inference import cosines, one_hot, prototypes, register_classifier, squared_distances
 
 __all__ = ['tim_gd', 'tim_adm', 'alpha_tim', 'bd_cspn', 'laplacian_shot', 'pt_map', 'soft_kmeans']
 
@@ -36,7 +36,7 @@ def information_maximisation(support, support_y, query, scale, ce_weight, margin
             opt.step()
     return tim_logits(z_q, W.detach(), scale)
 
-@classifier('tim_gd', transductive=True, balanced=True)
+@register_classifier('tim_gd', transductive=True, balanced=True)
 def tim_gd(support, support_y, query,
     scale=15., # tau: logits are -tau/2 times the squared distance to W
     ce_weight=.1, # lambda, of the cross-entropy on the support
@@ -48,7 +48,7 @@ def tim_gd(support, support_y, query,
     "TIM by gradient descent (arXiv 2008.11297)"
     return information_maximisation(support, support_y, query, scale, ce_weight, marginal_weight, conditional_weight, 1., lr, steps)
 
-@classifier('alpha_tim', transductive=True)
+@register_classifier('alpha_tim', transductive=True)
 def alpha_tim(support, support_y, query,
     alpha=7., # of both entropies of the queries; above 1 it allows them to be spread unevenly
     scale=15., ce_weight=1., marginal_weight=1., conditional_weight=1., lr=1e-4, steps=1000,
@@ -56,7 +56,7 @@ def alpha_tim(support, support_y, query,
     "TIM with Tsallis' entropies, for queries that are not balanced (arXiv 2204.11181)"
     return information_maximisation(support, support_y, query, scale, ce_weight, marginal_weight, conditional_weight, alpha, lr, steps)
 
-@classifier('tim_adm', transductive=True, balanced=True)
+@register_classifier('tim_adm', transductive=True, balanced=True)
 def tim_adm(support, support_y, query,
     scale=15., ce_weight=.1, # as in `tim_gd`
     marginal_weight=1., conditional_weight=.1,
@@ -73,8 +73,8 @@ def tim_adm(support, support_y, query,
         q = p_q.pow(1 + conditional_weight)
         q = q / (q.sum(1, keepdim=True) + EPS).pow(marginal_weight/(1 + marginal_weight))
         q = q / q.sum(-1, keepdim=True)
-        def drawn(p, z): return p.sum(1).unsqueeze(-1)*W - p.mT @ z # sum_i p_ik (w_k - z_i)
-        W = (a*(SY + drawn(p_s, z_s)) + b*(q.mT @ z_q + drawn(p_q, z_q))) / (a*n_s + b*q.sum(1).unsqueeze(-1))
+        pull_s,pull_q = (p.sum(1).unsqueeze(-1)*W - p.mT @ z for p,z in ((p_s, z_s), (p_q, z_q))) # sum_i p_ik (w_k - z_i)
+        W = (a*(SY + pull_s) + b*(q.mT @ z_q + pull_q)) / (a*n_s + b*q.sum(1).unsqueeze(-1))
     return tim_logits(z_q, W, scale)
 
 
@@ -88,7 +88,7 @@ def rectified_prototypes(support, support_y, query, scale):
     w_q = F.one_hot(cos_q.argmax(-1), p.shape[1]) * (scale*cos_q).exp()
     return (w_s.mT @ support + w_q.mT @ query) / (w_s.sum(1) + w_q.sum(1)).unsqueeze(-1),query
 
-@classifier('bd_cspn', transductive=True)
+@register_classifier('bd_cspn', transductive=True)
 def bd_cspn(support, support_y, query,
     scale=10., # of the cosines in the weights of an image
     shift=True, # classify the queries moved by the difference of the support's mean and theirs
@@ -97,7 +97,7 @@ def bd_cspn(support, support_y, query,
     p,moved = rectified_prototypes(support, support_y, query, scale)
     return cosines(moved if shift else query, p)
 
-@classifier('laplacian_shot', transductive=True)
+@register_classifier('laplacian_shot', transductive=True)
 def laplacian_shot(support, support_y, query,
     weight=0.7, # lambda, of the neighbours' predictions
     n_neighbours=3, # of a query among the queries
@@ -133,7 +133,7 @@ def sinkhorn(cost, scale, steps, tol):
         if not live.any(): break
     return (v.log() - scale*cost).log_softmax(-1)
 
-@classifier('pt_map', transductive=True, balanced=True)
+@register_classifier('pt_map', transductive=True, balanced=True)
 def pt_map(support, support_y, query,
     power=0.5, # of the features, made positive
     scale=10., # lambda, of the squared distances in the transport
@@ -155,7 +155,7 @@ def pt_map(support, support_y, query,
         of = (Y.mT @ z_s + plan.mT @ z_q) / (Y.sum(1) + plan.sum(1)).unsqueeze(-1)
         p = p + lr*(of - p)
 
-@classifier('soft_kmeans', transductive=True)
+@register_classifier('soft_kmeans', transductive=True)
 def soft_kmeans(support, support_y, query,
     scale=15., # of half the squared distances
     steps=10,

@@ -113,7 +113,7 @@ def descent(s, y, q, loss, lr, steps, tau=15.):
         m,v = .9*m + .1*g,.999*v + .001*g*g
         W = W - lr * m/(1 - .9**t) / (np.sqrt(v/(1 - .999**t)) + 1e-8)
     return -tau/2*sq(q, W)
-def cross_entropy(l, y): return -np.mean([log_softmax(row)[k] for row,k in zip(l, y)])
+def cross_entropy(rows, y): return -np.mean([log_softmax(row)[k] for row,k in zip(rows, y)])
 def shannon(p): return -sum(x*np.log(x) for x in p)
 def tim_gd(s, y, q, steps=60, lr=1e-3):
     def loss(l_s, y, l_q):
