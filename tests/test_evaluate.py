@@ -5,7 +5,7 @@ import torch
 
 from grdd_fastai.data import plain_dl
 from grdd_fastai.errors import UserError
-from grdd_fastai.evaluate import BLOCK, embed, evaluate, mean_ci95, sample_episodes
+from grdd_fastai.evaluate import BLOCK, embed, evaluate, mean_ci95, sample_episodes, sample_unbalanced
 from grdd_fastai.learners import create_backbone
 
 Y = np.repeat(np.arange(8), 30)
@@ -90,6 +90,61 @@ def test_wide_features_take_no_more_memory_and_change_nothing(monkeypatch):
     whole = evaluate(h, Y, n_episodes=200)
     monkeypatch.setattr('grdd_fastai.evaluate.CHUNK', [3*5*16*16*4]*2) # three episodes
     assert (evaluate(h, Y, n_episodes=200).episodes == whole.episodes).all()
+
+def test_several_classifiers_in_one_pass_are_each_alone():
+    h = torch.eye(8)[Y] + torch.randn(len(Y), 8, generator=torch.Generator().manual_seed(0))
+    names = ['cosine','bd_cspn','pt_map']
+    together = evaluate(h, Y, 4, 2, 5, 70, classifier=names)
+    assert list(together) == names and len({e.accuracy for e in together.values()}) == 3
+    for name,e in together.items(): assert (evaluate(h, Y, 4, 2, 5, 70, classifier=name).episodes == e.episodes).all() and e.classifier == name
+    assert (together['cosine'] - evaluate(h, Y, 4, 2, 5, 70)).mean == 0
+
+def test_uneven_queries_are_disjoint_of_their_classes_and_as_many_in_all():
+    y = np.repeat(np.arange(8), 90)
+    support,query,query_y = all_unbalanced(y, 5, 1, 15, 700)
+    assert support.shape == (700, 5, 1) and query.shape == query_y.shape == (700, 75)
+    for s,q,q_y in zip(support, query, query_y):
+        assert len({*s.flat, *q}) == 80 and (y[q] == y[s[q_y, 0]]).all()
+
+def test_uneven_queries_are_dirichlets():
+    "Mean and variance of a class's number of queries, 75 x Dirichlet(2), by the distribution's formulas; every image as likely"
+    y = np.repeat(np.arange(6), 90)
+    _,query,query_y = all_unbalanced(y, 5, 1, 15, 4000)
+    counts = np.stack([(query_y == c).sum(1) for c in range(5)], 1)
+    assert (counts.sum(1) == 75).all() and np.allclose(counts.mean(0), 15, atol=.5)
+    assert counts.var(0) == pytest.approx([75**2 * .2*.8/11]*5, rel=.08)
+    seen = np.bincount(query.ravel(), minlength=len(y))
+    assert abs(((seen - seen.mean())**2 / seen.mean()).sum() - len(y)) < 4*np.sqrt(2*len(y)) * 1.5
+    even = all_unbalanced(y, 5, 1, 15, 50, concentration=1e6)[2]
+    assert all((np.bincount(q, minlength=5) == 15).all() for q in even)
+
+def all_unbalanced(*args, **kwargs): return [np.concatenate(o) for o in zip(*sample_unbalanced(*args, **kwargs))]
+
+def test_accuracy_with_uneven_queries_is_the_naive_loops():
+    y = np.repeat(np.arange(8), 40)
+    h = torch.eye(8)[y] + torch.randn(len(y), 8, generator=torch.Generator().manual_seed(0))
+    accs = [100*np.mean([int(np.argmax([float(h[q] @ h[s[0]]/h[s[0]].norm()) for s in support]) == c) for q,c in zip(query, query_y)])
+            for support,query,query_y in zip(*all_unbalanced(y, 5, 1, 4, 30))]
+    e = evaluate(h, y, 5, 1, 4, 30, query_distribution='dirichlet')
+    assert np.allclose(e.episodes, accs) and 'dirichlet' in e.drawn
+    with pytest.raises(UserError, match='the same episodes'): e - evaluate(h, y, 5, 1, 4, 30)
+    with pytest.raises(UserError, match='is one of balanced, dirichlet'): evaluate(h, y, query_distribution='even')
+    with pytest.raises(UserError, match='too few for 1 support'): evaluate(h, y, n_query=15, query_distribution='dirichlet')
+
+def test_augmented_views_are_the_support():
+    "Views that are the image itself change nothing but the scale; others are averaged with it, by hand"
+    g = torch.Generator().manual_seed(0)
+    h = torch.eye(8)[Y] + torch.randn(len(Y), 8, generator=g)
+    whole = evaluate(h, Y, 5, 2, 4, 40)
+    assert (evaluate(h, Y, 5, 2, 4, 40, views=h.expand(3, -1, -1)).episodes == whole.episodes).all()
+    views = h + torch.randn(3, *h.shape, generator=g)
+    e = evaluate(h, Y, 5, 2, 4, 40, views=views)
+    unit = torch.nn.functional.normalize(views, dim=-1).sum(0)
+    for support,query,acc in zip(*all_episodes(Y, 5, 2, 4, 40), e.episodes):
+        right = [int(np.argmax([float(h[q] @ unit[s].sum(0)) for s in support]) == c) for c in range(5) for q in query[c]]
+        assert acc == pytest.approx(100*np.mean(right))
+    assert e.classifier == 'cosine, support of 3 views' and (e - whole).ci95 > 0 # the same episodes: they can be compared
+    with pytest.raises(UserError, match='views of shape'): evaluate(h, Y, views=views[:, :9])
 
 def test_nan_features_are_one_sentence():
     with pytest.raises(UserError, match='NaN'): evaluate(torch.full((len(Y), 2), float('nan')), Y)
