@@ -196,13 +196,13 @@ def evaluate(
     y = torch.as_tensor(y)
     if query_distribution not in QUERIES: raise UserError(f'the query distribution is {query_distribution!r}: it is one of {", ".join(QUERIES)}')
     for x in (h, *(views if views is not None else ())):
-        if not torch.isfinite(x).all(): raise UserError('the features hold NaN or infinite values: the network diverged, lower its learning rate')
+        if not torch.isfinite(x.sum(dtype=torch.float64)): raise UserError('the features hold NaN or infinite values: the network diverged, lower its learning rate')
     if views is not None and views.shape[1:] != h.shape: raise UserError(f'views of shape {tuple(views.shape)} are not those of features {tuple(h.shape)}')
     one = not isinstance(classifier, (dict, list, tuple))
     of = classifier if isinstance(classifier, dict) else {c:c for c in ([classifier] if one else classifier)}
     of = {k:get_classifier(f) for k,f in of.items()}
     bank,V = (h, 1) if views is None else (views.flatten(0, 1), len(views))
-    budget = CHUNK[h.device.type != 'cpu']
+    budget = CHUNK[h.device.type != 'cpu'] * max(getattr(getattr(f, 'func', f), 'at_once', 1) for f in of.values()) # a partial's, too
     size = max(1, budget // max(1, n_way*(V*k_shot + n_query)*h[0].numel()*h.element_size()))
     accs = {k:[] for k in of}
     for support,query,query_y in QUERIES[query_distribution](y, n_way, k_shot, n_query, n_episodes, seed):
@@ -216,7 +216,7 @@ def evaluate(
     drawn = f'{n_episodes} of {n_way} way {k_shot} shot {n_query} query, seed {seed}, {len(y)} images {classes}'
     if query_distribution != 'balanced': drawn += f', {query_distribution} queries'
     how = '' if V == 1 else f', support of {V} views'
-    made = {k:Evaluation(100 * torch.cat(a).double().numpy(), drawn, f'{k if isinstance(k, str) else k.__name__}{how}') for k,a in accs.items()}
+    made = {k:Evaluation(100 * torch.cat(a).double().numpy(), drawn, f'{k if isinstance(k, str) else getattr(k, "__name__", k)}{how}') for k,a in accs.items()}
     return next(iter(made.values())) if one else made
 
 def _balanced(*args):

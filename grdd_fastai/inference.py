@@ -5,7 +5,6 @@ Shapes: E episodes, NS support and NQ query images, D features, C classes; suppo
 UserError for features that are not finite and for a class without support images. Inductive ones are here, the others, which look at
 all queries of an episode together, in `transductive`.
 """
-import inspect
 from functools import wraps
 
 import torch
@@ -20,8 +19,11 @@ __all__ = ['CLASSIFIERS', 'register_classifier', 'get_classifier', 'prototypes',
 CLASSIFIERS = {} # name -> function with `transductive` and `balanced`: whether it takes every class to have equally many queries
 
 
-def register_classifier(name, transductive=False, balanced=False):
-    "Register a classifier: its arguments are checked and in float32, its logits finite"
+def register_classifier(name, transductive=False, balanced=False, at_once=1):
+    """Register a classifier: its arguments are checked and in float32, its logits finite
+
+    `at_once`: how many times as many episodes as others it likes to have together, since it repeats cheap steps until the last is done.
+    """
     def register(f):
         inner = full_precision(f)
         @wraps(f)
@@ -32,7 +34,7 @@ def register_classifier(name, transductive=False, balanced=False):
             logits = inner(support, support_y, query, **settings)
             if not torch.isfinite(logits.sum()): raise why_not_finite(name, support, support_y, query, logits)
             return logits
-        checked.transductive,checked.balanced,checked.settings = transductive,balanced,list(inspect.signature(f).parameters)[3:]
+        checked.transductive,checked.balanced,checked.at_once = transductive,balanced,at_once
         CLASSIFIERS[name] = checked
         return checked
     return register

@@ -9,32 +9,34 @@ from .inference import cosines, one_hot, prototypes, register_classifier, square
 
 __all__ = ['tim_gd', 'tim_adm', 'alpha_tim', 'bd_cspn', 'laplacian_shot', 'pt_map', 'soft_kmeans']
 
-EPS = 1e-12
+EPS,TINY = 1e-12,torch.finfo(torch.float32).tiny
 
 
 # ---- transductive information maximisation ------------------------------------------------------------------------------
 
-def tim_logits(z, W, scale): return -scale/2 * squared_distances(z, W)
+def tim_logits(z, W, scale):
+    "-scale/2 ||z - w||^2 of features z (E, N, D) and class weights W (E, C, D), but for what all classes have in common: (E, N, C)"
+    return scale * (z @ W.mT - W.square().sum(-1).unsqueeze(1)/2)
 
-def entropy(p): return -(p * (p + EPS).log()).sum(-1)
+def entropy_gradient(p, alpha):
+    "d/dp of Shannon's entropy, alpha = 1, or of Tsallis' (1 - sum p^alpha) / (alpha - 1), but for a constant"
+    return -(p + EPS).log() if alpha == 1 else -alpha/(alpha - 1) * p.pow(alpha - 1)
 
-def tsallis(p, alpha):
-    "Tsallis' entropy (1 - sum p^alpha) / (alpha - 1), Shannon's in the limit of alpha = 1"
-    return entropy(p) if alpha == 1 else (1 - p.pow(alpha).sum(-1)) / (alpha - 1)
-
-def information_maximisation(support, support_y, query, scale, ce_weight, marginal_weight, conditional_weight, alpha, lr, steps):
+def information_maximisation(support, support_y, query, scale, ce_weight, marginal_weight, conditional_weight, alpha, lr, steps, betas=(.9, .999), eps=1e-8):
     "Adam on the class weights W, from the prototypes: min ce_weight*CE - marginal_weight*H(Y_Q) + conditional_weight*H(Y_Q|X_Q)"
     z_s,z_q,Y = F.normalize(support, dim=-1),F.normalize(query, dim=-1),one_hot(support_y, support)
-    with torch.enable_grad():
-        W = prototypes(z_s, support_y).requires_grad_()
-        opt = torch.optim.Adam([W], lr)
-        for _ in range(steps):
-            p = tim_logits(z_q, W, scale).softmax(-1)
-            ce = -(Y * tim_logits(z_s, W, scale).log_softmax(-1)).sum(-1).mean(1)
-            loss = ce_weight*ce - marginal_weight*tsallis(p.mean(1), alpha) + conditional_weight*tsallis(p, alpha).mean(1)
-            W.grad, = torch.autograd.grad(loss.sum(), W) # a sum over episodes, which do not see each other
-            opt.step()
-    return tim_logits(z_q, W.detach(), scale)
+    W = prototypes(z_s, support_y)
+    mean,sqr = torch.zeros_like(W),torch.zeros_like(W)
+    for t in range(1, steps + 1):
+        p = tim_logits(z_q, W, scale).softmax(-1)
+        g = (conditional_weight*entropy_gradient(p, alpha) - marginal_weight*entropy_gradient(p.mean(1, keepdim=True), alpha)) / p.shape[1]
+        g = p * (g - (p*g).sum(-1, keepdim=True)) # of the loss in the queries' logits, and in the support's
+        g_s = ce_weight/Y.shape[1] * (tim_logits(z_s, W, scale).softmax(-1) - Y)
+        grad = scale * (g.mT @ z_q + g_s.mT @ z_s - (g.sum(1) + g_s.sum(1)).unsqueeze(-1)*W)
+        mean.lerp_(grad, 1 - betas[0])
+        sqr.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+        W.addcdiv_(mean, (sqr / (1 - betas[1]**t)).sqrt_().add_(eps), value=-lr/(1 - betas[0]**t))
+    return -scale/2 * squared_distances(z_q, W)
 
 @register_classifier('tim_gd', transductive=True, balanced=True)
 def tim_gd(support, support_y, query,
@@ -75,7 +77,7 @@ def tim_adm(support, support_y, query,
         q = q / q.sum(-1, keepdim=True)
         pull_s,pull_q = (p.sum(1).unsqueeze(-1)*W - p.mT @ z for p,z in ((p_s, z_s), (p_q, z_q))) # sum_i p_ik (w_k - z_i)
         W = (a*(SY + pull_s) + b*(q.mT @ z_q + pull_q)) / (a*n_s + b*q.sum(1).unsqueeze(-1))
-    return tim_logits(z_q, W, scale)
+    return -scale/2 * squared_distances(z_q, W)
 
 
 # ---- rectified prototypes -----------------------------------------------------------------------------------------------
@@ -117,23 +119,34 @@ def laplacian_shot(support, support_y, query,
     z = (-unary).softmax(-1)
     rows = near.flatten(1).unsqueeze(-1).expand(-1, -1, z.shape[-1])
     for _ in range(steps): z = (weight*z.gather(1, rows).unflatten(1, near.shape[1:]).sum(2) - unary).softmax(-1)
-    return z.clamp_min(torch.finfo(z.dtype).tiny).log()
+    return z.clamp_min(TINY).log()
 
 
 # ---- optimal transport and clustering -----------------------------------------------------------------------------------
 
-def sinkhorn(cost, scale, steps, tol):
-    "Log of the plan (E, NQ, C) whose rows sum to 1 and columns to NQ/C, exp(-scale*cost) but for a factor a row and a column"
-    K = (-scale*(cost - cost.amin(-1, keepdim=True))).exp() # a factor a row changes nothing and keeps it from vanishing
-    per_class,v,live = K.shape[1]/K.shape[2],K.new_ones(len(K), 1, K.shape[2]),K.new_ones(len(K), 1, 1, dtype=torch.bool)
-    for step in range(steps):
-        v_old,v = v,torch.where(live, per_class / ((K / (K*v).sum(2, keepdim=True)).sum(1, keepdim=True) + EPS), v)
-        if step % 10 < 9: continue
-        live = live & ((v/v_old - 1).abs().amax(2, keepdim=True) >= tol) # an episode rests when it is done, whatever the others do
-        if not live.any(): break
-    return (v.log() - scale*cost).log_softmax(-1)
+def sinkhorn(cost, scale, steps, tol, log_v=None):
+    """Log of the plan (E, NQ, C) whose rows sum to 1 and columns to NQ/C, exp(-scale*cost) but for a factor a row and a column, and the
+    log of the latter (E, C), from which it may begin
 
-@register_classifier('pt_map', transductive=True, balanced=True)
+    Each episode rests when no row's factor moves by more than `tol`, whatever the others do.
+    """
+    E,NQ,C = cost.shape
+    log_v = cost.new_zeros(E, C) if log_v is None else log_v
+    K = (-scale*(cost - cost.amin(-1, keepdim=True))).exp().mT.contiguous() # (E, C, NQ); a factor a row changes nothing and keeps it from vanishing
+    live,v,row = torch.arange(E, device=cost.device),log_v.exp(),None
+    for step in range(steps):
+        rows = (K*v.unsqueeze(-1)).sum(1).clamp_min(TINY)                                  # sums of the rows, (E, NQ)
+        v = NQ/C / (K/rows.unsqueeze(1)).sum(2).clamp_min(TINY)
+        if step % 10 == 9:
+            log_v = log_v.index_copy(0, live, v.log())
+            if len(go := ((rows/row - 1).abs().amax(1) >= tol).nonzero().flatten()) < len(live):
+                if not len(go): break
+                live,K,v,rows = live[go],K[go],v[go],rows[go]
+        row = rows
+    else: log_v = log_v.index_copy(0, live, v.log())
+    return (log_v.unsqueeze(1) - scale*cost).log_softmax(-1),log_v
+
+@register_classifier('pt_map', transductive=True, balanced=True, at_once=8)
 def pt_map(support, support_y, query,
     power=0.5, # of the features, made positive
     scale=10., # lambda, of the squared distances in the transport
@@ -147,9 +160,9 @@ def pt_map(support, support_y, query,
     if normalize:
         z = F.normalize(torch.cat([z_s, z_q], 1), dim=-1)
         z_s,z_q = F.normalize(z - z.mean(1, keepdim=True), dim=-1).split([z_s.shape[1], z_q.shape[1]], 1)
-    Y,p = one_hot(support_y, support),prototypes(z_s, support_y)
+    Y,p,log_v = one_hot(support_y, support),prototypes(z_s, support_y),None
     for step in range(steps + 1):
-        logits = sinkhorn(squared_distances(z_q, p), scale, sinkhorn_steps, tol)
+        logits,log_v = sinkhorn(squared_distances(z_q, p), scale, sinkhorn_steps, tol, log_v)
         if step == steps: return logits
         plan = logits.exp()
         of = (Y.mT @ z_s + plan.mT @ z_q) / (Y.sum(1) + plan.sum(1)).unsqueeze(-1)
@@ -167,4 +180,4 @@ def soft_kmeans(support, support_y, query,
     for _ in range(steps):
         z = tim_logits(query, p, scale).softmax(-1)
         p = (Y.mT @ support + z.mT @ query) / (Y.sum(1) + z.sum(1)).unsqueeze(-1)
-    return tim_logits(query, p, scale)
+    return -scale/2 * squared_distances(query, p)

@@ -1,4 +1,7 @@
 """Every classifier against a slow, plain restatement of its paper, and against other libraries where they have it."""
+from functools import partial
+
+import easyfsl.methods
 import numpy as np
 import pytest
 import torch
@@ -8,7 +11,7 @@ from sklearn.linear_model import LogisticRegression, RidgeClassifier
 
 from grdd_fastai import inference, transductive
 from grdd_fastai.errors import UserError
-from grdd_fastai.evaluate import evaluate
+from grdd_fastai.evaluate import evaluate, sample_episodes
 from grdd_fastai.inference import CLASSIFIERS, get_classifier
 
 SLOW = dict(tim_gd=dict(steps=60, lr=1e-3), alpha_tim=dict(steps=60, lr=1e-3)) # fewer steps, longer ones
@@ -174,6 +177,29 @@ def test_ridge_is_sklearns(K):
     s,s_y,q,_ = episodes(K=K)
     for e,ours in enumerate(logits('ridge', s, s_y, q, weight=.3)):
         assert np.allclose(ours, RidgeClassifier(alpha=.3, solver='cholesky').fit(unit(s[e]), s_y[e]).decision_function(unit(q[e])), atol=1e-4)
+
+
+# ---- easyfsl ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('method, K, n, name, settings', [
+    ('SimpleShot', 1, 1000, 'simpleshot', {}), ('SimpleShot', 5, 300, 'centroid', dict(metric='cosine')), # of several shots easyfsl takes the cosine, the paper distances
+    ('PrototypicalNetworks', 5, 300, 'centroid', {}), ('BDCSPN', 1, 1000, 'bd_cspn', dict(scale=1., shift=False)), # it leaves the queries where they were
+    ('LaplacianShot', 1, 1000, 'laplacian_shot', dict(scale=1., shift=False, n_neighbours=2)), # its k counts the query itself
+    ('PTMAP', 1, 25, 'pt_map', dict(steps=10, normalize=False))])
+def test_easyfsls_accuracy(method, K, n, name, settings):
+    "On the same episodes of the same unit features, with easyfsl's own definitions, within 0.1 points"
+    theirs = getattr(easyfsl.methods, method)(feature_normalization=2)
+    g = torch.Generator().manual_seed(0)
+    y = torch.arange(8).repeat_interleave(40)
+    h = torch.nn.functional.normalize((torch.randn(8, 32, generator=g)[y] + 2*torch.randn(len(y), 32, generator=g) + 1).relu(), dim=1)
+    accs,(s_y,q_y) = [],(torch.arange(5).repeat_interleave(k) for k in (K, 15))
+    with torch.no_grad():
+        for support,query in sample_episodes(y, 5, K, 15, n):
+            for s,q in zip(torch.as_tensor(support).flatten(1), torch.as_tensor(query).flatten(1)):
+                theirs.process_support_set(h[s], s_y)
+                accs.append((theirs(h[q]).argmax(1) == q_y).float().mean().item()*100)
+    ours = evaluate(h, y, 5, K, 15, n, classifier=partial(CLASSIFIERS[name], **settings))
+    assert ours.accuracy == pytest.approx(np.mean(accs), abs=.1) and 25 < ours.accuracy < 95
 
 
 # ---- what holds for all -----------------------------------------------------------------------------------------------
