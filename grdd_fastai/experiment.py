@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from .checkpoint import Stopped
 from .data import check_episode, plain_dl
 from .evaluate import embed, evaluate
+from .inference import get_classifier, with_base_mean
 from .learners import check_backbone, create_backbone
 from .pack import few_shot_data
 from .run import Run
@@ -49,6 +50,7 @@ def grdd(
     teacher_view:str=None, # the teacher sees the same augmented images as the student, or clean ones, embedded once (the reading's)
     query:int=15, # query images per class and episode of the novel classes
     test_episodes:int=None, # of the novel classes (10000; demo: 2000)
+    classifiers:str='cosine', # that score the novel classes, separated by commas; the first's are `accuracy` and `gain`
     seed:int=0, # of weights, batches, episodes, augmentation and of a random split
     rotation:bool=True, # leave out stage one's rotation task
     independent_teacher:bool=False, # train the teacher apart where it has the student's architecture
@@ -66,6 +68,7 @@ def grdd(
     settings |= {name:two[k] for k,name in META.items()}
     s = SimpleNamespace(**settings)
     check_settings(settings | dict(max_minutes=max_minutes))
+    for name in classifiers.split(','): get_classifier(name)
     for arch in {s.teacher, s.student}: check_backbone(arch, px)
     share = s.teacher == s.student and not independent_teacher
     plan = ['student_cl'] + ([] if share else ['teacher']) + ['student_grdd', 'evaluation']
@@ -97,12 +100,15 @@ def _stages(run, s, two, share, cache):
     student,val = run.stage('student_grdd', *stage_two(data, two, student_cl, teacher, **common), arch=s.student, **card)
 
     # the novel classes, the same episodes for all three and for every seed
-    novel,scores = plain_dl(data, 'test'),{}
+    novel,scores,names = plain_dl(data, 'test'),{},s.classifiers.split(',')
     untrained = create_backbone(s.student, len(data.train.vocab), s.px, s.seed).to(novel.device)
     for name,net in dict(untrained=untrained, cl=student_cl, grdd=student).items():
-        scores[name] = evaluate(*embed(net, novel), s.way, s.shot, s.query, s.test_episodes)
-        run.log_novel(what=name, accuracy=scores[name].accuracy, ci95=scores[name].ci95, test_episodes=s.test_episodes)
-        run.say(f'{name:>10}: {scores[name]}')
+        scores[name] = evaluate(*embed(net, novel), s.way, s.shot, s.query, s.test_episodes, classifier=with_base_mean(names, lambda net=net: embed(net, plain_dl(data, 'train'))[0]))
+        for k,e in scores[name].items():
+            run.log_novel(what=name, classifier=k, accuracy=e.accuracy, ci95=e.ci95, test_episodes=s.test_episodes)
+            run.say(f'{name:>10}, {k}: {e}')
+    others = {k:dict(accuracy=round(e.accuracy, 3), ci95=round(e.ci95, 3), accuracy_cl=round(scores['cl'][k].accuracy, 3)) for k,e in scores['grdd'].items() if k != names[0]}
+    scores = {name:of[names[0]] for name,of in scores.items()}
     gain = scores['grdd'] - scores['cl']
     return run.finish(
         dataset=data.name, way=s.way, shot=s.shot, query=s.query, teacher=s.teacher, student=s.student, epochs=s.epochs,
@@ -110,4 +116,5 @@ def _stages(run, s, two, share, cache):
         accuracy=round(scores['grdd'].accuracy, 3), ci95=round(scores['grdd'].ci95, 3),
         accuracy_cl=round(scores['cl'].accuracy, 3), ci95_cl=round(scores['cl'].ci95, 3),
         gain=round(gain.mean, 3), ci95_gain=round(gain.ci95, 3), accuracy_untrained=round(scores['untrained'].accuracy, 3),
+        classifier=names[0], others=others,
         val_accuracy=round(val, 3), val_accuracy_cl=round(val_cl, 3), seed=s.seed, demo=s.demo)

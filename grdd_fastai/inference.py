@@ -5,7 +5,7 @@ Shapes: E episodes, NS support and NQ query images, D features, C classes; suppo
 UserError for features that are not finite and for a class without support images. Inductive ones are here, the others, which look at
 all queries of an episode together, in `transductive`.
 """
-from functools import wraps
+from functools import partial, wraps
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from .errors import UserError
 from .losses import full_precision
 
-__all__ = ['CLASSIFIERS', 'register_classifier', 'get_classifier', 'prototypes', 'sum_of_cosines', 'nearest_centroid', 'simpleshot', 'nearest_neighbour', 'ridge',
+__all__ = ['CLASSIFIERS', 'register_classifier', 'get_classifier', 'with_base_mean', 'prototypes', 'sum_of_cosines', 'nearest_centroid', 'simpleshot', 'nearest_neighbour', 'ridge',
            'logistic_regression']
 
 CLASSIFIERS = {} # name -> function with `transductive` and `balanced`: whether it takes every class to have equally many queries
@@ -51,6 +51,13 @@ def get_classifier(name):
     if callable(name): return name
     if name not in CLASSIFIERS: raise UserError(f'unknown classifier {name!r}: it is one of {", ".join(CLASSIFIERS)}')
     return CLASSIFIERS[name]
+
+
+def with_base_mean(names, base_features):
+    "name -> classifier, simpleshot centred by the mean of what `base_features()` gives (N, D), which is not asked for otherwise"
+    of = {name:get_classifier(name) for name in names}
+    if 'simpleshot' in of: of['simpleshot'] = partial(of['simpleshot'], mean=base_features().mean(0))
+    return of
 
 
 # ---- what they share --------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pandas as pd
 from .data import check_episode
 from .errors import UserError
 from .evaluate import QUERIES, compare, evaluate
-from .inference import CLASSIFIERS, get_classifier
+from .inference import CLASSIFIERS, get_classifier, with_base_mean
 from .networks import feature_bank, load_network
 from .pack import few_shot_data
 from .run import device_name, git_commit, log_line, now, versions
@@ -53,9 +53,9 @@ def score_networks(
     rows,scores,weights = [],{},{}
     for of in dict.fromkeys(networks):
         net,stats = load_network(of, px)
-        bank,using = partial(feature_bank, net, data, stats=stats, cache=cache),{name:CLASSIFIERS[name] for name in names}
+        bank = partial(feature_bank, net, data, stats=stats, cache=cache)
         (h,y),views = bank(SPLITS[split]),bank(SPLITS[split], views=support_views, seed=seed)[0] if support_views else None
-        if 'simpleshot' in using: using['simpleshot'] = partial(using['simpleshot'], mean=bank('train')[0].mean(0))
+        using = with_base_mean(names, lambda bank=bank: bank('train')[0])
         weights[of] = digest(net.state_dict())
         for w,k,q in kinds:
             for name,e in evaluate(h, y, w, k, q, test_episodes, seed, using, query_distribution, views).items():

@@ -102,11 +102,30 @@ def beside(root):
         lines.append(f"| **`{f.parent.name}`, ours** | ConvNet-4, 64-64-64-64 | {' | '.join(cells)} | [card]({WEIGHTS}/{f.parent.name}/README.md) |")
     return '\n'.join([*lines, *(f'| {what} | {net} | {one} | {five} | [{arxiv}](https://arxiv.org/abs/{arxiv}) |' for what,net,one,five,arxiv in PUBLISHED)])
 
+def inference(folder):
+    "Every classifier on the published weights: a table for each record of recipes/evaluate_weights.py"
+    parts = []
+    for f in sorted(Path(folder).glob('inference-*.json')):
+        r = json.loads(f.read_text())
+        shots,of = sorted({s['shot'] for s in r['scores']}),{(s['network'], s['classifier'], s['shot']):s for s in r['scores']}
+        support = f"each support image as {r['support_views']} augmented views" if r['support_views'] else 'the support as it is'
+        parts.append(f"{CLASSES[r['split']].capitalize()} classes, {r['queries']} queries, {support}; {', '.join(sorted({str(s['n']) for s in r['scores']}))} episodes; "
+                     f"[record](results/{f.name}), commit {r['commit'][:8]}, {r['device']}\n")
+        lines = ['| network | classifier | queries seen | ' + ' | '.join(f'{k}-shot' for k in shots) + ' |', '|' + '---|'*(3 + len(shots))]
+        for network,name in dict.fromkeys((s['network'], s['classifier']) for s in r['scores']):
+            s = of[network, name, shots[0]]
+            seen = 'one' if not s['transductive'] else 'all, taken to be balanced' if s['balanced'] else 'all'
+            lines.append(f'| {network} | {name} | {seen} | ' + ' | '.join(f"{of[network, name, k]['accuracy']:.2f} ± {of[network, name, k]['ci95']:.2f}" for k in shots) + ' |')
+        if r['split'] == 'novel' and r['queries'] == 'balanced' and shots == [1, 5]: lines += ['| GRDD-TIM, ConvNet-4, the paper | tim | all, taken to be balanced | 79.9 ± 0.2 | 87.9 ± 0.2 |',
+                                                                                          '| GRDD-TIM, ResNet-12, the paper | tim | all, taken to be balanced | 85.4 ± 0.2 | 91.1 ± 0.2 |']
+        parts += ['\n'.join(lines) + '\n']
+    return parts
+
 def novel_log(path):
     if not path.exists(): return 'The novel classes have not been scored yet.'
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return '\n'.join(['| time | network | shot | accuracy | episodes | commit |', '|---|---|---|---|---|---|',
-                      *(f"| {o['time']} | {o['what']} | {o['shot']} | {o['accuracy']:.2f} ± {o['ci95']:.2f} | {o['test_episodes']} | {o['commit'][:8]} |" for o in lines)])
+                      *(f"| {o['time']} | {o['what']}{''.join(', ' + str(o[k]) for k in ('classifier','queries') if k in o)} | {o['shot']} | {o['accuracy']:.2f} ± {o['ci95']:.2f} | {o['test_episodes']} | {o['commit'][:8]} |" for o in lines)])
 
 def between(text, measured):
     before,rest = text.split(MARKS[0])
@@ -126,6 +145,7 @@ def main(
             parts += [f'## {title}, on the {CLASSES[split]} classes\n', about(rows) + '\n', section(rows, split, 'results/') + '\n', *picture(root, f'{name}_{split}', title)]
     for name,title in FIGURES.items():
         if shown := picture(root, name, title): parts += [f'## {title}\n', *shown]
+    if tables := inference(root/'results'): parts += ['## Inference: other classifiers, inductive and transductive\n', *tables]
     parts += ['## Every scoring of the novel classes\n', novel_log(root/'results'/'novel_scorings.jsonl') + '\n']
     (root/'RESULTS.md').write_text('\n'.join(parts))
     readme = root/'README.md'

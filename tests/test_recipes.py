@@ -40,6 +40,13 @@ def test_each_recipe_runs_and_fills_its_folder(csv_set, cache, tmp_path, name):
     scorings = [json.loads(line) for line in (tmp_path/'run'/'novel_scorings.jsonl').read_text().splitlines()]
     assert [s['what'] for s in scorings] == ['untrained','cl','grdd'] and scorings[2]['accuracy'] == pytest.approx(r['accuracy'], abs=1e-3)
 
+def test_a_recipe_scores_with_several_classifiers(csv_set, cache, tmp_path):
+    r = recipe('cifarfs_5w1s')(data=str(csv_set), cache=str(cache), out=str(tmp_path/'run'), classifiers='tim_adm,cosine,simpleshot', **SMALL)
+    plain = recipe('cifarfs_5w1s')(data=str(csv_set), cache=str(cache), out=str(tmp_path/'plain'), **SMALL)
+    assert r['classifier'] == 'tim_adm' and list(r['others']) == ['cosine','simpleshot'] and plain['others'] == {}
+    assert (r['others']['cosine']['accuracy'], r['others']['cosine']['accuracy_cl']) == (plain['accuracy'], plain['accuracy_cl'])
+    with pytest.raises(UserError, match="unknown classifier 'x'"): recipe('cifarfs_5w1s')(data=str(csv_set), out=str(tmp_path/'x'), classifiers='x', **SMALL)
+
 def test_weights_saved_are_those_scored(data, cache, csv_set, tmp_path):
     r = recipe('cifarfs_5w1s')(data=str(csv_set), cache=str(cache), out=str(tmp_path/'run'), **{**SMALL, 'test_episodes':200})
     from grdd_fastai.pack import few_shot_data

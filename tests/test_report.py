@@ -57,6 +57,15 @@ def test_other_settings_are_another_line_and_one_seed_is_never_bold(checkout):
     assert text.count('| GRDD |') == 2 and '**' not in text.split('## Table 2')[1]
 
 
+def test_classifiers_of_a_record_by_hand(checkout, tmp_path):
+    (tmp_path/'results').mkdir()
+    def line(name, shot, acc, transductive, balanced): return dict(network='net', classifier=name, shot=shot, accuracy=acc, ci95=.2, n=10_000, transductive=transductive, balanced=balanced)
+    (tmp_path/'results'/'inference-net.json').write_text(json.dumps(dict(split='novel', queries='balanced', support_views=0, commit='c'*40, device='cpu', scores=[
+        line('cosine', 1, 60., False, False), line('cosine', 5, 70., False, False), line('tim_adm', 1, 65.5, True, True), line('tim_adm', 5, 72., True, True)])))
+    text = checkout([])
+    assert '| net | tim_adm | all, taken to be balanced | 65.50 ± 0.20 | 72.00 ± 0.20 |' in text and '| net | cosine | one | 60.00 ± 0.20 | 70.00 ± 0.20 |' in text
+    assert 'GRDD-TIM, ConvNet-4, the paper | tim | all, taken to be balanced | 79.9' in text
+
 @pytest.mark.skipif(not RECORDS, reason='no records in results/')
 def test_what_is_committed_is_what_the_records_say(tmp_path):
     for f in ('results','docs','grdd_fastai/weights'): shutil.copytree(ROOT/f, tmp_path/f)
