@@ -16,7 +16,7 @@ PAPER = dict(teacher='resnet12', student='resnet12', epochs=90, test_episodes=10
 DEMO  = dict(teacher='convnet4', student='convnet4', epochs=2, test_episodes=2000, meta_epochs=2, episodes=50)
 DEMO_PX = 32
 META = dict(epochs='meta_epochs', schedule='meta_schedule', lr='meta_lr', way='meta_way', query='meta_query', episodes='episodes',
-            per_step='per_step', T='T', gamma='gamma', scale='scale', teacher_view='teacher_view') # of a reading, and what they are called here
+            per_step='per_step', T='T', gamma='gamma', scale='scale', teacher_view='teacher_view', opt='meta_opt') # of a reading, and what they are called here
 
 
 def grdd(
@@ -35,7 +35,7 @@ def grdd(
     classifier:str='linear', # of stage one, FC3: linear or cosine
     jitter:bool=True, # leave out both stages' colour jitter
     opt:str='sgd', # of stage one: sgd or muon
-    meta_opt:str='sgd', # of stage two: sgd or muon
+    meta_opt:str=None, # of stage two: sgd or muon (the reading's)
     reading:str='best', # of stage two, best or paper: what is not given below, see docs/readings.md
     meta_epochs:int=None, # of stage two (the reading's; demo: 2)
     meta_schedule:str=None, # of stage two: poly, step or one_cycle (the reading's)
@@ -64,7 +64,7 @@ def grdd(
     if demo: px = DEMO_PX
     defaults,given = DEMO if demo else PAPER,{k:v for k,v in locals().items() if k not in ('out','cache','resume','max_minutes')}
     settings = given | {k:given[k] if given[k] is not None else v for k,v in defaults.items()}
-    two = stage_two_settings(reading, shot=shot, **{k:settings[name] for k,name in META.items()}, jitter=jitter, opt=meta_opt, seed=seed)
+    two = stage_two_settings(reading, shot=shot, **{k:settings[name] for k,name in META.items()}, jitter=jitter, seed=seed)
     settings |= {name:two[k] for k,name in META.items()}
     s = SimpleNamespace(**settings)
     check_settings(settings | dict(max_minutes=max_minutes))

@@ -71,7 +71,7 @@ def table(
     reading:str='best', # of stage two: best or paper, see docs/readings.md
     meta_epochs:int=None, # of stage two (the reading's; demo: 1)
     meta_lr:float=None, # of stage two (the reading's)
-    meta_opt:str='sgd', # of stage two: sgd or muon
+    meta_opt:str=None, # of stage two: sgd or muon (the reading's)
     episodes:int=None, # per epoch of stage two (the reading's; demo: 30)
     test_episodes:int=None, # to score (10000; demo: 1000)
     cache:str=None, # folder for decoded images (none: ~/.cache/grdd_fastai)

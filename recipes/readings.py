@@ -15,7 +15,7 @@ from grdd_fastai.plots import plot_rows, save_figure
 from grdd_fastai.stages import READINGS, check_settings
 from grdd_fastai.tables import CL, EL, GR, table
 
-BASE = READINGS['paper'] | dict(way=20, query=6, T=0.1, scale=10., mean=True, schedule='one_cycle', lr=1e-2, epochs=1)
+BASE = {k:v for k,v in READINGS['paper'].items() if k != 'jitter'} | dict(way=20, query=6, T=0.1, scale=10., mean=True, schedule='one_cycle', lr=1e-2, epochs=1)
 BEST = dict(reduction='mean', gamma=1., kl_weight=5., teacher_view='same', lr=2e-2) # changes that proved best together
 SHOT5 = dict(way=10, shot=5, query=9)
 
@@ -25,6 +25,10 @@ CHANGES = { # row -> (kind of row, changes of BASE)
     'CL+EL lr=0.02':            (EL, dict(lr=2e-2)),
     'CL+EL lr=0.03':            (EL, dict(lr=3e-2)),
     'CL+EL lr=0.1':             (EL, dict(lr=1e-1)),
+    'CL+EL muon lr=0.0003':     (EL, dict(opt='muon', lr=3e-4)),
+    'CL+EL muon lr=0.001':      (EL, dict(opt='muon', lr=1e-3)),
+    'CL+EL muon lr=0.003':      (EL, dict(opt='muon', lr=3e-3)),
+    'CL+EL muon lr=0.01':       (EL, dict(opt='muon', lr=1e-2)),
     'CL+EL 5-way':              (EL, dict(way=5, query=15)),
     'base':                     (GR, {}),
     'lr=0.001':                 (GR, dict(lr=1e-3)),
@@ -54,6 +58,11 @@ CHANGES = { # row -> (kind of row, changes of BASE)
     'teacher probabilities mean of groups gamma=1 augmented': (GR, dict(teacher_output='probabilities', reduction='mean', gamma=1., teacher_view='same')),
     'mean of groups gamma=1 weight 5 augmented': (GR, dict(reduction='mean', gamma=1., kl_weight=5., teacher_view='same')),
     'best':                     (GR, BEST),
+    'best lr=0.05':             (GR, BEST | dict(lr=5e-2)),
+    'best lr=0.1':              (GR, BEST | dict(lr=1e-1)),
+    'best muon lr=0.001':       (GR, BEST | dict(opt='muon', lr=1e-3)),
+    'best muon lr=0.003':       (GR, BEST | dict(opt='muon', lr=3e-3)),
+    'best muon lr=0.01':        (GR, BEST | dict(opt='muon', lr=1e-2)),
     'best clean teacher':       (GR, BEST | dict(teacher_view='clean')),
     'best T=0.25':              (GR, BEST | dict(T=0.25)),
     'best centred':             (GR, BEST | dict(center=True)),
@@ -79,9 +88,15 @@ PAPER = { # the literal words, and the same in wide episodes
     'paper wide':               dict(way=20, query=6),
     'paper lr=0.01':            dict(lr=1e-2),
 }
-ONE = dict(rotation=False, rotation_from='logits', schedule='one_cycle', lr=0.1, bs=64)
+ONE = dict(rotation=False, rotation_from='logits', classifier='linear', jitter=True, schedule='one_cycle', lr=0.1, opt='sgd', bs=64)
+MUON = dict(opt='muon', lr=0.02, bs=128)
 STAGE_ONE = { # CL alone; with rotation a quarter of the epochs, for the same number of images
     'stage one':                            {},
+    'stage one cosine classifier':          dict(classifier='cosine'),
+    'stage one no jitter':                  dict(jitter=False),
+    'stage one muon':                       MUON,
+    'stage one muon cosine classifier':     MUON | dict(classifier='cosine'),
+    'stage one best':                       MUON | dict(classifier='cosine', jitter=False),
     'stage one flattened':                  dict(arch='convnet4_flat'),
     'stage one poly lr=0.05':               dict(schedule='poly', lr=0.05),
     'stage one poly lr=0.1':                dict(schedule='poly', lr=0.1),
