@@ -1,4 +1,6 @@
 """Episodes and their accuracy against loops, known answers and the laws of sampling."""
+import resource
+
 import numpy as np
 import pytest
 import torch
@@ -90,6 +92,14 @@ def test_wide_features_take_no_more_memory_and_change_nothing(monkeypatch):
     whole = evaluate(h, Y, n_episodes=200)
     monkeypatch.setattr('grdd_fastai.evaluate.CHUNK', [3*5*16*16*4]*2) # three episodes
     assert (evaluate(h, Y, n_episodes=200).episodes == whole.episodes).all()
+
+def test_memory_does_not_grow_with_the_episodes():
+    "Peak memory of this process, after five times as many episodes of a classifier that takes the most"
+    h,peak = torch.rand(len(Y), 256, generator=torch.Generator().manual_seed(0)),lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    evaluate(h, Y, n_episodes=1000, classifier='laplacian_shot')
+    before = peak()
+    evaluate(h, Y, n_episodes=5000, classifier='laplacian_shot')
+    assert peak() - before < 30_000 # KiB; all features of 4000 more episodes would be 330,000
 
 def test_several_classifiers_in_one_pass_are_each_alone():
     h = torch.eye(8)[Y] + torch.randn(len(Y), 8, generator=torch.Generator().manual_seed(0))
