@@ -79,6 +79,22 @@ def section(rows, split, root):
         lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
 
+def described(s):
+    "Settings of a stage one in words"
+    words = [s['arch'], f"{s['epochs']} epochs", f"{s['schedule']} to {s['lr']}", s.get('opt', 'sgd'), f"batch {s['bs']}", f"{s.get('classifier', 'linear')} classifier"]
+    return ', '.join(words + (['rotation'] if s['rotation'] else ['no rotation']) + ([] if s.get('jitter', True) else ['no jitter']))
+
+def by_start(rows):
+    "The rows by the student's stage one, the longest first: (words on psi's and phi's stage one, rows); rows that compare stages one are together"
+    groups,epochs = defaultdict(dict),{}
+    for (row,same),rs in rows.items():
+        s = rs[0]['settings'].get('student', rs[0]['settings'])
+        key = 'Stage one alone, row by row' if row.startswith('stage one') else f'Stage one of psi: {described(s)}'
+        groups[key][row, same],epochs[key] = rs,s['epochs'] if key.endswith(described(s)) else -1
+    for key in sorted(groups, key=lambda k: (-epochs[k], k)):
+        phis = {described(r['settings']['teacher']) for rs in groups[key].values() for r in rs if r['settings'].get('teacher')}
+        yield '; '.join([key, *(f'of phi: {phi}' for phi in sorted(phis) if phi not in key)]),groups[key]
+
 def about(rows):
     "What the records of a table have in common, and what its networks took"
     rs = [r for of in rows.values() for r in of]
@@ -142,7 +158,9 @@ def main(
     parts = [HEAD, '## Beside the paper and the best published\n', beside(root) + '\n', *([notes.read_text()] if notes.exists() else [])]
     for name,title in TITLES.items():
         for split,rows in found[name].items():
-            parts += [f'## {title}, on the {CLASSES[split]} classes\n', about(rows) + '\n', section(rows, split, 'results/') + '\n', *picture(root, f'{name}_{split}', title)]
+            parts += [f'## {title}, on the {CLASSES[split]} classes\n', about(rows) + '\n']
+            for words,of in by_start(rows): parts += [f'{words}\n', section(of, split, 'results/') + '\n']
+            parts += picture(root, f'{name}_{split}', title)
     for name,title in FIGURES.items():
         if shown := picture(root, name, title): parts += [f'## {title}\n', *shown]
     if tables := inference(root/'results'): parts += ['## Inference: other classifiers, inductive and transductive\n', *tables]
@@ -151,4 +169,4 @@ def main(
     readme = root/'README.md'
     readme.write_text(between(readme.read_text(), beside(root)))
     doc,rows = root/'docs'/'readings.md',found['readings'].get('val')
-    if rows: doc.write_text(between(doc.read_text(), about(rows) + '\n\n' + section(rows, 'val', '../results/')))
+    if rows: doc.write_text(between(doc.read_text(), '\n\n'.join([about(rows), *(f'{words}\n\n' + section(of, 'val', '../results/') for words,of in by_start(rows))])))

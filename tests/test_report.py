@@ -12,12 +12,14 @@ from test_recipes import recipe
 
 RECORDS = sorted((ROOT/'results').glob('*/*.json'))
 
+START = dict(arch='convnet4', epochs=8, schedule='poly', lr=.1, bs=64, rotation=True)
+
 def score(accuracy, ci95=.2): return dict(accuracy=accuracy, ci95=ci95, n=10_000, episodes='')
 def versus(difference, ci95=.1): return {'CL':{'1-shot':dict(difference=difference, ci95=ci95, p=.01, clear=(difference > ci95) - (difference < -ci95))}}
 
 def made_up(row, seed, accuracy, vs=None, order=0, split='novel', paper=None, same='x', minutes=30.):
     net = dict(run=f'{row}-{seed}', device='cpu', torch_threads=1, versions=dict(torch='2'), minutes=minutes)
-    return dict(experiment='table2', row=row, seed=seed, split=split, supervision='CL', phi=None, psi='convnet4', paper=paper and {'1-shot':paper}, scores={'1-shot':score(accuracy)},
+    return dict(experiment='table2', row=row, seed=seed, split=split, supervision='CL', phi=None, psi='convnet4', paper=paper and {'1-shot':paper}, scores={'1-shot':score(accuracy)}, settings=dict(student=START | dict(seed=seed)) if vs else START | dict(seed=seed),
                 versus=vs or {}, order=order, same=same, file=f'{row.lower()}-{same}-s{seed}-{split}.json', data=dict(name='d', fingerprint='f'*64),
                 networks=dict(net=net, teacher=net | dict(run='teacher')))
 
@@ -56,6 +58,14 @@ def test_other_settings_are_another_line_and_one_seed_is_never_bold(checkout):
     text = checkout([made_up('CL', 0, 60.), made_up('GRDD', 0, 63., versus(3.), 1), made_up('GRDD', 1, 61., versus(1.), 1, same='y')])
     assert text.count('| GRDD |') == 2 and '**' not in text.split('## Table 2')[1]
 
+
+def test_rows_from_other_starts_are_tables_of_their_own(checkout):
+    longer = [made_up('CL', 0, 65., order=0, same='y'), made_up('GRDD', 0, 66., versus(1.), 1, same='y')]
+    for r in longer: r['settings'].get('student', r['settings']).update(epochs=24, opt='muon')
+    text = checkout([made_up('CL', 0, 60.), made_up('GRDD', 0, 63., versus(3.), 1), *longer])
+    tables = text.split('Stage one of psi: ')
+    assert len(tables) == 3 and tables[1].startswith('convnet4, 24 epochs, poly to 0.1, muon') and tables[2].startswith('convnet4, 8 epochs, poly to 0.1, sgd')
+    assert row_of(tables[1], 'GRDD')[2] == '66.00 ± 0.20' and row_of(tables[2], 'GRDD')[2] == '63.00 ± 0.20' and tables[1].count('\n| ') == 3
 
 def test_classifiers_of_a_record_by_hand(checkout, tmp_path):
     (tmp_path/'results').mkdir()
