@@ -1,6 +1,7 @@
 """Few-shot evaluation timed against easyfsl on the same cached features, and the whole evaluation against the network's forward pass
 
-    python benchmarks/evaluate.py                               # four minutes on one core; needs the dev extra
+    python benchmarks/evaluate.py                               # four minutes on two cores; needs the dev extra
+    python benchmarks/evaluate.py --compare 1000 --out benchmarks/evaluate.json      # what README.md here shows
 
 One process, one thread, 256-d features of 20 classes x 600, 5-way 1-shot, 15 queries. easyfsl is timed as one uses it: its loader and
 its method, an episode at a time; ours as `evaluate`, sampling included. The two take turns; a line has the medians of their times for
@@ -8,9 +9,12 @@ an episode and `ratio`, theirs / ours. Lines without `ratio`: methods easyfsl ha
 images against the forward pass over those images (ConvNet-4, all cores).
 """
 import json
+import shlex
 import statistics
+import sys
 import time
 from functools import partial
+from importlib.metadata import version
 
 import numpy as np
 import timm
@@ -26,6 +30,8 @@ from grdd_fastai.callbacks import autocast_dtype
 from grdd_fastai.cpu import keep_freed_memory
 from grdd_fastai.evaluate import evaluate, sample_episodes
 from grdd_fastai.inference import CLASSIFIERS
+from grdd_fastai.run import device_name, git_commit, now, versions
+from grdd_fastai.storage import write_json
 
 WAY,SHOT,QUERY = 5,1,15
 # method -> easyfsl's class, our classifier with easyfsl's definitions, episodes timed of each
@@ -74,7 +80,11 @@ def accuracies(method, h, y, name, n, **settings):
             with torch.no_grad(): right = [r + (logits.argmax(1) == query_y).sum().item() for r,logits in zip(right, (method(h[q]), mine))]
     return [100*r/(n*WAY*QUERY) for r in right]
 
-def say(**line): print(json.dumps(line), flush=True)
+LINES = []
+
+def say(**line):
+    LINES.append(line)
+    print(json.dumps(line), flush=True)
 
 
 @call_parse
@@ -82,6 +92,7 @@ def main(
     repeats:int=5, # of each measurement, taken in turns
     images:int=12_000, # of the forward pass
     compare:int=0, # episodes on which accuracies are compared as well (1000 take six minutes, PT-MAP's nearly all of them)
+    out:str=None, # file that takes the lines with hardware, versions and commit, as JSON
 ):
     "Time evaluation"
     cores = torch.get_num_threads()
@@ -112,3 +123,5 @@ def main(
     passes,whole = zip(*[(seconds(forward), seconds(evaluate, h, y)) for _ in range(repeats)])
     passes,whole = statistics.median(passes),statistics.median(whole)
     say(method='evaluation', forward_s=round(passes, 2), episodes_10000_s=round(whole, 2), forward_and_episodes_over_forward=round((passes + whole)/passes, 3), threads=cores)
+    if out: write_json(out, dict(lines=LINES, device=device_name(), cores=cores, commit=git_commit(), versions=versions() | dict(easyfsl=version('easyfsl')), time=now(),
+                                 command=shlex.join(['python', *sys.argv])))

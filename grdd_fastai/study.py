@@ -45,6 +45,7 @@ class Study:
     """
     def __init__(self, data, out, max_minutes=None, logs=None):
         self.data,self.out,self.end,self.banks = data,Path(out).expanduser(),None if max_minutes is None else time.monotonic() + 60*max_minutes,{}
+        self.embedded = None,None
         self.logs = [self.out] if logs is None else [Path(f).expanduser() for f in logs]
 
     def folder(self, kind, arch, settings):
@@ -106,7 +107,8 @@ class Study:
         if path.exists():
             tensors,meta = load_tensors(path)
             if meta['weights'] == weights and 'about' in meta: return Evaluation(tensors['episodes'].numpy(), meta['drawn']),meta['about']
-        scored = evaluate(*self.embed(trained.net, SPLITS[split]), VALID['n_way'], shot, VALID['n_query'], n, EPISODES_SEED[split])
+        if self.embedded[0] != (of := (weights, split)): self.embedded = of,self.embed(trained.net, SPLITS[split]) # of the shot before, mostly
+        scored = evaluate(*self.embedded[1], VALID['n_way'], shot, VALID['n_query'], n, EPISODES_SEED[split])
         scored.drawn += f', {split} classes of {self.data.fingerprint[:8]}'
         about = dict(time=now(), commit=git_commit(), device=device_name())
         save_tensors(path, dict(episodes=torch.as_tensor(scored.episodes)), dict(weights=weights, drawn=scored.drawn, about=about))

@@ -137,6 +137,20 @@ def inference(folder):
         parts += ['\n'.join(lines) + '\n']
     return parts
 
+def benchmark(path):
+    "The table of benchmarks/README.md"
+    r = json.loads(path.read_text())
+    of = defaultdict(dict)
+    for line in r['lines']: of[line['method']].update(line)
+    lines = ['| method | easyfsl, us an episode | ours | ratio | accuracy, easyfsl | ours |', '|---|---|---|---|---|---|']
+    lines += [f"| {k} | {o['easyfsl_us']:,.0f} | {o['ours_us']:,.0f} | {o['ratio']:.1f} | {o['accuracy_easyfsl']:.2f} | {o['accuracy_ours']:.2f} ({o['episodes']} episodes) |"
+              for k,o in of.items() if 'ratio' in o]
+    lines += [f"| {k} | | {1e6/o['episodes_per_second']:,.0f} ({o['episodes_per_second']:.0f} episodes/s) | | | |" for k,o in of.items() if 'episodes_per_second' in o]
+    e = of['evaluation']
+    return '\n'.join([*lines, '', f"Ten thousand 5-way 1-shot episodes of 12,000 images and their ConvNet-4 forward pass take {e['forward_and_episodes_over_forward']:.2f} times "
+        f"the forward pass alone ({e['forward_s']:.1f} s + {e['episodes_10000_s']:.1f} s, {e['threads']} threads).", '', f"{r['device']}, {r['cores']} cores; " +
+        ', '.join(f'{k} {v}' for k,v in r['versions'].items() if k in ('torch','numpy','easyfsl')) + f"; commit {r['commit'][:8]}, `{r['command']}`"])
+
 def novel_log(path):
     if not path.exists(): return 'The novel classes have not been scored yet.'
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -151,7 +165,7 @@ def between(text, measured):
 def main(
     root:str='.', # of the checkout
 ):
-    "Write RESULTS.md and the measured parts of README.md and docs/readings.md from results/"
+    "Write RESULTS.md and the measured parts of README.md, docs/readings.md and benchmarks/README.md from the records"
     root = Path(root)
     found = records(root/'results')
     notes = root/'results'/'NOTES.md'
@@ -166,6 +180,9 @@ def main(
     if tables := inference(root/'results'): parts += ['## Inference: other classifiers, inductive and transductive\n', *tables]
     parts += ['## Every scoring of the novel classes\n', novel_log(root/'results'/'novel_scorings.jsonl') + '\n']
     (root/'RESULTS.md').write_text('\n'.join(parts))
+    if (measured := root/'benchmarks'/'evaluate.json').exists():
+        doc = root/'benchmarks'/'README.md'
+        doc.write_text(between(doc.read_text(), benchmark(measured)))
     readme = root/'README.md'
     readme.write_text(between(readme.read_text(), beside(root)))
     doc,rows = root/'docs'/'readings.md',found['readings'].get('val')

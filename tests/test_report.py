@@ -78,10 +78,10 @@ def test_classifiers_of_a_record_by_hand(checkout, tmp_path):
 
 @pytest.mark.skipif(not RECORDS, reason='no records in results/')
 def test_what_is_committed_is_what_the_records_say(tmp_path):
-    for f in ('results','docs','grdd_fastai/weights'): shutil.copytree(ROOT/f, tmp_path/f)
+    for f in ('results','docs','benchmarks','grdd_fastai/weights'): shutil.copytree(ROOT/f, tmp_path/f)
     shutil.copy(ROOT/'README.md', tmp_path)
     recipe('report')(root=str(tmp_path))
-    for f in ('RESULTS.md','README.md','docs/readings.md'): assert (tmp_path/f).read_text() == (ROOT/f).read_text(), f'{f} is out of date: python recipes/report.py'
+    for f in ('RESULTS.md','README.md','docs/readings.md','benchmarks/README.md'): assert (tmp_path/f).read_text() == (ROOT/f).read_text(), f'{f} is out of date: python recipes/report.py'
 
 @pytest.mark.parametrize('path', RECORDS, ids=lambda p: f'{p.parent.name}/{p.stem}')
 def test_a_record_names_a_clean_commit_and_a_command_that_parses(path):
