@@ -42,11 +42,15 @@ def default_cache():
 
 def decode(image, px):
     "The bytes of an image in any format -> RGB uint8 (px, px, 3): upright, shorter side to `px`, centre crop"
-    im = ImageOps.exif_transpose(Image.open(io.BytesIO(image)))
-    if im.mode[0] in 'IF': im = Image.fromarray(_to_8_bit(np.asarray(im, float), im.mode))
-    im = im.convert('RGB')
+    im = upright_rgb(Image.open(io.BytesIO(image)))
     return np.asarray(im if im.size == (px, px) else ImageOps.fit(im, (px, px), Image.Resampling.BICUBIC))
 
+
+def upright_rgb(im):
+    "A PIL image of any mode -> RGB, turned as its camera says"
+    im = ImageOps.exif_transpose(im)
+    if im.mode[0] in 'IF': im = Image.fromarray(_to_8_bit(np.asarray(im, float), im.mode))
+    return im.convert('RGB')
 
 def _to_8_bit(a, mode):
     "Deep grey levels by the range they use: [0, 1], 8 bit, 16 bit, or their own maximum"

@@ -42,6 +42,16 @@ def test_readmes_weights_load():
     exec(blocks('python')[1], scope)
     assert scope['h'].shape == (1, 64)
 
+def test_readmes_few_photos_are_classified(tmp_path):
+    from conftest import write_images
+    from PIL import Image
+    for c,hue in (('cat', 0.), ('dog', .5)): write_images(tmp_path/'few'/c, ['1.jpg', '2.jpg'], 40, 0, hue)
+    for name,c in (('new1', 'dog'), ('new2', 'cat')): Image.open(tmp_path/'few'/c/'1.jpg').save(tmp_path/f'{name}.jpg')
+    code = blocks('python')[2].replace("'few/'", repr(str(tmp_path/'few'))).replace("'new", f"'{tmp_path}/new").replace('few.predict', 'said = few.predict')
+    scope = {}
+    exec(code, scope)
+    assert scope['said'] == ['dog','cat']
+
 def test_the_file_map_names_every_file():
     table = README.split('## Files')[1]
     for f in [*(ROOT/'grdd_fastai').glob('*.py'), *(ROOT/'recipes').glob('*.py'), *(ROOT/'notebooks').glob('*.ipynb')]:

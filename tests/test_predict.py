@@ -1,0 +1,59 @@
+"""A few images a class to predictions: those of the features by hand, and a sentence for what cannot be."""
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import write_images
+from PIL import Image
+
+import grdd_fastai  # noqa: F401
+from grdd_fastai.errors import UserError
+from grdd_fastai.predict import FewShotClassifier
+
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+    "Folders red, green and blue of three images each, and others of the same colours"
+    root = tmp_path_factory.mktemp('photos')
+    for i,c in enumerate(('red','green','blue')):
+        write_images(root/'few'/c, [f'{k}.png' for k in range(3)], 40, i, i/3)
+        write_images(root/'more', [f'{c}{k}.png' for k in range(4)], 50, 10 + i, i/3)
+    return root
+
+@pytest.fixture(scope='module')
+def net(): torch.manual_seed(0); return timm.create_model('convnet4', num_classes=0)
+
+@pytest.mark.parametrize('classifier', ['cosine', 'ridge', 'bd_cspn'])
+def test_folders_of_photos_to_classes(photos, net, classifier):
+    few,others = FewShotClassifier.from_folder(photos/'few', net, classifier),sorted((photos/'more').iterdir())
+    assert few.vocab == ['blue','green','red'] and few.predict(others) == [f.stem[:-1] for f in others]
+
+def test_logits_by_hand(photos, net):
+    few = FewShotClassifier.from_folder(photos/'few', net)
+    mean,std = (torch.tensor(net.pretrained_cfg[k]).view(3, 1, 1) for k in ('mean','std'))
+    def h(path):
+        x = torch.from_numpy(np.array(Image.open(path).convert('RGB').resize((32, 32), Image.BICUBIC))).permute(2, 0, 1)
+        with torch.no_grad(): return torch.nn.functional.normalize(net.eval()(((x/255 - mean) / std)[None])[0], dim=0)
+    q = h(photos/'more'/'red0.png')
+    sigma = {c:float(sum(h(f) @ q for f in (photos/'few'/c).iterdir())) for c in few.vocab}
+    assert few.logits(photos/'more'/'red0.png').iloc[0].to_dict() == pytest.approx(sigma, abs=1e-2)
+
+def test_paths_arrays_and_images_are_the_same(photos, net):
+    few,path = FewShotClassifier.from_folder(photos/'few', net, bs=2),photos/'more'/'blue1.png'
+    for image in (str(path), Image.open(path), [np.array(Image.open(path))]): assert few.logits(image).equals(few.logits(path))
+    assert np.allclose(few.logits([path]*5), np.repeat(few.logits(path).to_numpy(), 5, 0), atol=1e-4)
+
+def test_a_photo_is_turned_as_its_camera_says(photos, net, tmp_path):
+    few,upright = FewShotClassifier.from_folder(photos/'few', net),Image.open(photos/'more'/'red2.png')
+    exif = Image.Exif()
+    exif[274] = 6 # turn a quarter clockwise to see it
+    upright.rotate(90, expand=True).save(tmp_path/'phone.png', exif=exif)
+    assert np.allclose(few.logits(tmp_path/'phone.png'), few.logits(upright), atol=1e-5) and not np.allclose(few.logits(upright.rotate(90)), few.logits(upright), atol=1e-5)
+
+@pytest.mark.parametrize('call, sentence', [
+    (lambda p, n: FewShotClassifier(n).predict(p/'more'/'red0.png'), 'no classes yet'), (lambda p, n: FewShotClassifier.from_folder(p/'nowhere', n), 'no folders of images'),
+    (lambda p, n: FewShotClassifier(n).fit([p/'more'/'red0.png'], ['a', 'b']), '1 images and 2 labels'), (lambda p, n: FewShotClassifier(n).fit([p/'more'/'red0.png'], ['a']), 'at least two'),
+    (lambda p, n: FewShotClassifier.from_folder(p/'few', n).predict([]), 'no image is given'), (lambda p, n: FewShotClassifier.from_folder(p/'few', n).predict(p/'x.png'), 'cannot be read as an image'),
+    (lambda p, n: FewShotClassifier('nothing_like_it'), 'unknown backbone'), (lambda p, n: FewShotClassifier(n, 'x'), "unknown classifier 'x'")])
+def test_what_cannot_be_gets_a_sentence(photos, net, call, sentence):
+    with pytest.raises(UserError, match=sentence): call(photos, net)
