@@ -196,7 +196,7 @@ def evaluate(
     y = torch.as_tensor(y)
     if query_distribution not in QUERIES: raise UserError(f'the query distribution is {query_distribution!r}: it is one of {", ".join(QUERIES)}')
     for x in (h, *(views if views is not None else ())):
-        if not torch.isfinite(x.sum(dtype=torch.float64)): raise UserError('the features hold NaN or infinite values: the network diverged, lower its learning rate')
+        if not torch.isfinite(torch.stack(x.aminmax())).all(): raise UserError('the features hold NaN or infinite values: the network diverged, lower its learning rate')
     if views is not None and views.shape[1:] != h.shape: raise UserError(f'views of shape {tuple(views.shape)} are not those of features {tuple(h.shape)}')
     one = not isinstance(classifier, (dict, list, tuple))
     of = classifier if isinstance(classifier, dict) else {c:c for c in ([classifier] if one else classifier)}
@@ -221,6 +221,6 @@ def evaluate(
 
 def _balanced(*args):
     for support,query in sample_episodes(*args):
-        yield support,query,np.broadcast_to(np.arange(query.shape[1])[:, None], query.shape)
+        yield support,query,np.broadcast_to(np.arange(query.shape[1])[:, None], query.shape).copy()
 
 QUERIES = dict(balanced=_balanced, dirichlet=sample_unbalanced)

@@ -33,6 +33,7 @@ def grdd(
     lr:float=0.05, # initial or highest rate of stage one
     bs:int=None, # images per batch of stage one, before rotation (64; 1% of fewer than 6400 base images, at least 16)
     classifier:str='linear', # of stage one, FC3: linear or cosine
+    smoothing:float=0., # of stage one's category labels
     jitter:bool=True, # leave out both stages' colour jitter
     opt:str='sgd', # of stage one: sgd or muon
     meta_opt:str=None, # of stage two: sgd or muon (the reading's)
@@ -90,7 +91,8 @@ def _stages(run, s, two, share, cache):
     # stage one: global category knowledge, Eq. 2-9
     def train(name, arch, seed):
         run.say(f'stage one: {name}, {arch}')
-        one = STAGE_ONE | dict(arch=arch, epochs=s.epochs, schedule=s.schedule, lr=s.lr, rotation=s.rotation, classifier=s.classifier, jitter=s.jitter, opt=s.opt, bs=s.bs, seed=seed)
+        one = STAGE_ONE | dict(arch=arch, epochs=s.epochs, schedule=s.schedule, lr=s.lr, rotation=s.rotation, classifier=s.classifier, smoothing=s.smoothing,
+                           jitter=s.jitter, opt=s.opt, bs=s.bs, seed=seed)
         return run.stage(name, *stage_one(data, one, **common), arch=arch, **card)
     student_cl,val_cl = train('student_cl', s.student, s.seed)
     teacher = student_cl if share else train('teacher', s.teacher, s.seed + (s.teacher == s.student))[0]

@@ -5,6 +5,7 @@ Shapes: E episodes, NS support and NQ query images, D features, C classes; suppo
 UserError for features that are not finite and for a class without support images. Inductive ones are here, the others, which look at
 all queries of an episode together, in `transductive`.
 """
+import warnings
 from functools import partial, wraps
 
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from .errors import UserError
 from .losses import full_precision
 
-__all__ = ['CLASSIFIERS', 'register_classifier', 'get_classifier', 'with_base_mean', 'prototypes', 'sum_of_cosines', 'nearest_centroid', 'simpleshot', 'nearest_neighbour', 'ridge',
+__all__ = ['CLASSIFIERS', 'register_classifier', 'get_classifier', 'with_base_mean', 'prototypes', 'sum_of_cosines', 'nearest_centroid', 'nearest_centroid_cosine', 'simpleshot', 'nearest_neighbour', 'ridge',
            'logistic_regression']
 
 CLASSIFIERS = {} # name -> function with `transductive` and `balanced`: whether it takes every class to have equally many queries
@@ -93,13 +94,14 @@ def sum_of_cosines(support, support_y, query):
     return query @ (Y.mT @ (support / norms(support))).mT / norms(query) + no_support(Y)
 
 @register_classifier('centroid')
-def nearest_centroid(support, support_y, query,
-    metric='euclidean', # minus the squared 'euclidean' distance, or the 'cosine'
-):
-    "Distance to the mean feature of each class: Prototypical Networks' classifier (arXiv 1703.05175)"
-    if metric not in ('euclidean', 'cosine'): raise ValueError(f"metric is 'euclidean' or 'cosine', not {metric!r}")
-    p = prototypes(support, support_y)
-    return cosines(query, p) if metric == 'cosine' else -squared_distances(query, p)
+def nearest_centroid(support, support_y, query):
+    "Minus the squared distance to the mean feature of each class: Prototypical Networks' classifier (arXiv 1703.05175)"
+    return -squared_distances(query, prototypes(support, support_y))
+
+@register_classifier('centroid_cosine')
+def nearest_centroid_cosine(support, support_y, query):
+    "Cosine with the mean feature of each class"
+    return cosines(query, prototypes(support, support_y))
 
 @register_classifier('simpleshot')
 def simpleshot(support, support_y, query,
@@ -162,5 +164,6 @@ def logistic_regression(support, support_y, query,
         t = torch.where(((Z - Z_new)*moved).sum((1, 2), keepdim=True) > 0, 1., t) # momentum against the descent starts anew
         t_new = (1 + (1 + 4*t*t).sqrt()) / 2
         Z,t = Z_new + (t - 1)/t_new*moved,t_new
+    if live.any(): warnings.warn(f'logistic_regression has not converged in {max_iter} steps: normalise the features or lower C', stacklevel=2)
     b = (Z_new - K @ A).mean(1, keepdim=True)
     return query @ support.mT @ A + b + no_support(Y)

@@ -17,7 +17,7 @@ from torch import nn
 from .callbacks import Autocast, FewShotAccuracy, KeepBest, RelatednessDistiller, Rotation, Seeded, ShowsMetrics
 from .cpu import keep_freed_memory
 from .data import EpisodicDL
-from .errors import UserError
+from .errors import UserError, first_line
 from .evaluate import features
 from .losses import EpisodicLoss, relatedness
 from .optim import sgd
@@ -35,7 +35,7 @@ def check_backbone(arch, px=None):
     if px is None: return
     try:
         with torch.no_grad(): features(create_backbone(arch, 0, px).eval(), torch.zeros(1, 3, px, px))
-    except Exception as e: raise UserError(f'{arch} does not take images of {px} px ({str(e).splitlines()[0]}): choose another backbone') from None
+    except Exception as e: raise UserError(f'{arch} does not take images of {px} px ({first_line(e)}): choose another backbone') from None
 
 def create_backbone(
     arch, # name of a timm model, ours among them
@@ -75,7 +75,7 @@ class GlobalNet(nn.Module):
         if classifier not in CATEGORY_CLASSIFIERS: raise ValueError(f"classifier is 'linear' or 'cosine', not {classifier!r}")
         self.backbone,self.rotation_from,n_classes = backbone,rotation_from,backbone.num_classes
         self.rotation_head = nn.Linear(n_classes, 4) if rotation else None
-        self.classifier = CosineClassifier(backbone.num_features, n_classes) if classifier == 'cosine' else None
+        self.classifier = CosineClassifier(getattr(backbone, 'head_hidden_size', None) or backbone.num_features, n_classes) if classifier == 'cosine' else None
         if self.classifier: backbone.reset_classifier(0)
     def forward(self, x):
         p = self.classifier(features(self.backbone, x)) if self.classifier else self.backbone(x)
@@ -123,6 +123,7 @@ def global_learner(
     rotation=True, # train on four rotations with L_c + L_r
     rotation_weight=1., # of L_r
     rotation_from='logits', # FC4 reads 'logits' or 'probabilities' of the category prediction
+    smoothing=0., # of the category labels in L_c
     classifier='linear', # FC3: 'linear', the backbone's own, or 'cosine', which leaves the backbone without one
     seed=0, # of weights, dropout, order and augmentation
     amp=True, # bfloat16 where it is supported
@@ -136,7 +137,7 @@ def global_learner(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = GlobalNet(backbone, rotation, rotation_from, classifier)
-    return _learner(dls, model, CrossEntropyLossFlat(), [Rotation(rotation_weight)] if rotation else [], seed, amp, keep_best,
+    return _learner(dls, model, CrossEntropyLossFlat(label_smoothing=smoothing), [Rotation(rotation_weight)] if rotation else [], seed, amp, keep_best,
                     valid or {}, splitter=_body_and_head, **kwargs)
 
 

@@ -7,55 +7,63 @@ import timm
 import torch
 
 from .augment import train_augmentation
-from .callbacks import autocast_dtype
 from .data import plain_dl
-from .errors import UserError
+from .errors import UserError, first_line
 from .evaluate import embed
 from .learners import check_backbone, create_backbone
 from .pack import default_cache
 from .run import load_weights
 from .storage import digest, load_tensors, locked, save_tensors
 
-__all__ = ['load_network', 'feature_bank']
+__all__ = ['load_network', 'images_of', 'feature_bank']
 
 
-def load_network(of, px=32):
-    """`(net, stats)` of `of`: a timm model's name with pretrained weights, a folder of recipes/publish.py, the folder of a training, or
-    weights of a run (`runs/grdd/student_grdd`); stats, (mean, std), are what its images are normalised with
+RUNS = ('net', 'student_grdd') # what a run leaves as its network
 
-    UserError if it is none of these.
+
+def load_network(of):
+    """The network `of` names, without a classifier: a timm model with pretrained weights, a folder of recipes/publish.py, the folder of a
+    run, or weights of one (`runs/grdd/student_cl`)
+
+    Its `pretrained_cfg` has the side of its images, and the mean and std they are normalised with. UserError if it is none of these.
     """
     path = Path(str(of).removesuffix('.safetensors')).expanduser()
-    card = next((c for c in (path/'net.json', path.with_name(f'{path.name}.json')) if c.is_file()), None)
-    if card: # ours, of a run
-        about = json.loads(card.read_text())
-        net = create_backbone(about['arch'], 0, about['px'])
-        load_weights(net, card.with_suffix(''), strict=False)
-        return net,about['stats']
-    if (path/'config.json').is_file(): net = timm.create_model(f'local-dir:{path}', pretrained=True)
-    else:
-        if path.exists(): raise UserError(f'{path} holds no network (net.json or config.json): give the folder of a training or of recipes/publish.py')
-        if not str(of).startswith('hf-hub:'): check_backbone(str(of))
-        try: net = timm.create_model(str(of), pretrained=True, num_classes=0)
-        except Exception as e: raise UserError(f'the weights of {of} cannot be had ({str(e).splitlines()[0]}): give a name with a tag that has weights, or a path') from None
-    return net,[list(net.pretrained_cfg[k]) for k in ('mean','std')]
+    cards = [*(path/f'{name}.json' for name in RUNS), *([path.with_name(f'{path.name}.json')] if path.name else [])]
+    if card := next((c for c in cards if c.is_file() and c.with_suffix('.safetensors').is_file()), None): return _of_a_run(card)
+    local = (path/'config.json').is_file()
+    if path.exists() and not local: raise UserError(f'{path} holds no network (net.json or config.json): give the folder of a run or of recipes/publish.py')
+    if not local and not str(of).startswith('hf-hub:'): check_backbone(str(of))
+    try: return timm.create_model(f'local-dir:{path}' if local else str(of), pretrained=True, num_classes=0)
+    except Exception as e: raise UserError(f'the weights of {of} cannot be had ({first_line(e)}): give a name with a tag that has weights, or a path') from None
+
+def _of_a_run(card):
+    try: about = json.loads(card.read_text()); arch,px,(mean,std) = about['arch'],about['px'],about['stats']
+    except (OSError, ValueError, KeyError): raise UserError(f'{card} is damaged or no network\'s: give the folder of a run') from None
+    net = create_backbone(arch, 0, px)
+    load_weights(net, card.with_suffix(''), without=f'{net.pretrained_cfg["classifier"]}.')
+    net.pretrained_cfg = net.pretrained_cfg | dict(input_size=(3, px, px), mean=tuple(mean), std=tuple(std), crop_pct=1.)
+    return net
+
+def images_of(net):
+    "Side, mean and std of the images that a timm network takes, as its `pretrained_cfg` has them"
+    cfg = net.pretrained_cfg
+    return cfg['input_size'][1],list(cfg['mean']),list(cfg['std'])
 
 
 def feature_bank(
     net, # timm model
     data, # FewShotData
     split, # 'train', 'val' or 'test'
-    stats=None, # (mean, std) its images are normalised with (the data's own)
     views=0, # of augmented views of each image, as in training, instead of the images as they are
     jitter=True, # the views' colours
     seed=0, # of the views
     cache=None, # folder (none: the cache of decoded images)
 ):
-    "Features (N, D), or (views, N, D), and classes (N) of a split: embedded once, then read from a file named by weights and data"
-    stats = [list(map(float, s)) for s in stats or data.stats]
+    """Features (N, D), or (views, N, D), and classes (N) of a split in float32: embedded once, then read from a file named by weights and
+    data; images are normalised as the network wants them"""
+    px,*stats = images_of(net)
     dl = plain_dl(data, split, stats=stats, aug=train_augmentation(data.px, jitter) if views else None, seed=seed)
-    dtype = autocast_dtype(torch.device(dl.device))
-    of = dict(weights=digest(net.state_dict()), net=type(net).__name__, data=data.fingerprint, split=split, stats=stats, dtype=str(dtype))
+    of = dict(weights=digest(net.state_dict()), net=type(net).__name__, data=data.fingerprint, split=split, stats=stats)
     if views: of |= dict(views=views, jitter=jitter, seed=seed)
     key = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:16]
     path = Path(cache or default_cache()).expanduser()/'features'/f'{key}.safetensors'
@@ -66,6 +74,6 @@ def feature_bank(
         except UserError: found = None # none there, or a damaged one: embed again
         if found != of:
             net = net.to(dl.device)
-            tensors = dict(h=torch.stack([embed(net, dl, dtype)[0] for _ in range(views)]) if views else embed(net, dl, dtype)[0])
+            tensors = dict(h=torch.stack([embed(net, dl)[0] for _ in range(views)]) if views else embed(net, dl)[0])
             save_tensors(path, tensors, of)
     return tensors['h'].to(dl.device),torch.as_tensor(getattr(data, split).y, device=dl.device)

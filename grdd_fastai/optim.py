@@ -37,7 +37,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        loss = closure() if closure else None
+        with torch.enable_grad(): loss = closure() if closure else None
         for group in self.param_groups:
             for p in group['params']:
                 if p.grad is not None: (self.step_matrix if p.ndim > 1 else self.step_vector)(p, self.state[p], **group)

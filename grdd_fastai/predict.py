@@ -11,12 +11,11 @@ from torch import nn
 from .errors import UserError
 from .evaluate import features
 from .inference import get_classifier
-from .networks import load_network
+from .networks import images_of, load_network
 from .pack import upright_rgb
+from .prepare import IMAGES
 
 __all__ = ['FewShotClassifier']
-
-IMAGES = ('.png', '.jpg', '.jpeg', '.bmp', '.webp')
 
 
 class FewShotClassifier:
@@ -28,24 +27,28 @@ class FewShotClassifier:
         network='convnet4.grdd_cifarfs', # timm model with its weights, or a name or path that `load_network` takes
         classifier='cosine', # of `CLASSIFIERS`, or `(support, support_y, query) -> logits`
         bs=64, # images embedded at a time
+        px=None, stats=None, # side, and (mean, std), of its images (as its `pretrained_cfg` has them; a Learner's model: the data's)
         **settings # of the classifier
     ):
-        self.net,stats = (network, [network.pretrained_cfg[k] for k in ('mean','std')]) if isinstance(network, nn.Module) else load_network(network)
-        self.net.eval()
-        config = timm.data.resolve_model_data_config(self.net) | dict(mean=tuple(stats[0]), std=tuple(stats[1]))
+        self.net = (network if isinstance(network, nn.Module) else load_network(network)).eval()
+        side,mean,std = images_of(self.net)
+        if px: side = px
+        if stats: mean,std = stats
+        config = timm.data.resolve_model_data_config(self.net) | dict(input_size=(3, side, side), mean=tuple(mean), std=tuple(std))
         self.transform,self.classifier,self.bs,self.settings,self.vocab = timm.data.create_transform(**config),get_classifier(classifier),bs,settings,None
 
     @classmethod
     def from_folder(cls, path, *args, **kwargs):
         "Fitted on the images of a folder that has a folder for each class"
-        files = sorted(f for f in Path(path).expanduser().glob('*/*') if f.suffix.lower() in IMAGES)
+        files = sorted(f for f in Path(path).expanduser().glob('*/*') if IMAGES.search(f.name))
         if not files: raise UserError(f'{path} has no folders of images: make one for each class, named after it')
         return cls(*args, **kwargs).fit(files, [f.parent.name for f in files])
 
     @torch.no_grad()
     def embed(self, images):
         "Features (N, D)"
-        images,device = [images] if isinstance(images, (str, Path, Image.Image)) else list(images),next(self.net.parameters()).device
+        one,device = isinstance(images, (str, Path, Image.Image)) or getattr(images, 'ndim', 0) == 3,next(self.net.parameters()).device
+        images = [images] if one else list(images)
         if not images: raise UserError('no image is given: give at least one')
         return torch.cat([features(self.net, torch.stack([self.transform(opened(im)) for im in images[at:at+self.bs]]).to(device)).float()
                           for at in range(0, len(images), self.bs)])
@@ -73,7 +76,9 @@ class FewShotClassifier:
 
 def opened(image):
     "An upright RGB image of a path, an array or an image"
-    if isinstance(image, np.ndarray): image = Image.fromarray(image)
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3: raise UserError(f'an array of {image.dtype} {image.shape} is no image: give uint8 (H, W, 3)')
+        image = Image.fromarray(image)
     if isinstance(image, Image.Image): return upright_rgb(image)
     try: return upright_rgb(Image.open(image))
     except Exception as e: raise UserError(f'{image} cannot be read as an image ({e}): remove it or replace it') from None

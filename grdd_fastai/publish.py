@@ -7,17 +7,19 @@ from huggingface_hub import HfApi
 from safetensors.torch import save
 from timm.models._hub import save_config_for_hf
 
-from .errors import UserError
+from .errors import UserError, first_line
 from .evaluate import mean_ci95
 from .learners import create_backbone
+from .models import WEIGHTS
 from .run import load_weights
 from .storage import atomic_write, on_cpu, write_json
-from .study import Trained
+from .study import YOUNGER, Trained
 
 __all__ = ['load_trained', 'publish']
 
 CHECK = 2000 # of the scored episodes, the first: what a quick test of the weights measures again
 LICENSE = 'apache-2.0'
+FILES = ['model.safetensors', 'config.json', 'measured.json', 'README.md']
 CARD = '''---
 license: {license}
 library_name: timm
@@ -82,9 +84,10 @@ def measured(trained, scores):
     found = {}
     for (split,shot),e in scores.items(): found.setdefault(split, {})[f'{shot}-shot'] = of(e)
     settings = trained.settings
+    def whole(s): return {k:whole(v) if isinstance(v, dict) else v for k,v in (YOUNGER | s).items()} # what names nothing, too
     return dict(
         scores=found, supervision='CL' if 'student' not in settings else 'CL+GR' if settings['teacher'] else 'CL+EL',
-        settings=settings, run=trained.folder.name, sha256=card['sha256'], stats=card['stats'], px=card['px'], classes=card['classes'],
+        settings=whole(settings), run=trained.folder.name, sha256=card['sha256'], stats=card['stats'], px=card['px'], classes=card['classes'],
         fingerprint=card['fingerprint'], dataset=trained.read('data.json')['name'], trained={k:began[k] for k in ('command','commit','device','torch_threads','versions')})
 
 
@@ -111,7 +114,7 @@ def publish(
     atomic_write(folder/'model.safetensors', save(on_cpu(net.state_dict()), metadata=dict(format='pt')))
     save_config_for_hf(net, folder/'config.json', dict(pretrained_cfg=cfg), data_config=dict(mean=mean, std=std, crop_pct=1.))
     write_json(folder/'measured.json', about)
-    atomic_write(folder/'README.md', model_card(net, about, name, f'hf-hub:{hub}' if hub else name, n_base))
+    atomic_write(folder/'README.md', model_card(net, about, name, f'hf-hub:{hub}' if hub else name if folder.resolve().parent == WEIGHTS else f'local-dir:{folder}', n_base))
     if hub: push(folder, hub)
     return folder
 
@@ -120,8 +123,8 @@ def push(folder, hub):
     "Upload the folder to the Hugging Face repository `hub` (user/name), made if it is not there"
     try:
         HfApi(library_name='grdd_fastai').create_repo(hub, exist_ok=True)
-        HfApi(library_name='grdd_fastai').upload_folder(repo_id=hub, folder_path=folder, commit_message='Weights, config and model card')
-    except Exception as e: raise UserError(f'{hub} was not pushed ({str(e).splitlines()[0]}): log in with hf auth login and push {folder} again') from None
+        HfApi(library_name='grdd_fastai').upload_folder(repo_id=hub, folder_path=folder, allow_patterns=FILES, commit_message='Weights, config and model card')
+    except Exception as e: raise UserError(f'{hub} was not pushed ({first_line(e)}): log in with hf auth login and push {folder} again') from None
 
 def model_card(net, about, name, load, n_base):
     "The model card's text"

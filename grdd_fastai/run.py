@@ -24,7 +24,6 @@ from .storage import Busy, atomic_write, digest, locked, on_cpu, write_json
 
 __all__ = ['Run', 'git_commit', 'device_name', 'save_weights', 'load_weights', 'deterministic']
 
-HEAD = 'head.' # a classifier's weights
 STAGES = ('student_cl', 'teacher', 'student_grdd', 'net')
 
 
@@ -62,13 +61,12 @@ def save_weights(model, path, **card):
     atomic_write(f'{path}.safetensors', save(tensors, metadata=dict(format='pt')))
     write_json(f'{path}.json', card | dict(sha256=digest(tensors)))
 
-def load_weights(model, path, strict=True):
-    "Load `save_weights`' files into `model` and return their card; UserError unless they are whole and fit, but for a head if not `strict`"
+def load_weights(model, path, without=None):
+    "Load `save_weights`' files into `model` and return their card; UserError unless they are whole and fit, but for what begins with `without`"
     try:
         card,tensors = json.loads(Path(f'{path}.json').read_text()),load_file(f'{path}.safetensors')
         if card['sha256'] != digest(tensors): raise ValueError('the checksum is wrong')
-        left = model.load_state_dict(tensors, strict=strict)
-        if left.missing_keys or any(not k.startswith(HEAD) for k in left.unexpected_keys): raise ValueError(f'they are not those of a {card["arch"]}')
+        model.load_state_dict({k:v for k,v in tensors.items() if not (without and k.startswith(without))})
     except Exception as e: raise UserError(f'{path}.safetensors and its .json cannot be used ({e}): remove both, or take them from a copy') from None
     return card
 

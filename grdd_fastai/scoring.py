@@ -1,4 +1,5 @@
 """Networks and classifiers to a table of accuracies: the program behind recipes/evaluate_weights.py, read top to bottom."""
+import hashlib
 import json
 import re
 import shlex
@@ -12,49 +13,59 @@ from .data import check_episode
 from .errors import UserError
 from .evaluate import QUERIES, compare, evaluate
 from .inference import CLASSIFIERS, get_classifier, with_base_mean
-from .networks import feature_bank, load_network
+from .networks import feature_bank, images_of, load_network
 from .pack import few_shot_data
 from .run import device_name, git_commit, log_line, now, versions
+from .stages import check_settings
 from .storage import digest, write_json
-from .study import SPLITS
+from .study import EPISODES_SEED, SPLITS
 from .tables import numbers, say
 
 __all__ = ['score_networks']
 
 
 def score_networks(
-    *networks:str, # timm names with weights, folders of recipes/publish.py or of trainings, or weights of runs
+    *networks:str, # timm names with weights, folders of runs or of recipes/publish.py, or weights of runs
     data:str=None, # raw data set in any layout of data/README.md (none: fetch CIFAR-FS)
-    split:str='novel', # classes to score: val chooses, novel is for the end
+    score:str='val', # classes to score: val chooses, novel is for the end
     ways:str='5', # classes an episode, separated by commas
     shots:str='1,5', # support images a class, separated by commas
     queries:str='15', # query images a class, separated by commas
     classifiers:str='cosine', # separated by commas, or all: cosine, centroid, simpleshot, neighbour, ridge, logistic, tim_gd, tim_adm, ...
     query_distribution:str='balanced', # or dirichlet: as many queries in all, unevenly over the classes
     support_views:int=0, # of each support image, augmented as in training, to be the support in its place (0: the image as it is)
+    jitter:bool=True, # leave out the views' colour jitter
     test_episodes:int=10_000, # of each kind
-    seed:int=0, # of the episodes and views
-    px:int=32, # side of the images
+    seed:int=None, # of the episodes and views (novel: 0, val: 1, which are not those that chose an epoch)
+    px:int=None, # side of the images (the first network's)
     out:str='runs/evaluation', # folder for evaluation.csv, pairs.csv and evaluation.json
     results:str=None, # folder that takes the record, too (the project's own: results)
     cache:str=None, # folder for decoded images and features (none: ~/.cache/grdd_fastai)
 ):
     "Score networks with classifiers on the same episodes: the table and the paired differences with the first network, as DataFrames"
     if not networks: raise UserError('no network is given: name one, such as convnet4.grdd_cifarfs')
-    if split not in SPLITS: raise UserError(f'--split is {split}: it is one of {", ".join(SPLITS)}')
+    if score not in SPLITS: raise UserError(f'--score is {score}: it is one of {", ".join(SPLITS)}')
+    check_settings(dict(seed=seed, test_episodes=test_episodes))
     if query_distribution not in QUERIES: raise UserError(f'--query-distribution is {query_distribution}: it is one of {", ".join(QUERIES)}')
     if support_views < 0: raise UserError(f'--support-views is {support_views}: it must be at least 0')
     names = list(CLASSIFIERS) if classifiers == 'all' else classifiers.split(',')
     for name in names: get_classifier(name)
-    out,data = Path(out).expanduser(),few_shot_data(data, px, cache)
+    out,results,seed,split = Path(out).expanduser(),results and Path(results).expanduser(),EPISODES_SEED[score] if seed is None else seed,SPLITS[score]
+    for folder in [out, *([results] if results else [])]:
+        try: folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e: raise UserError(f'{folder} cannot be written ({e.strerror}): give another folder') from None
+    nets = {str(of):load_network(of) for of in networks}
+    px = px or images_of(next(iter(nets.values())))[0]
+    for of,net in nets.items():
+        if (side := images_of(net)[0]) != px: say(f'note: {of} is made for images of {side} px and gets {px}')
+    data = few_shot_data(data, px, cache)
     kinds = [(w, k, q) for w in numbers('ways', ways) for k in numbers('shots', shots) for q in numbers('queries', queries)]
-    for w,k,q in kinds: check_episode(getattr(data, SPLITS[split]), w, k, q if query_distribution == 'balanced' else w*q)
+    for w,k,q in kinds: check_episode(getattr(data, split), w, k, q if query_distribution == 'balanced' else w*q)
 
     rows,scores,weights = [],{},{}
-    for of in dict.fromkeys(networks):
-        net,stats = load_network(of, px)
-        bank = partial(feature_bank, net, data, stats=stats, cache=cache)
-        (h,y),views = bank(SPLITS[split]),bank(SPLITS[split], views=support_views, seed=seed)[0] if support_views else None
+    for of,net in nets.items():
+        bank = partial(feature_bank, net, data, cache=cache)
+        (h,y),views = bank(split),bank(split, views=support_views, jitter=jitter, seed=seed)[0] if support_views else None
         using = with_base_mean(names, lambda bank=bank: bank('train')[0])
         weights[of] = digest(net.state_dict())
         for w,k,q in kinds:
@@ -63,29 +74,29 @@ def score_networks(
                 rows.append(dict(network=of, way=w, shot=k, query=q, classifier=name, accuracy=round(e.accuracy, 3), ci95=round(e.ci95, 3), n=len(e.episodes),
                                  transductive=f.transductive, balanced=f.balanced, episodes=e.drawn))
                 say(f'{of}, {w}-way {k}-shot, {e.classifier}: {e}')
-                if split == 'novel': log_novel(out, results, of, weights[of], rows[-1], query_distribution, support_views)
+                if score == 'novel': log_novel(out, results, of, weights[of], rows[-1], query_distribution, support_views)
     table,pairs = pd.DataFrame(rows),[]
     for (w,k,q,name),of in scores.items():
-        if len(of) > 1: pairs.append(compare(of, {n:[networks[0]] for n in list(of)[1:]}).assign(way=w, shot=k, query=q, classifier=name))
+        if len(of) > 1: pairs.append(compare(of, {n:[next(iter(nets))] for n in list(of)[1:]}).assign(way=w, shot=k, query=q, classifier=name))
     pairs = pd.concat(pairs, ignore_index=True) if pairs else pd.DataFrame()
 
     say('\n' + table.drop(columns='episodes').to_string(index=False))
     if len(pairs): say('\n' + pairs.to_string(index=False, float_format='{:.3g}'.format))
-    out.mkdir(parents=True, exist_ok=True)
     table.to_csv(out/'evaluation.csv', index=False)
     if len(pairs): pairs.to_csv(out/'pairs.csv', index=False, float_format='%.5g')
-    record = dict(split=split, queries=query_distribution, support_views=support_views, scores=rows, weights=weights, data=dict(name=data.name, fingerprint=data.fingerprint),
+    record = dict(split=score, queries=query_distribution, support_views=support_views, jitter=jitter, seed=seed, px=px, scores=rows, weights=weights, data=dict(name=data.name, fingerprint=data.fingerprint),
                   command=shlex.join(['python', *sys.argv]), commit=git_commit(), device=device_name(), versions=versions(), time=now())
     write_json(out/'evaluation.json', record)
     if results:
-        slug = re.sub('[^a-z0-9.]+', '-', '-'.join([*(Path(n).name for n in weights), split, query_distribution, *([f'{support_views}views'] if support_views else [])]).lower())
-        write_json(Path(results).expanduser()/f'inference-{slug}.json', record)
+        asked = [weights, data.fingerprint, score, kinds, names, query_distribution, support_views, jitter, seed, test_episodes]
+        slug = re.sub('[^a-z0-9.]+', '-', '-'.join([*(Path(n).name for n in weights), score, query_distribution]).lower())
+        write_json(results/f'inference-{slug}-{hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:6]}.json', record)
     print(json.dumps(dict(csv=str(out/'evaluation.csv'), rows=len(table))))
     return table,pairs
 
 
 def log_novel(out, results, of, weights, row, queries, views):
     "A line in the log of every scoring of the novel classes"
-    for folder in [out, *([Path(results).expanduser()] if results else [])]:
+    for folder in [out, *([results] if results else [])]:
         log_line(folder/'novel_scorings.jsonl', dict(time=now(), commit=git_commit(), what=Path(of).name, weights=weights[:16], way=row['way'], shot=row['shot'], queries=queries,
                  support_views=views, classifier=row['classifier'], accuracy=row['accuracy'], ci95=row['ci95'], test_episodes=row['n']))

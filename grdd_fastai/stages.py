@@ -14,7 +14,7 @@ __all__ = ['STAGE_ONE', 'READINGS', 'SCHEDULES', 'stage_two_settings', 'stage_on
 SCHEDULES = ('poly', 'step', 'one_cycle')
 
 # Stage one as the paper has it
-STAGE_ONE = dict(arch='resnet12', epochs=90, schedule='poly', lr=0.05, rotation=True, rotation_from='logits', classifier='linear', jitter=True,
+STAGE_ONE = dict(arch='resnet12', epochs=90, schedule='poly', lr=0.05, rotation=True, rotation_from='logits', classifier='linear', smoothing=0., jitter=True,
                  opt='sgd', bs=64, seed=0)
 
 # Stage two, reading by reading; docs/readings.md says what each setting is, and what was measured
@@ -36,13 +36,14 @@ def stage_two_settings(reading, labels_alone=False, **changes):
 
 BOUNDS = {**dict.fromkeys(('epochs','teacher_epochs','stage_one_epochs','meta_epochs','episodes','test_episodes','query','meta_query',
                            'meta_way','per_step','bs','images','classes'), 'at least 1'),
-          **dict.fromkeys(('lr','meta_lr','T','scale','max_minutes'), 'positive'), 'gamma':'at least 0', 'seed':'from 0 to 4294967295',
-          **dict.fromkeys(('schedule','meta_schedule'), f'one of {", ".join(SCHEDULES)}'), 'teacher_view':'same or clean', 'classifier':'linear or cosine',
-          'opt':'sgd or muon', 'meta_opt':'sgd or muon'}
+          **dict.fromkeys(('lr','meta_lr','T','scale','max_minutes'), 'positive'), 'gamma':'at least 0', 'smoothing':'at least 0 and below 1',
+          **dict.fromkeys(('seed','stage_one_seed'), 'from 0 to 4294967295'),
+          **dict.fromkeys(('schedule','meta_schedule'), f'one of {", ".join(SCHEDULES)}'), 'teacher_view':'same or clean', 'classifier':' or '.join(CATEGORY_CLASSIFIERS),
+          **dict.fromkeys(('opt','meta_opt'), ' or '.join(OPTIMISERS))}
 WITHIN = {'at least 1':lambda v: v >= 1, 'positive':lambda v: 0 < v < math.inf, 'at least 0':lambda v: 0 <= v < math.inf,
           'from 0 to 4294967295':lambda v: 0 <= v < 2**32, BOUNDS['schedule']:lambda v: v in SCHEDULES,
-          'same or clean':lambda v: v in ('same', 'clean'), 'linear or cosine':lambda v: v in CATEGORY_CLASSIFIERS,
-          'sgd or muon':lambda v: v in OPTIMISERS}
+          'same or clean':lambda v: v in ('same', 'clean'), BOUNDS['classifier']:lambda v: v in CATEGORY_CLASSIFIERS,
+          BOUNDS['opt']:lambda v: v in OPTIMISERS, 'at least 0 and below 1':lambda v: 0 <= v < 1}
 
 def check_settings(settings):
     "UserError for a setting, by the name of its flag, that no run can have; None is not given"
@@ -56,7 +57,7 @@ def fitting(s):
 def stage_one(data, s, **kwargs):
     "Learner of the global learner and its fit, for the settings `s` of `STAGE_ONE`"
     dls = category_dls(data, bs=s['bs'], aug=train_augmentation(data.px, s['jitter']), seed=s['seed'])
-    return global_learner(dls, s['arch'], rotation=s['rotation'], rotation_from=s['rotation_from'], classifier=s['classifier'], opt_func=OPTIMISERS[s['opt']], seed=s['seed'], **kwargs),fitting(s)
+    return global_learner(dls, s['arch'], rotation=s['rotation'], rotation_from=s['rotation_from'], classifier=s['classifier'], smoothing=s['smoothing'], opt_func=OPTIMISERS[s['opt']], seed=s['seed'], **kwargs),fitting(s)
 
 def stage_two(data, s, student, teacher=None, bank=None, **kwargs):
     """Learner of the meta-learner and its fit, for the settings `s` of a reading

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 
-from .callbacks import autocast_dtype
 from .data import plain_dl
 from .evaluate import Evaluation, embed, evaluate
 from .learners import create_backbone
@@ -20,7 +19,7 @@ from .storage import load_tensors, locked, save_tensors
 __all__ = ['Study', 'Trained']
 
 VALID = dict(n_way=5, k_shot=1, n_query=15) # episodes of the validation classes that choose the epoch kept
-YOUNGER = dict(teacher_output='features', classifier='linear', jitter=True, opt='sgd') # settings that came after the first records: where they are as before they name nothing
+YOUNGER = dict(teacher_output='features', classifier='linear', smoothing=0., jitter=True, opt='sgd') # settings that came after the first records: where they are as before they name nothing
 SPLITS = dict(val='val', novel='test')
 EPISODIC = ('way','shot','query','episodes','per_step','epochs','schedule','lr','scale','mean','init','seed','jitter','opt') # what CL+EL depends on
 EPISODES_SEED = dict(val=1, novel=0) # not the episodes that chose the epoch; those of the other recipes
@@ -80,8 +79,9 @@ class Study:
         return self.banks[teacher.folder]
 
     def embed(self, net, split):
+        "Features and classes of a split, in float32: a score is the same wherever it is taken"
         dl = plain_dl(self.data, split)
-        return embed(net.to(dl.device), dl, autocast_dtype(torch.device(dl.device)))
+        return embed(net.to(dl.device), dl)
 
     def meta_net(self, student, teacher, s):
         "Stage two from a `Trained` student by the settings `s` of a reading: CL+EL where `teacher` is None, else CL+GR"

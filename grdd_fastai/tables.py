@@ -65,6 +65,7 @@ def table(
     lr:float=None, # of stage one (0.05; demo: 0.1)
     rotation:bool=True, # leave out stage one's rotation task (the demo does)
     classifier:str='linear', # of stage one, FC3: linear or cosine
+    smoothing:float=0., # of stage one's category labels
     jitter:bool=True, # leave out both stages' colour jitter
     opt:str='sgd', # of stage one: sgd or muon
     bs:int=64, # images per batch of stage one, before rotation
@@ -95,7 +96,7 @@ def table(
     logs = [out, *([results] if results else [])]
     study,nets,scores,failed,stop = Study(data, out, max_minutes, logs),{},{},[],None
     two = {alone:stage_two_settings(reading, alone, epochs=s['meta_epochs'], lr=meta_lr, episodes=s['episodes'], jitter=jitter, opt=meta_opt) for alone in (False, True)}
-    common = dict(schedule=s['schedule'], lr=s['lr'], rotation=rotation and not demo, classifier=classifier, jitter=jitter, opt=opt, bs=bs)
+    common = dict(schedule=s['schedule'], lr=s['lr'], rotation=rotation and not demo, classifier=classifier, smoothing=smoothing, jitter=jitter, opt=opt, bs=bs)
     roles = dict(student=dict(arch=s['student'], epochs=s['epochs'], **common), teacher=dict(arch=s['teacher'], epochs=s['teacher_epochs'], **common))
     for seed,key in itertools.product(seeds, rows):
         try:
@@ -113,7 +114,7 @@ def table(
     records = {} # by file: where seeds share a stage one they share its record
     for (key,seed),made in nets.items():
         if (key, seed, shots[-1]) not in scores: continue
-        r = record(name, key, rows[key], seed, score, shots, made, scores, data) | dict(order=order[key])
+        r = record(name, key, rows[key], seed, stage_one_seed, score, shots, made, scores, data) | dict(order=order[key])
         records[r['file']] = r
     records = list(records.values())
     scored,pairs = frames(rows, records, scores)
@@ -160,7 +161,7 @@ def wanted(rows, keep):
 
 # ---- what came of it --------------------------------------------------------------------------------------------------
 
-def record(name, key, row, seed, split, shots, made, scores, data):
+def record(name, key, row, seed, start, split, shots, made, scores, data):
     "Everything a reported number needs to be had again, JSON-able"
     net = made['net']
     seed_of = net.settings['seed']
@@ -174,10 +175,11 @@ def record(name, key, row, seed, split, shots, made, scores, data):
     versus = {other:{f'{shot}-shot':difference(scores[key, seed, shot] - scores[other, seed, shot]) for shot in shots}
               for other in row.get('versus', ()) if (other, seed, shots[-1]) in scores}
     phi,psi = networks['teacher']['arch'] if 'teacher' in networks else None,networks['net']['arch']
-    same = hashlib.sha256(json.dumps([_no_seed(net.settings), data.fingerprint], sort_keys=True).encode()).hexdigest()[:6] # but for the seed
+    same = [_no_seed(net.settings), data.fingerprint, *([] if start is None else [start])] # but for the seed
+    same = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:6]
     slug = re.sub('[^a-z0-9.=]+', '-', key.lower()).strip('-')
     return dict(
-        file=f'{slug}-{same}-s{seed_of}-{split}.json', experiment=name, row=key, same=same, seed=seed_of, split=split,
+        file=f'{slug}-{same}-s{seed_of}-{split}.json', experiment=name, row=key, same=same, seed=seed_of, stage_one_seed=start, split=split,
         supervision='CL+GR' if phi else 'CL+EL' if 'student' in networks else 'CL', phi=phi, psi=psi,
         paper=row.get('paper', {}).get((data.name, phi, psi)),
         scores={f'{shot}-shot':dict(accuracy=round(e.accuracy, 3), ci95=round(e.ci95, 3), n=len(e.episodes), episodes=e.drawn)

@@ -15,7 +15,8 @@ from grdd_fastai.plots import plot_rows, save_figure
 from grdd_fastai.stages import READINGS, check_settings
 from grdd_fastai.tables import CL, EL, GR, table
 
-BASE = {k:v for k,v in READINGS['paper'].items() if k != 'jitter'} | dict(way=20, query=6, T=0.1, scale=10., mean=True, schedule='one_cycle', lr=1e-2, epochs=1)
+LITERAL = {k:v for k,v in READINGS['paper'].items() if k != 'jitter'} # --no-jitter is for all rows
+BASE = LITERAL | dict(way=20, query=6, T=0.1, scale=10., mean=True, schedule='one_cycle', lr=1e-2, epochs=1)
 BEST = dict(reduction='mean', gamma=1., kl_weight=5., teacher_view='same', lr=2e-2) # changes that proved best together
 SHOT5 = dict(way=10, shot=5, query=9)
 
@@ -88,12 +89,13 @@ PAPER = { # the literal words, and the same in wide episodes
     'paper wide':               dict(way=20, query=6),
     'paper lr=0.01':            dict(lr=1e-2),
 }
-ONE = dict(rotation=False, rotation_from='logits', classifier='linear', jitter=True, schedule='one_cycle', lr=0.1, opt='sgd', bs=64)
+ONE = dict(rotation=False, rotation_from='logits', classifier='linear', smoothing=0., jitter=True, schedule='one_cycle', lr=0.1, opt='sgd', bs=64)
 MUON = dict(opt='muon', lr=0.02, bs=128)
 STAGE_ONE = { # CL alone; with rotation a quarter of the epochs, for the same number of images
     'stage one':                            {},
     'stage one cosine classifier':          dict(classifier='cosine'),
     'stage one no jitter':                  dict(jitter=False),
+    'stage one label smoothing':            dict(smoothing=0.1),
     'stage one muon':                       MUON,
     'stage one muon cosine classifier':     MUON | dict(classifier='cosine'),
     'stage one best':                       MUON | dict(classifier='cosine', jitter=False),
@@ -114,11 +116,11 @@ def readings(images, epochs):
     def versus(k, *others): return dict(versus=[o for o in others if o != k])
     return {'CL': CL,
             **{k:kind | versus(k, 'CL', 'CL+EL') | dict(stage_two=sized(BASE | change, images)) for k,(kind,change) in CHANGES.items()},
-            **{k:GR | versus(k, 'CL', 'CL+EL') | dict(stage_two=sized(READINGS['paper'] | dict(epochs=BASE['epochs']) | change, images)) for k,change in PAPER.items()},
+            **{k:GR | versus(k, 'CL', 'CL+EL') | dict(stage_two=sized(LITERAL | dict(epochs=BASE['epochs']) | change, images)) for k,change in PAPER.items()},
             **{k:CL | versus(k, 'stage one') | dict(stage_one=one(change)) for k,change in STAGE_ONE.items()}}
 
 @call_parse
-@delegates(table, but=['name', 'keep', 'reading', 'meta_epochs', 'meta_lr', 'episodes'])
+@delegates(table, but=['name', 'keep', 'reading', 'meta_epochs', 'meta_lr', 'meta_opt', 'episodes'])
 def main(
     rows:str=None, # the rows wanted, separated by commas (all)
     images:int=None, # each stage two trains on (400000; demo: 2000)

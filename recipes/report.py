@@ -18,6 +18,7 @@ FIGURES = dict(figure3='Figure 3: t-SNE of five novel classes', figure5="Figure 
 WEIGHTS = 'grdd_fastai/weights'
 CLASSES = dict(val='validation', novel='novel')
 MARKS = '<!-- measured: written by recipes/report.py -->','<!-- /measured -->'
+NETWORKS = dict(convnet4='ConvNet-4, 64-64-64-64', resnet12='ResNet-12', resnet12_320='ResNet-12, half as wide')
 PUBLISHED = ( # 5-way on the novel classes of CIFAR-FS, 1-shot and 5-shot, inductive, as their papers give them
     ('GRDD from a ResNet-12, the paper, width not given', 'ConvNet-4', '69.3 ± 0.9', '84.7 ± 0.6', '2107.05583'),
     ('RFS-distill, best published for 64-64-64-64', 'ConvNet-4', '63.8 ± 0.8', '79.5 ± 0.5', '2003.11539'),
@@ -30,7 +31,7 @@ command, seed, settings, data fingerprint, the commit of the scoring and commit,
 its command, at the commit of the scoring, gives the number again. Accuracies are 5-way, 15 queries a class, in percent, by the sum of
 cosines; ± is the 95% interval over episodes, sd the standard deviation over training seeds. Differences are paired, on the very same
 episodes, in points; one is **bold** where there are several seeds and every seed's interval lies on the same side of zero: only such an
-ordering counts. A seed is one of the student's two stages; a teacher of another architecture is the same network for all of them. The
+ordering counts. A seed is one of the student's two stages, or of the second alone where a table says so; a teacher of another architecture is the same network for all of them. The
 validation classes choose; the novel ones are scored at the end. The paper's numbers are on the novel classes at 90 + 15 epochs, and
 stand only beside its own architectures.
 '''
@@ -92,8 +93,10 @@ def by_start(rows):
         key = 'Stage one alone, row by row' if row.startswith('stage one') else f'Stage one of psi: {described(s)}'
         groups[key][row, same],epochs[key] = rs,s['epochs'] if key.endswith(described(s)) else -1
     for key in sorted(groups, key=lambda k: (-epochs[k], k)):
+        if any(r.get('stage_one_seed') is not None for rs in groups[key].values() for r in rs): key_words = f"{key} (one for all seeds, which are stage two's alone)"
+        else: key_words = key
         phis = {described(r['settings']['teacher']) for rs in groups[key].values() for r in rs if r['settings'].get('teacher')}
-        yield '; '.join([key, *(f'of phi: {phi}' for phi in sorted(phis) if phi not in key)]),groups[key]
+        yield '; '.join([key_words, *(f'of phi: {phi}' for phi in sorted(phis) if phi not in key)]),groups[key]
 
 def about(rows):
     "What the records of a table have in common, and what its networks took"
@@ -115,7 +118,7 @@ def beside(root):
     for f in sorted((root/WEIGHTS).glob('*/measured.json')):
         of = json.loads(f.read_text())['scores']['novel']
         cells = [f"{of[s]['accuracy']:.2f} ± {of[s]['ci95']:.2f}" for s in ('1-shot','5-shot')]
-        lines.append(f"| **`{f.parent.name}`, ours** | ConvNet-4, 64-64-64-64 | {' | '.join(cells)} | [card]({WEIGHTS}/{f.parent.name}/README.md) |")
+        lines.append(f"| **`{f.parent.name}`, ours** | {NETWORKS[f.parent.name.partition('.')[0]]} | {' | '.join(cells)} | [card]({WEIGHTS}/{f.parent.name}/README.md) |")
     return '\n'.join([*lines, *(f'| {what} | {net} | {one} | {five} | [{arxiv}](https://arxiv.org/abs/{arxiv}) |' for what,net,one,five,arxiv in PUBLISHED)])
 
 def inference(folder):
@@ -123,16 +126,17 @@ def inference(folder):
     parts = []
     for f in sorted(Path(folder).glob('inference-*.json')):
         r = json.loads(f.read_text())
-        shots,of = sorted({s['shot'] for s in r['scores']}),{(s['network'], s['classifier'], s['shot']):s for s in r['scores']}
+        kinds,of = list(dict.fromkeys((s['way'], s['shot'], s['query']) for s in r['scores'])),{(s['network'], s['classifier'], (s['way'], s['shot'], s['query'])):s for s in r['scores']}
         support = f"each support image as {r['support_views']} augmented views" if r['support_views'] else 'the support as it is'
         parts.append(f"{CLASSES[r['split']].capitalize()} classes, {r['queries']} queries, {support}; {', '.join(sorted({str(s['n']) for s in r['scores']}))} episodes; "
-                     f"[record](results/{f.name}), commit {r['commit'][:8]}, {r['device']}\n")
-        lines = ['| network | classifier | queries seen | ' + ' | '.join(f'{k}-shot' for k in shots) + ' |', '|' + '---|'*(3 + len(shots))]
+                     f"{r['data']['name']}; [record](results/{f.name}), commit {str(r['commit'])[:8]}, {r['device']}\n")
+        lines = ['| network | classifier | queries seen | ' + ' | '.join(f'{w}-way {k}-shot, {q} queries' for w,k,q in kinds) + ' |', '|' + '---|'*(3 + len(kinds))]
         for network,name in dict.fromkeys((s['network'], s['classifier']) for s in r['scores']):
-            s = of[network, name, shots[0]]
+            s = of[network, name, kinds[0]]
             seen = 'one' if not s['transductive'] else 'all, taken to be balanced' if s['balanced'] else 'all'
-            lines.append(f'| {network} | {name} | {seen} | ' + ' | '.join(f"{of[network, name, k]['accuracy']:.2f} ± {of[network, name, k]['ci95']:.2f}" for k in shots) + ' |')
-        if r['split'] == 'novel' and r['queries'] == 'balanced' and shots == [1, 5]: lines += ['| GRDD-TIM, ConvNet-4, the paper | tim | all, taken to be balanced | 79.9 ± 0.2 | 87.9 ± 0.2 |',
+            lines.append(f'| {network} | {name} | {seen} | ' + ' | '.join(f"{of[network, name, k]['accuracy']:.2f} ± {of[network, name, k]['ci95']:.2f}" for k in kinds) + ' |')
+        papers = r['split'] == 'novel' and r['queries'] == 'balanced' and r['data']['name'] == 'cifar_fs' and not r['support_views'] and kinds == [(5, 1, 15), (5, 5, 15)]
+        if papers: lines += ['| GRDD-TIM, ConvNet-4, the paper | tim | all, taken to be balanced | 79.9 ± 0.2 | 87.9 ± 0.2 |',
                                                                                           '| GRDD-TIM, ResNet-12, the paper | tim | all, taken to be balanced | 85.4 ± 0.2 | 91.1 ± 0.2 |']
         parts += ['\n'.join(lines) + '\n']
     return parts

@@ -1,4 +1,5 @@
 """Every classifier against a slow, plain restatement of its paper, and against other libraries where they have it."""
+import inspect
 from functools import partial
 
 import easyfsl.methods
@@ -39,7 +40,8 @@ def cos(a, b): return np.array([[x @ z / np.linalg.norm(x) / np.linalg.norm(z) f
 # ---- one episode each, float64, from the papers ------------------------------------------------------------------------
 
 def cosine(s, y, q): return np.array([[cos([x], s[y == c]).sum() for c in range(y.max()+1)] for x in q])
-def centroid(s, y, q, metric='euclidean'): return cos(q, means(s, y)) if metric == 'cosine' else -sq(q, means(s, y))
+def centroid(s, y, q): return -sq(q, means(s, y))
+def centroid_cosine(s, y, q): return cos(q, means(s, y))
 def simpleshot(s, y, q, mean=0.): return -sq(unit(q - mean), means(unit(s - mean), y))
 def neighbour(s, y, q): return np.array([[max(cos([x], s[y == c])[0]) for c in range(y.max()+1)] for x in q])
 
@@ -130,7 +132,7 @@ def alpha_tim(s, y, q, steps=60, lr=1e-3, alpha=7.):
         return cross_entropy(l_s, y) - (H(P.mean(0)) - np.mean([H(p) for p in P]))
     return descent(s, y, q, loss, lr, steps)
 
-PLAIN = dict(cosine=cosine, centroid=centroid, simpleshot=simpleshot, neighbour=neighbour, bd_cspn=bd_cspn, laplacian_shot=laplacian_shot, pt_map=pt_map,
+PLAIN = dict(cosine=cosine, centroid=centroid, centroid_cosine=centroid_cosine, simpleshot=simpleshot, neighbour=neighbour, bd_cspn=bd_cspn, laplacian_shot=laplacian_shot, pt_map=pt_map,
              soft_kmeans=soft_kmeans, tim_adm=tim_adm, tim_gd=tim_gd, alpha_tim=alpha_tim)
 
 @pytest.mark.parametrize('K', [1, 3])
@@ -140,7 +142,7 @@ def test_the_plain_restatement(name, K):
     ours,seen = logits(name, s, s_y, q, **SLOW.get(name, {})),np.exp if name == 'pt_map' else np.asarray # a plan; its logs of nothing may drift
     for e in range(len(s)): assert np.allclose(seen(ours[e]), seen(PLAIN[name](s[e], s_y[e], q[e])), atol=2e-3, rtol=1e-3), e
 
-@pytest.mark.parametrize('name, settings', [('centroid', dict(metric='cosine')), ('simpleshot', dict(mean=np.full(6, .7, np.float32))), ('laplacian_shot', dict(weight=1.5, n_neighbours=2))])
+@pytest.mark.parametrize('name, settings', [('simpleshot', dict(mean=np.full(6, .7, np.float32))), ('laplacian_shot', dict(weight=1.5, n_neighbours=2))])
 def test_settings(name, settings):
     s,s_y,q,_ = episodes()
     given = {k:torch.as_tensor(v) if isinstance(v, np.ndarray) else v for k,v in settings.items()}
@@ -154,7 +156,7 @@ def test_every_classifier_has_its_restatement(): assert set(CLASSIFIERS) == {*PL
 @pytest.mark.parametrize('C, K, D, normalize', [(5, 1, 64, True), (5, 5, 64, True), (20, 5, 640, True), (5, 25, 64, True), (5, 5, 64, False)])
 def test_logistic_regression_is_sklearns(C, K, D, normalize):
     s,s_y,q,_ = episodes(E=2, C=C, K=K, Q=3, D=D, noise=1.5)
-    if not normalize: s,q = s/2,q/2
+    if not normalize: s,q = 4*s,4*q # of norm 40 and more
     for e,ours in enumerate(logits('logistic', s, s_y, q, normalize=normalize)):
         S,Q = (unit(s[e]), unit(q[e])) if normalize else (s[e], q[e])
         theirs = LogisticRegression(C=1, tol=1e-8, max_iter=10_000).fit(S, s_y[e]).decision_function(Q)
@@ -182,7 +184,7 @@ def test_ridge_is_sklearns(K):
 # ---- easyfsl ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('method, K, n, name, settings', [
-    ('SimpleShot', 1, 1000, 'simpleshot', {}), ('SimpleShot', 5, 300, 'centroid', dict(metric='cosine')), # of several shots easyfsl takes the cosine, the paper distances
+    ('SimpleShot', 1, 1000, 'simpleshot', {}), ('SimpleShot', 5, 300, 'centroid_cosine', {}), # of several shots easyfsl takes the cosine, the paper distances
     ('PrototypicalNetworks', 5, 300, 'centroid', {}), ('BDCSPN', 1, 1000, 'bd_cspn', dict(scale=1., shift=False)), # it leaves the queries where they were
     ('LaplacianShot', 1, 1000, 'laplacian_shot', dict(scale=1., shift=False, n_neighbours=2)), # its k counts the query itself
     ('PTMAP', 1, 25, 'pt_map', dict(steps=10, normalize=False))])
@@ -210,6 +212,15 @@ def test_episodes_do_not_see_each_other(name):
     s,s_y,q,_ = episodes(E=5, noise=1.5)
     together = logits(name, s, s_y, q, **SLOW.get(name, {}))
     for e in range(5): assert np.allclose(logits(name, s[e:e+1], s_y[e:e+1], q[e:e+1], **SLOW.get(name, {}))[0], together[e], atol=1e-5)
+
+@pytest.mark.parametrize('name', SLOW)
+def test_nor_in_a_thousand_steps(name):
+    "At the official settings of gradient descent, which are the defaults"
+    defaults = {k:p.default for k,p in inspect.signature(CLASSIFIERS[name].__wrapped__).parameters.items()}
+    assert (defaults['lr'], defaults['steps'], defaults['scale']) == (1e-4, 1000, 15.)
+    s,s_y,q,_ = episodes(E=3, C=3, K=1, Q=3)
+    together = logits(name, s, s_y, q)
+    for e in range(3): assert np.allclose(logits(name, s[e:e+1], s_y[e:e+1], q[e:e+1])[0], together[e], atol=1e-5)
 
 @pytest.mark.parametrize('name', CLASSIFIERS)
 def test_the_order_of_images_and_classes_changes_nothing(name):

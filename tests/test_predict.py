@@ -40,7 +40,7 @@ def test_logits_by_hand(photos, net):
 
 def test_paths_arrays_and_images_are_the_same(photos, net):
     few,path = FewShotClassifier.from_folder(photos/'few', net, bs=2),photos/'more'/'blue1.png'
-    for image in (str(path), Image.open(path), [np.array(Image.open(path))]): assert few.logits(image).equals(few.logits(path))
+    for image in (str(path), Image.open(path), np.array(Image.open(path)), [np.array(Image.open(path))]): assert few.logits(image).equals(few.logits(path))
     assert np.allclose(few.logits([path]*5), np.repeat(few.logits(path).to_numpy(), 5, 0), atol=1e-4)
 
 def test_a_photo_is_turned_as_its_camera_says(photos, net, tmp_path):
@@ -54,6 +54,7 @@ def test_a_photo_is_turned_as_its_camera_says(photos, net, tmp_path):
     (lambda p, n: FewShotClassifier(n).predict(p/'more'/'red0.png'), 'no classes yet'), (lambda p, n: FewShotClassifier.from_folder(p/'nowhere', n), 'no folders of images'),
     (lambda p, n: FewShotClassifier(n).fit([p/'more'/'red0.png'], ['a', 'b']), '1 images and 2 labels'), (lambda p, n: FewShotClassifier(n).fit([p/'more'/'red0.png'], ['a']), 'at least two'),
     (lambda p, n: FewShotClassifier.from_folder(p/'few', n).predict([]), 'no image is given'), (lambda p, n: FewShotClassifier.from_folder(p/'few', n).predict(p/'x.png'), 'cannot be read as an image'),
+    (lambda p, n: FewShotClassifier.from_folder(p/'few', n).predict(np.zeros((9, 9, 3))), 'is no image'),
     (lambda p, n: FewShotClassifier('nothing_like_it'), 'unknown backbone'), (lambda p, n: FewShotClassifier(n, 'x'), "unknown classifier 'x'")])
 def test_what_cannot_be_gets_a_sentence(photos, net, call, sentence):
     with pytest.raises(UserError, match=sentence): call(photos, net)

@@ -65,9 +65,11 @@ def test_a_folder_that_is_no_training_and_other_data_are_refused(trained, tmp_pa
 def test_the_hub_gets_the_whole_folder(trained, tmp_path, monkeypatch):
     nets,given = trained
     pushed = {}
-    api = SimpleNamespace(create_repo=lambda hub, exist_ok: pushed.update(made=hub),
-                          upload_folder=lambda repo_id, folder_path, commit_message: pushed.update({repo_id:sorted(p.name for p in folder_path.iterdir())}))
+    api = SimpleNamespace(create_repo=lambda hub, exist_ok: pushed.update(made=hub), upload_folder=lambda repo_id, folder_path, allow_patterns, commit_message:
+                          pushed.update({repo_id:sorted(p.name for p in folder_path.iterdir() if p.name in allow_patterns)}))
     monkeypatch.setattr(publishing, 'HfApi', lambda **_: api)
+    (tmp_path/'convnet4.mine').mkdir()
+    (tmp_path/'convnet4.mine'/'private.txt').write_text('mine')
     recipe('publish')(run=str(nets['CL'].folder), out=str(tmp_path/'convnet4.mine'), hub='me/mine', **given)
     assert pushed == {'made':'me/mine', 'me/mine':['README.md','config.json','measured.json','model.safetensors']}
     assert "create_model('hf-hub:me/mine'" in (tmp_path/'convnet4.mine'/'README.md').read_text()

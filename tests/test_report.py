@@ -69,8 +69,8 @@ def test_rows_from_other_starts_are_tables_of_their_own(checkout):
 
 def test_classifiers_of_a_record_by_hand(checkout, tmp_path):
     (tmp_path/'results').mkdir()
-    def line(name, shot, acc, transductive, balanced): return dict(network='net', classifier=name, shot=shot, accuracy=acc, ci95=.2, n=10_000, transductive=transductive, balanced=balanced)
-    (tmp_path/'results'/'inference-net.json').write_text(json.dumps(dict(split='novel', queries='balanced', support_views=0, commit='c'*40, device='cpu', scores=[
+    def line(name, shot, acc, transductive, balanced): return dict(network='net', classifier=name, way=5, query=15, shot=shot, accuracy=acc, ci95=.2, n=10_000, transductive=transductive, balanced=balanced)
+    (tmp_path/'results'/'inference-net.json').write_text(json.dumps(dict(split='novel', queries='balanced', support_views=0, data=dict(name='cifar_fs'), commit='c'*40, device='cpu', scores=[
         line('cosine', 1, 60., False, False), line('cosine', 5, 70., False, False), line('tim_adm', 1, 65.5, True, True), line('tim_adm', 5, 72., True, True)])))
     text = checkout([])
     assert '| net | tim_adm | all, taken to be balanced | 65.50 ± 0.20 | 72.00 ± 0.20 |' in text and '| net | cosine | one | 60.00 ± 0.20 | 70.00 ± 0.20 |' in text
