@@ -37,7 +37,7 @@ def grdd(
     jitter:bool=True, # leave out both stages' colour jitter
     opt:str='sgd', # of stage one: sgd or muon
     meta_opt:str=None, # of stage two: sgd or muon (the reading's)
-    reading:str='best', # of stage two, best or paper: what is not given below, see docs/readings.md
+    reading:str='best', # of stage two, best, muon or paper: what is not given below, see docs/readings.md
     meta_epochs:int=None, # of stage two (the reading's; demo: 2)
     meta_schedule:str=None, # of stage two: poly, step or one_cycle (the reading's)
     meta_lr:float=None, # initial or highest rate of stage two (the reading's)

@@ -25,7 +25,8 @@ READINGS = dict(
     paper=_PAPER, # the paper's words: T divides the cosines, L_rt reads their sum as it is
     best=_PAPER | dict(way=20, query=6, T=0.1, scale=10., mean=True, gamma=1., reduction='mean', kl_weight=5., teacher_view='same',
                        schedule='one_cycle', lr=2e-2)) # the best on validation classes
-LABELS_ALONE = dict(best=dict(lr=1e-2)) # what CL+EL does best with, where that differs
+READINGS['muon'] = READINGS['best'] | dict(opt='muon', lr=1e-2) # the best from a stage one by Muon, whose weights SGD hardly moves
+LABELS_ALONE = dict(best=dict(lr=1e-2), muon=dict(lr=3e-3)) # what CL+EL does best with, where that differs
 DISTILL = ('decouple', 'kl_weight', 'hinton', 'reverse', 'reduction', 'center', 'teacher_view', 'teacher_output') # of `RelatednessDistiller`
 
 

@@ -69,7 +69,7 @@ def table(
     jitter:bool=True, # leave out both stages' colour jitter
     opt:str='sgd', # of stage one: sgd or muon
     bs:int=64, # images per batch of stage one, before rotation
-    reading:str='best', # of stage two: best or paper, see docs/readings.md
+    reading:str='best', # of stage two: best, muon or paper, see docs/readings.md
     meta_epochs:int=None, # of stage two (the reading's; demo: 1)
     meta_lr:float=None, # of stage two (the reading's)
     meta_opt:str=None, # of stage two: sgd or muon (the reading's)

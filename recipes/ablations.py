@@ -32,7 +32,7 @@ def ablations(two):
 @delegates(table, but=['name', 'keep'])
 def main(
     rows:str=None, # the rows wanted, separated by commas (all)
-    reading:str='best', # of stage two: best or paper, see docs/readings.md
+    reading:str='best', # of stage two: best, muon or paper, see docs/readings.md
     **kwargs
 ):
     "Figure 4: the components of GRDD"
