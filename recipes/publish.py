@@ -16,7 +16,7 @@ from grdd_fastai.tables import numbers, say
 @call_parse
 def main(
     run:str, # folder of the training: net.safetensors and net.json in it, as recipes/table2.py leaves them
-    out:str, # folder to write; its name is the weights', as timm spells it: arch.tag
+    out:str=None, # folder to write; its name is the weights', as timm spells it: arch.tag (none: published/ in the run's)
     data:str=None, # raw data set in any layout of data/README.md (none: fetch CIFAR-FS)
     shots:str='1,5', # shots to score, separated by commas
     test_episodes:int=10_000, # to score, of the validation and of the novel classes
@@ -31,5 +31,5 @@ def main(
     study = Study(data, trained.folder.parent, logs=[trained.folder.parent, *([results] if results else [])])
     scores = {(split, shot):study.score(trained, split, shot, test_episodes) for split in SPLITS for shot in numbers('shots', shots)}
     for (split,shot),e in scores.items(): say(f'{split}, {shot}-shot: {e}')
-    folder = publish(trained.net, measured(trained, scores), out, n_base=len(data.train), hub=hub)
+    folder = publish(trained.net, measured(trained, scores), out or trained.folder/'published', n_base=len(data.train), hub=hub)
     say(f"timm.create_model('local-dir:{folder}') loads it")
