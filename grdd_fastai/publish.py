@@ -12,8 +12,9 @@ from .evaluate import mean_ci95
 from .learners import create_backbone
 from .models import WEIGHTS
 from .run import load_weights
+from .stages import READINGS, STAGE_ONE
 from .storage import atomic_write, on_cpu, write_json
-from .study import YOUNGER, Trained
+from .study import EPISODIC, YOUNGER, Trained
 
 __all__ = ['load_trained', 'publish']
 
@@ -84,7 +85,9 @@ def measured(trained, scores):
     found = {}
     for (split,shot),e in scores.items(): found.setdefault(split, {})[f'{shot}-shot'] = of(e)
     settings = trained.settings
-    def whole(s): return {k:whole(v) if isinstance(v, dict) else v for k,v in (YOUNGER | s).items()} # what names nothing, too
+    def whole(s): # with what names nothing
+        of = STAGE_ONE if 'arch' in s else READINGS['paper'] if trained.folder.name.startswith('gr') else EPISODIC
+        return {k:v for k,v in YOUNGER.items() if k in of} | {k:whole(v) if isinstance(v, dict) else v for k,v in s.items()}
     return dict(
         scores=found, supervision='CL' if 'student' not in settings else 'CL+GR' if settings['teacher'] else 'CL+EL',
         settings=whole(settings), run=trained.folder.name, sha256=card['sha256'], stats=card['stats'], px=card['px'], classes=card['classes'],
