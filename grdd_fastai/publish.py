@@ -91,7 +91,7 @@ def measured(trained, scores):
     return dict(
         scores=found, supervision='CL' if 'student' not in settings else 'CL+GR' if settings['teacher'] else 'CL+EL',
         settings=whole(settings), run=trained.folder.name, sha256=card['sha256'], stats=card['stats'], px=card['px'], classes=card['classes'],
-        fingerprint=card['fingerprint'], dataset=trained.read('data.json')['name'], trained={k:began[k] for k in ('command','commit','device','torch_threads','versions')})
+        fingerprint=card['fingerprint'], dataset=trained.read('data.json')['name'], trained={k:began.get(k) for k in ('command','commit','device','torch_threads','versions')})
 
 
 def publish(
@@ -147,5 +147,6 @@ def training(about):
     s,t = about['settings'],about['trained']
     stages = {'start':s['student'], 'teacher':s['teacher'], 'stage two':s} if 'student' in s else {'network':s}
     lines = [f'- {what}: ' + ', '.join(f'{k} {v}' for k,v in of.items() if k not in ('student','teacher')) for what,of in stages.items() if of]
-    return '\n'.join([*lines, f'- command: `OMP_NUM_THREADS={t["torch_threads"]} {t["command"]}`', f'- data: {about["dataset"]}, fingerprint `{about["fingerprint"][:16]}`; commit `{t["commit"]}`, {t["device"]}, '
+    if t['command']: lines.append(f'- command: `OMP_NUM_THREADS={t["torch_threads"]} {t["command"]}`') # runs of before have none
+    return '\n'.join([*lines, f'- data: {about["dataset"]}, fingerprint `{about["fingerprint"][:16]}`; commit `{t["commit"]}`, {t["device"]}, '
                       f'{t["torch_threads"]} threads, torch {t["versions"]["torch"]}, timm {t["versions"]["timm"]}'])
