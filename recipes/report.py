@@ -175,7 +175,7 @@ def main(
     notes = root/'results'/'NOTES.md'
     parts = [HEAD, '## Beside the paper and the best published\n', beside(root) + '\n', *([notes.read_text()] if notes.exists() else [])]
     for name,title in TITLES.items():
-        for split,rows in found[name].items():
+        for split,rows in sorted(found[name].items()): # novel, val
             parts += [f'## {title}, on the {CLASSES[split]} classes\n', about(rows) + '\n']
             for words,of in by_start(rows): parts += [f'{words}\n', section(of, split, 'results/') + '\n']
             parts += picture(root, f'{name}_{split}', title)
