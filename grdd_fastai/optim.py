@@ -1,4 +1,4 @@
-"""Optimisers of both stages: SGD as in the paper, and Muon, which needs fewer epochs."""
+"""Optimisers of both stages: SGD as in the paper, and Muon."""
 from functools import partial
 
 import torch
