@@ -17,7 +17,6 @@ from .storage import digest, load_tensors, locked, save_tensors
 
 __all__ = ['load_network', 'images_of', 'feature_bank']
 
-
 RUNS = ('net', 'student_grdd') # what a run leaves as its network
 
 
@@ -61,7 +60,7 @@ def feature_bank(
 ):
     """Features (N, D), or (views, N, D), and classes (N) of a split in float32: embedded once, then read from a file named by weights and
     data; images are normalised as the network wants them"""
-    px,*stats = images_of(net)
+    _,*stats = images_of(net)
     dl = plain_dl(data, split, stats=stats, aug=train_augmentation(data.px, jitter) if views else None, seed=seed)
     of = dict(weights=digest(net.state_dict()), net=type(net).__name__, data=data.fingerprint, split=split, stats=stats)
     if views: of |= dict(views=views, jitter=jitter, seed=seed)

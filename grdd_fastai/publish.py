@@ -9,9 +9,8 @@ from timm.models._hub import save_config_for_hf
 
 from .errors import UserError, first_line
 from .evaluate import mean_ci95
-from .learners import create_backbone
 from .models import WEIGHTS
-from .run import load_weights
+from .networks import load_network
 from .stages import READINGS, STAGE_ONE
 from .storage import atomic_write, on_cpu, write_json
 from .study import EPISODIC, YOUNGER, Trained
@@ -63,16 +62,12 @@ weights are under {license}.
 
 
 def load_trained(folder, fingerprint=None):
-    "`Trained` of a finished run's folder, as `Study` leaves it; UserError if it was trained on other data than `fingerprint`'s"
+    "`Trained`, without its classifier, of a finished run's folder, as `Study` leaves it; UserError if it was trained on other data than `fingerprint`'s"
     folder = Path(folder).expanduser()
     try: card,began = (json.loads((folder/f).read_text()) for f in ('net.json', 'settings.json'))
     except (OSError, ValueError): raise UserError(f'{folder} holds no finished training (net.json, settings.json): give the folder of one') from None
     if fingerprint not in (None, card['fingerprint']): raise UserError(f'{folder} was trained on other data: give --data what it was trained on')
-    s = began['settings']
-    n_classes = 0 if 'student' in s or s.get('classifier') == 'cosine' else len(card['classes']) # whether the network has one
-    net = create_backbone(card['arch'], n_classes, card['px'])
-    load_weights(net, folder/'net')
-    return Trained(net, folder, s)
+    return Trained(load_network(folder), folder, began['settings'])
 
 
 def measured(trained, scores):

@@ -93,10 +93,10 @@ def by_start(rows):
         key = 'Stage one alone, row by row' if row.startswith('stage one') else f'Stage one of psi: {described(s)}'
         groups[key][row, same],epochs[key] = rs,s['epochs'] if key.endswith(described(s)) else -1
     for key in sorted(groups, key=lambda k: (-epochs[k], k)):
-        if any(r.get('stage_one_seed') is not None for rs in groups[key].values() for r in rs): key_words = f"{key} (one for all seeds, which are stage two's alone)"
-        else: key_words = key
+        shared = any(r.get('stage_one_seed') is not None for rs in groups[key].values() for r in rs)
+        words = key + (" (one for all seeds, which are stage two's alone)" if shared else '')
         phis = {described(r['settings']['teacher']) for rs in groups[key].values() for r in rs if r['settings'].get('teacher')}
-        yield '; '.join([key_words, *(f'of phi: {phi}' for phi in sorted(phis) if phi not in key)]),groups[key]
+        yield '; '.join([words, *(f'of phi: {phi}' for phi in sorted(phis) if phi not in key)]),groups[key]
 
 def about(rows):
     "What the records of a table have in common, and what its networks took"
