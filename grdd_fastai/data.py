@@ -12,7 +12,7 @@ from fastai.data.transforms import Category, IntToFloatTensor, Normalize
 from fastai.torch_core import TensorCategory, TensorImage
 from fasttransform import DisplayedTransform
 
-from .augment import SeededAugmentation, train_augmentation
+from .augment import seeded, train_augmentation
 from .errors import UserError
 
 __all__ = ['PackedImage', 'PackedLabel', 'SeededDL', 'EpisodicDL', 'category_block', 'episode_block', 'category_dls',
@@ -28,7 +28,13 @@ class PackedImage(DisplayedTransform):
     def encodes(self, rows):
         rows = np.asarray(rows)
         i = np.searchsorted(self.starts, rows.flat[0], 'right') - 1
-        return TensorImage(torch.from_numpy(np.array(self.images[i][rows - self.starts[i]])).movedim(-1, -3))
+        images,rows = self.images[i],rows - self.starts[i]
+        x = images[torch.as_tensor(rows, device=images.device)] if isinstance(images, torch.Tensor) else torch.from_numpy(np.array(images[rows]))
+        return TensorImage(x.movedim(-1, -3))
+    def hold(self, device, room):
+        "From now on the images lie on `device`, if all of them take no more than `room` bytes"
+        if sum(im.nbytes for im in self.images) <= room:
+            self.images = [torch.as_tensor(np.asarray(im) if isinstance(im, np.ndarray) else im, device=device) for im in self.images]
 
 class PackedLabel(DisplayedTransform):
     "Row, or rows -> class code(s); the first split's classes come first and `c` is their number"
@@ -63,16 +69,21 @@ def rows_by_class(y, n_way, k_shot, n_query, where='the data', vocab=None):
 class SeededDL(TfmdDL):
     """A `TfmdDL` whose order and augmentation are functions of `seed`, epoch and row, for any number of workers
 
-    `epoch` counts the iterations begun; our Learners set it. Packed splits are read a whole batch at a time; `aug` is an
-    albumentations `Compose` for their images. Any other fastai dataset is read item by item, as ever.
+    `epoch` counts the iterations begun; our Learners set it. Packed splits are read a whole batch at a time; `aug` augments their
+    images: an albumentations `Compose`, or a function of (uint8 images, seed, epoch, rows) such as `BatchAugmentation`, which without
+    workers runs on the loader's device. Images that fit into a quarter of a GPU's free memory stay there. Any other fastai dataset is
+    read item by item, as ever. `share` is (rank, ranks): of each ranks * bs items the rank's bs.
     """
-    def __init__(self, dataset, bs=64, seed=0, aug=None, **kwargs):
-        self.seed,self.epoch,self.aug = seed,-1,aug
-        self.augment = SeededAugmentation(aug) if aug is not None else None
+    def __init__(self, dataset, bs=64, seed=0, aug=None, share=(0, 1), **kwargs):
+        self.seed,self.epoch,self.aug,self.augment,self.share = seed,-1,aug,seeded(aug),share
         super().__init__(dataset, bs=bs, **kwargs)
 
     def new(self, dataset=None, cls=None, **kwargs):
-        return super().new(dataset, cls, **{**dict(seed=self.seed, aug=self.aug), **kwargs})
+        return super().new(dataset, cls, **{**dict(seed=self.seed, aug=self.aug, share=self.share), **kwargs})
+
+    def shared(self, rank, ranks):
+        "What `rank` of `ranks` processes trains on: its part of each step, all parts as large"
+        return self.new(bs=max(1, self.bs//ranks), share=(rank, ranks), drop_last=True)
 
     def plain(self, bs=256):
         "Every item once, in order and not augmented"
@@ -91,12 +102,36 @@ class SeededDL(TfmdDL):
         self.epoch += 1
         self.rng = random.Random(f'{self.seed} {self.epoch}')
 
+    def before_iter(self):
+        super().before_iter()
+        if self.packed and self.on_device and self.device.type == 'cuda':
+            next(f for f in self.dataset.tls[0].tfms.fs if isinstance(f, PackedImage)).hold(self.device, torch.cuda.mem_get_info(self.device)[0]//4)
+
+    @property
+    def on_device(self):
+        "Batches are made in this process, on the loader's device"
+        return self.device is not None and self.fake_l.num_workers == 0
+
+    def get_idxs(self): return self.my_share(super().get_idxs(), self.drop_last)
+    def my_share(self, idxs, whole):
+        "Of `idxs`, `bs` at a time in turn, those of this rank; `whole` leaves out a last step that is not whole"
+        rank,ranks = self.share
+        if ranks == 1: return idxs
+        n,step = len(idxs),ranks*self.bs
+        return [i for at in range(rank*self.bs, n//step*step if whole else n, step) for i in idxs[at:at+self.bs]]
+    def __len__(self):
+        rank,ranks = self.share
+        if ranks == 1: return super().__len__()
+        return self.n//(ranks*self.bs) if self.drop_last else len(range(rank*self.bs, self.n, ranks*self.bs))
+
     def do_item(self, i): return (i or 0) if self.packed else super().do_item(i)
     def do_batch(self, b):
         if not self.packed: return super().do_batch(b)
         rows = self.rows[np.asarray(b)]
         x,y = (tl.tfms(rows) for tl in self.dataset.tls)
-        if self.augment: x = TensorImage(self.augment(x, self.seed, max(self.epoch, 0), rows))
+        if self.augment:
+            if self.on_device: x = x.to(self.device)
+            x = TensorImage(self.augment(x.as_subclass(torch.Tensor), self.seed, max(self.epoch, 0), rows))
         return x,y
 
 
@@ -115,17 +150,23 @@ class EpisodicDL(SeededDL):
     def new(self, dataset=None, cls=None, **kwargs):
         return super().new(dataset, cls, **({**self.episode, **kwargs} if cls is None else kwargs))
 
+    def shared(self, rank, ranks):
+        "What `rank` of `ranks` processes trains on: whole episodes, as many as the others"
+        return self.new(per_step=max(1, self.episode['per_step']//ranks), share=(rank, ranks))
+
     @cached_property
     def by_class(self):
         return rows_by_class(self.labels(), self.n_way, self.k_shot, self.n_query)
 
-    def __len__(self): return -(-self.n_episodes // self.episode['per_step'])
+    def __len__(self):
+        ranks,per_step = self.share[1],self.episode['per_step']
+        return -(-self.n_episodes // per_step) if ranks == 1 else self.n_episodes // (ranks*per_step)
     def get_idxs(self):
         "Drawn here, in the main process: as many workers as one likes give the same episodes"
         rng = np.random.default_rng([self.seed, max(self.epoch, 0)])
-        return [int(i) for _ in range(self.n_episodes)
-                for c in rng.choice(len(self.by_class), self.n_way, replace=False)
-                for i in rng.choice(self.by_class[c], self.n_item, replace=False)]
+        return self.my_share([int(i) for _ in range(self.n_episodes)
+                              for c in rng.choice(len(self.by_class), self.n_way, replace=False)
+                              for i in rng.choice(self.by_class[c], self.n_item, replace=False)], whole=True)
 
     def show_batch(self, b=None, max_n=None, ctxs=None, show=True, figsize=None, nrows=5, **kwargs):
         "Draw the first episode: a class a row, at most `nrows`; its support images framed, then its queries (at most `max_n` a row)"
@@ -166,23 +207,22 @@ def episode_block(data, n_way=5, k_shot=1, n_query=15, n_episodes=400, per_step=
     return category_block(data, partial(EpisodicDL, n_way=n_way, k_shot=k_shot, n_query=n_query, n_episodes=n_episodes,
                                         per_step=per_step))
 
-def _dataloaders(block, data, aug, num_workers, **kwargs):
-    if num_workers is None: num_workers = 0 if not torch.cuda.is_available() else None # a CPU is busy as it is
-    aug = train_augmentation(data.px) if aug == 'default' else aug
-    return block.dataloaders(data, num_workers=num_workers, dl_kwargs=[dict(aug=aug), dict(aug=None)], **kwargs)
+def _dataloaders(block, data, aug, **kwargs):
+    aug = train_augmentation(data.px) if isinstance(aug, str) and aug == 'default' else aug
+    return block.dataloaders(data, dl_kwargs=[dict(aug=aug), dict(aug=None)], **kwargs)
 
 def category_dls(
     data, # FewShotData
     bs=None, # images a batch, before rotation; None is the paper's 64, or 1% of a base set of under 6,400, at least 16
-    aug='default', # albumentations Compose for uint8 images; 'default' is `train_augmentation`, None is none
+    aug='default', # `train_augmentation`; or an albumentations Compose for uint8 images, a function (`SeededDL`), None
     seed=0, # of order and augmentation
-    num_workers=None, # None: 0 on a CPU, fastai's default beside a GPU
+    num_workers=0, # packed images need none
     **kwargs
 ):
     "Stage one's DataLoaders: shuffled batches of base images, validation classes beside them"
     if bs is None: bs = min(64, max(16, len(data.train)//100)) # a small set needs steps more than it needs full batches
     bs = min(bs, len(data.train))
-    return _dataloaders(category_block(data), data, aug, num_workers, bs=bs, val_bs=256, seed=seed, **kwargs)
+    return _dataloaders(category_block(data), data, aug, num_workers=num_workers, bs=bs, val_bs=256, seed=seed, **kwargs)
 
 def episodic_dls(
     data, # FewShotData
@@ -191,15 +231,15 @@ def episodic_dls(
     n_query=15, # query images a class
     n_episodes=400, # episodes an epoch
     per_step=1, # episodes an optimiser step
-    aug='default', # albumentations Compose for uint8 images; 'default' is `train_augmentation`, None is none
+    aug='default', # `train_augmentation`; or an albumentations Compose for uint8 images, a function (`SeededDL`), None
     seed=0, # of episodes and augmentation
-    num_workers=None, # None: 0 on a CPU, fastai's default beside a GPU
+    num_workers=0, # packed images need none
     **kwargs
 ):
     "Stage two's DataLoaders: episodes of base classes, validation classes beside them"
     check_episode(data.train, n_way, k_shot, n_query)
     block = episode_block(data, n_way, k_shot, n_query, n_episodes, per_step)
-    return _dataloaders(block, data, aug, num_workers, seed=seed, **kwargs)
+    return _dataloaders(block, data, aug, num_workers=num_workers, seed=seed, **kwargs)
 
 def plain_dl(
     data, # FewShotData

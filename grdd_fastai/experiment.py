@@ -35,6 +35,7 @@ def grdd(
     classifier:str='linear', # of stage one, FC3: linear or cosine
     smoothing:float=0., # of stage one's category labels
     jitter:bool=True, # leave out both stages' colour jitter
+    augment:str='batch', # both stages' images: a batch at once, or one by one by albumentations
     opt:str='sgd', # of stage one: sgd or muon
     meta_opt:str=None, # of stage two: sgd or muon (the reading's)
     reading:str='best', # of stage two, best, muon or paper: what is not given below, see docs/readings.md
@@ -65,7 +66,7 @@ def grdd(
     if demo: px = DEMO_PX
     defaults,given = DEMO if demo else PAPER,{k:v for k,v in locals().items() if k not in ('out','cache','resume','max_minutes')}
     settings = given | {k:given[k] if given[k] is not None else v for k,v in defaults.items()}
-    two = stage_two_settings(reading, shot=shot, **{k:settings[name] for k,name in META.items()}, jitter=jitter, seed=seed)
+    two = stage_two_settings(reading, shot=shot, **{k:settings[name] for k,name in META.items()}, jitter=jitter, augment=augment, seed=seed)
     settings |= {name:two[k] for k,name in META.items()}
     s = SimpleNamespace(**settings)
     check_settings(settings | dict(max_minutes=max_minutes))
@@ -92,7 +93,7 @@ def _stages(run, s, two, share, cache):
     def train(name, arch, seed):
         run.say(f'stage one: {name}, {arch}')
         one = STAGE_ONE | dict(arch=arch, epochs=s.epochs, schedule=s.schedule, lr=s.lr, rotation=s.rotation, classifier=s.classifier, smoothing=s.smoothing,
-                           jitter=s.jitter, opt=s.opt, bs=s.bs, seed=seed)
+                           jitter=s.jitter, augment=s.augment, opt=s.opt, bs=s.bs, seed=seed)
         return run.stage(name, *stage_one(data, one, **common), arch=arch, **card)
     student_cl,val_cl = train('student_cl', s.student, s.seed)
     teacher = student_cl if share else train('teacher', s.teacher, s.seed + (s.teacher == s.student))[0]

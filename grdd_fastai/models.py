@@ -119,11 +119,17 @@ class ScheduledDropBlock(DropBlock2d):
         super().__init__(drop_prob=drop_prob, block_size=block_size, couple_channels=False)
         self.max_drop_prob,self.n_steps = drop_prob,n_steps
         self.register_buffer('step', torch.zeros((), dtype=torch.long))
+        self.n_seen = None # `step` again, as reading a buffer waits for the GPU; None where it has to be read
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        self.n_seen = None
 
     def forward(self, x):
         if not self.training or not self.max_drop_prob: return x
+        self.n_seen = 1 + (self.step.item() if self.n_seen is None else self.n_seen)
         self.step += 1
-        self.drop_prob = self.max_drop_prob * min(1., self.step.item()/self.n_steps)
+        self.drop_prob = self.max_drop_prob * min(1., self.n_seen/self.n_steps)
         return super().forward(x)
 
 

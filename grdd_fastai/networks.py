@@ -63,7 +63,7 @@ def feature_bank(
     _,*stats = images_of(net)
     dl = plain_dl(data, split, stats=stats, aug=train_augmentation(data.px, jitter) if views else None, seed=seed)
     of = dict(weights=digest(net.state_dict()), net=type(net).__name__, data=data.fingerprint, split=split, stats=stats)
-    if views: of |= dict(views=views, jitter=jitter, seed=seed)
+    if views: of |= dict(views=views, jitter=jitter, augment='batch', seed=seed)
     key = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:16]
     path = Path(cache or default_cache()).expanduser()/'features'/f'{key}.safetensors'
     try: path.parent.mkdir(parents=True, exist_ok=True)

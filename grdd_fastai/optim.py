@@ -56,6 +56,14 @@ class Muon(torch.optim.Optimizer):
         p.sub_(mean / (sqr.sqrt() + eps), alpha=lr)
 
 
-sgd = partial(OptimWrapper, opt=torch.optim.SGD, momentum=0.9)
+FUSED = ('cpu', 'cuda', 'mps') # devices with a fused SGD
+
+def fused_sgd(params, **kwargs):
+    "torch's SGD, all parameters in one kernel where the device has it"
+    params = list(params) # groups, or parameters
+    first = params[0]['params'][0] if isinstance(params[0], dict) else params[0]
+    return torch.optim.SGD(params, fused=first.device.type in FUSED, **kwargs)
+
+sgd = partial(OptimWrapper, opt=fused_sgd, momentum=0.9)
 muon = partial(OptimWrapper, opt=Muon)
 OPTIMISERS = dict(sgd=sgd, muon=muon)

@@ -3,7 +3,7 @@ import math
 
 import numpy as np
 
-from .augment import train_augmentation
+from .augment import AUGMENTATIONS, train_augmentation
 from .data import category_dls, episodic_dls
 from .errors import UserError
 from .learners import CATEGORY_CLASSIFIERS, global_learner, meta_learner
@@ -14,13 +14,13 @@ __all__ = ['STAGE_ONE', 'READINGS', 'SCHEDULES', 'stage_two_settings', 'stage_on
 SCHEDULES = ('poly', 'step', 'one_cycle')
 
 # Stage one as the paper has it
-STAGE_ONE = dict(arch='resnet12', epochs=90, schedule='poly', lr=0.05, rotation=True, rotation_from='logits', classifier='linear', smoothing=0., jitter=True,
+STAGE_ONE = dict(arch='resnet12', epochs=90, schedule='poly', lr=0.05, rotation=True, rotation_from='logits', classifier='linear', smoothing=0., jitter=True, augment='batch',
                  opt='sgd', bs=64, seed=0)
 
 # Stage two, reading by reading; docs/readings.md says what each setting is, and what was measured
 _PAPER = dict(way=5, shot=1, query=15, episodes=400, per_step=1, epochs=15, schedule='step', lr=1e-3, init='cl', seed=0,
               T=4., gamma=0.2, scale=1., mean=False, decouple=True, kl_weight=1., hinton=False, reverse=False, reduction='sum',
-              center=False, teacher_view='clean', teacher_output='features', jitter=True, opt='sgd')
+              center=False, teacher_view='clean', teacher_output='features', jitter=True, augment='batch', opt='sgd')
 READINGS = dict(
     paper=_PAPER, # the paper's words: T divides the cosines, L_rt reads their sum as it is
     best=_PAPER | dict(way=20, query=6, T=0.1, scale=10., mean=True, gamma=1., reduction='mean', kl_weight=5., teacher_view='same',
@@ -40,11 +40,11 @@ BOUNDS = {**dict.fromkeys(('epochs','teacher_epochs','stage_one_epochs','meta_ep
           **dict.fromkeys(('lr','meta_lr','T','scale','max_minutes'), 'positive'), 'gamma':'at least 0', 'smoothing':'at least 0 and below 1',
           **dict.fromkeys(('seed','stage_one_seed'), 'from 0 to 4294967295'),
           **dict.fromkeys(('schedule','meta_schedule'), f'one of {", ".join(SCHEDULES)}'), 'teacher_view':'same or clean', 'classifier':' or '.join(CATEGORY_CLASSIFIERS),
-          **dict.fromkeys(('opt','meta_opt'), ' or '.join(OPTIMISERS))}
+          'augment':' or '.join(AUGMENTATIONS), **dict.fromkeys(('opt','meta_opt'), ' or '.join(OPTIMISERS))}
 WITHIN = {'at least 1':lambda v: v >= 1, 'positive':lambda v: 0 < v < math.inf, 'at least 0':lambda v: 0 <= v < math.inf,
           'from 0 to 4294967295':lambda v: 0 <= v < 2**32, BOUNDS['schedule']:lambda v: v in SCHEDULES,
           'same or clean':lambda v: v in ('same', 'clean'), BOUNDS['classifier']:lambda v: v in CATEGORY_CLASSIFIERS,
-          BOUNDS['opt']:lambda v: v in OPTIMISERS, 'at least 0 and below 1':lambda v: 0 <= v < 1}
+          BOUNDS['augment']:lambda v: v in AUGMENTATIONS, BOUNDS['opt']:lambda v: v in OPTIMISERS, 'at least 0 and below 1':lambda v: 0 <= v < 1}
 
 def check_settings(settings):
     "UserError for a setting, by the name of its flag, that no run can have; None is not given"
@@ -57,7 +57,7 @@ def fitting(s):
 
 def stage_one(data, s, **kwargs):
     "Learner of the global learner and its fit, for the settings `s` of `STAGE_ONE`"
-    dls = category_dls(data, bs=s['bs'], aug=train_augmentation(data.px, s['jitter']), seed=s['seed'])
+    dls = category_dls(data, bs=s['bs'], aug=train_augmentation(data.px, s['jitter'], s['augment']), seed=s['seed'])
     return global_learner(dls, s['arch'], rotation=s['rotation'], rotation_from=s['rotation_from'], classifier=s['classifier'], smoothing=s['smoothing'], opt_func=OPTIMISERS[s['opt']], seed=s['seed'], **kwargs),fitting(s)
 
 def stage_two(data, s, student, teacher=None, bank=None, **kwargs):
@@ -69,7 +69,7 @@ def stage_two(data, s, student, teacher=None, bank=None, **kwargs):
     """
     n_images = np.bincount(data.train.y)
     dls = episodic_dls(data, min(s['way'], len(n_images)), s['shot'], max(1, min(s['query'], n_images.min() - s['shot'])), s['episodes'], s['per_step'],
-                       aug=train_augmentation(data.px, s['jitter']), seed=s['seed'])
+                       aug=train_augmentation(data.px, s['jitter'], s['augment']), seed=s['seed'])
     distill = None if teacher is None else {k:s[k] for k in DISTILL} | dict(bank=bank)
     learn = meta_learner(dls, student, teacher, s['T'], s['gamma'], s['scale'], s['mean'], opt_func=OPTIMISERS[s['opt']],
                          seed=s['seed'], distill=distill, **kwargs)

@@ -10,7 +10,6 @@ from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.transforms import ColReader, ColSplitter
 from fastai.vision.data import ImageBlock
 
-from grdd_fastai.augment import train_augmentation
 from grdd_fastai.data import EpisodicDL, SeededDL, category_dls, episode_block, episodic_dls
 from grdd_fastai.errors import UserError
 
@@ -77,27 +76,6 @@ def test_epochs_go_on_by_themselves(data):
     dls = episodic_dls(data, n_episodes=2)
     first,second = ([x.clone() for x,_ in dls.train] for _ in range(2))
     assert not torch.equal(first[0], second[0]) and torch.equal(second[0], batches(episodic_dls(data, n_episodes=2), 1)[0][0])
-
-def test_augmentation_of_a_row_does_not_depend_on_its_batch(data):
-    dls = category_dls(data, bs=8, seed=1)
-    aug = dls.train.augment
-    x = torch.tensor(data.train.images[:4]).permute(0, 3, 1, 2)
-    together = aug(x, 1, 5, [0, 1, 2, 3])
-    assert torch.equal(together[2:3], aug(x[2:3], 1, 5, [2])) and not torch.equal(together[2:3], aug(x[2:3], 1, 6, [2]))
-
-def test_default_augmentation_crops_flips_and_jitters():
-    "A white image shows the padding, a split one the flip, a grey one the jitter"
-    from grdd_fastai.augment import SeededAugmentation
-    aug = SeededAugmentation(train_augmentation(32))
-    white,half = torch.full((300, 3, 32, 32), 255, dtype=torch.uint8),torch.zeros(300, 3, 32, 32, dtype=torch.uint8)
-    half[..., 16:] = 200
-    margin = (aug(white, 0, 0, range(300)).float().mean(1) == 0).all(2).sum(1) # rows of padding, 0..4
-    assert set(margin.tolist()) == {0,1,2,3,4}
-    out = aug(half, 0, 0, range(300)).float().mean(1)[:, 8:24]
-    flipped = out[:, :, 8].mean(1) > out[:, :, 24].mean(1)
-    assert .4 < flipped.float().mean() < .6
-    bright = aug(torch.full((300, 3, 32, 32), 100, dtype=torch.uint8), 0, 0, range(300))[:, 0, 16, 16].float()
-    assert 55 <= bright.min() < 70 and 130 < bright.max() <= 145
 
 def test_users_own_compose(data):
     x,_ = category_dls(data, bs=64, aug=A.Compose([A.CenterCrop(8, 8), A.InvertImg(p=1)])).one_batch()
