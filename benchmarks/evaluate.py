@@ -26,10 +26,10 @@ from fastcore.script import call_parse
 from torch.utils.data import DataLoader, Sampler
 
 import grdd_fastai  # noqa: F401
-from grdd_fastai.callbacks import autocast_dtype
 from grdd_fastai.cpu import keep_freed_memory
 from grdd_fastai.evaluate import evaluate, sample_episodes
 from grdd_fastai.inference import CLASSIFIERS
+from grdd_fastai.precision import autocast_dtype
 from grdd_fastai.run import device_name, git_commit, now, versions
 from grdd_fastai.storage import write_json
 

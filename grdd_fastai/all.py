@@ -14,6 +14,7 @@ from .networks import *
 from .optim import *
 from .pack import *
 from .plots import *
+from .precision import *
 from .predict import *
 from .prepare import *
 from .publish import *

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from .errors import UserError
 
-__all__ = ['AUGMENTATIONS', 'train_augmentation', 'BatchAugmentation', 'SeededAugmentation', 'seeded', 'uniforms']
+__all__ = ['AUGMENTATIONS', 'train_augmentation', 'BatchAugmentation', 'SeededAugmentation']
 
 AUGMENTATIONS = ('batch', 'albumentations')
 LOWEST,HIGHEST = 0.6,1.4 # factors of brightness, contrast and saturation

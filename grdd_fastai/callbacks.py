@@ -1,18 +1,18 @@
-"""The callbacks of both stages: seeds, precision, rotation, relatedness distillation, few-shot accuracy."""
+"""The callbacks of both stages: seeds, rotation, relatedness distillation, few-shot accuracy."""
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback, CancelValidException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.tracker import TrackerCallback
 from fastai.learner import ValueMetric
-from fastai.torch_core import to_float
 
 from .data import rows_by_class
 from .errors import UserError
-from .evaluate import amp, embed, evaluate, features
+from .evaluate import embed, evaluate, features
 from .losses import kl_relatedness, relatedness
+from .precision import amp, amp_dtype
 
-__all__ = ['Seeded', 'Autocast', 'autocast_dtype', 'ShowsMetrics', 'LossTerm', 'Rotation', 'RelatednessDistiller', 'FewShotAccuracy', 'KeepBest',
+__all__ = ['Seeded', 'ShowsMetrics', 'LossTerm', 'Rotation', 'RelatednessDistiller', 'FewShotAccuracy', 'KeepBest',
            'rotate4']
 
 
@@ -34,34 +34,6 @@ class Seeded(Callback):
         self.run = True
         torch.set_rng_state(self.cpu_state)
         if self.cuda_states: torch.cuda.set_rng_state_all(self.cuda_states)
-
-
-def autocast_dtype(device):
-    "bfloat16 where the device computes in it, else None: on a CPU with AVX512-BF16 or AMX, on Ampere and newer"
-    if device.type == 'cuda': return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
-    if device.type != 'cpu': return None
-    flags = (getattr(torch.cpu, f'_is_{k}_supported', lambda: False) for k in ('avx512_bf16', 'amx_tile'))
-    return torch.bfloat16 if any(f() for f in flags) else None
-
-
-class Autocast(Callback):
-    "bfloat16 autocast around the model's forward pass on CPU or GPU, where it is supported; the loss stays in float32"
-    order = MixedPrecision.order
-    def before_fit(self):
-        self.dtype,self.handles = autocast_dtype(torch.device(self.dls.device)),[]
-        if self.dtype is None: return
-        cast = amp(self.dls.device, self.dtype)
-        def enter(*_): cast.__enter__()
-        def leave(*_): cast.__exit__(None, None, None)
-        self.handles = [self.model.register_forward_pre_hook(enter), self.model.register_forward_hook(leave, always_call=True)]
-    def after_pred(self): self.learn.pred = to_float(self.pred)
-    def after_fit(self):
-        for h in self.handles: h.remove()
-
-
-def amp_dtype(learn):
-    "What the Learner's forward passes are autocast to in its fits, None for float32"
-    return getattr(getattr(learn, 'autocast', None), 'dtype', None)
 
 
 class ShowsMetrics(Callback):

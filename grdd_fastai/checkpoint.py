@@ -56,7 +56,7 @@ def learner_state(learn):
         for k,v in state.items():
             if isinstance(v, torch.Tensor): tensors[f'opt/{i}/{k}'] = v
             elif v is not None: scalars[f'{i}/{k}'] = v
-    meta = dict(opt=scalars, groups=[{k:v for k,v in g.items() if k != 'params'} for g in opt['param_groups']],
+    meta = dict(opt=scalars, scaler=learn.scaler.state_dict() if getattr(learn, 'scaler', None) else {}, groups=[{k:v for k,v in g.items() if k != 'params'} for g in opt['param_groups']],
                 values=[[float(v) for v in row] for row in learn.recorder.values],
                 smooth_loss=[float(learn.recorder.smooth_loss.val), learn.recorder.smooth_loss.count],
                 parts={cb.name:{k:[float(t), n] for k,(t,n) in cb.totals.items()} for cb in learn.cbs if isinstance(cb, LossTerm)})
@@ -83,6 +83,7 @@ def load_learner_state(learn, tensors, meta):
         state.setdefault(int(i), {})[name] = v
     groups = [{**g, 'params':now['params']} for g,now in zip(meta['groups'], opt.state_dict()['param_groups'])]
     opt.load_state_dict(dict(state=state, param_groups=groups))
+    if meta.get('scaler'): learn.scaler.load_state_dict(meta['scaler'])
     learn.recorder.values = [L(row) for row in meta['values']]
     learn.recorder.smooth_loss.val,learn.recorder.smooth_loss.count = torch.tensor(meta['smooth_loss'][0]),meta['smooth_loss'][1]
     if 'best' in meta:

@@ -11,6 +11,7 @@ from . import transductive  # noqa: F401  (registers its classifiers)
 from .data import rows_by_class
 from .errors import UserError
 from .inference import get_classifier
+from .precision import amp
 
 __all__ = ['Evaluation', 'Difference', 'over_seeds', 'compare', 'features', 'embed', 'sample_episodes', 'sample_unbalanced', 'evaluate', 'mean_ci95']
 
@@ -24,19 +25,17 @@ def features(model, x):
     return model(x)
 
 
-def amp(device, dtype): return torch.autocast(torch.device(device).type, dtype or torch.bfloat16, enabled=dtype is not None)
-
-
 @torch.no_grad()
 def embed(
     model, # timm model or module; left in the mode it was in
     dl, # DataLoader of (images, labels): `plain_dl(data, 'test')`
     dtype=None, # autocast to this, float32 if None
+    out=None, # array (N, D) that takes the features, memory-mapped for instance; None makes a tensor on the model's device
 ):
     "Features (N, D) in float32 and labels (N) of all images of `dl`, in order"
     was_training,device = model.training,next(model.parameters()).device
     model.eval()
-    h,y,at = None,[],0
+    h,y,at = None if out is None else torch.from_numpy(out),[],0
     try:
         with amp(device, dtype):
             for x,y_b in dl:

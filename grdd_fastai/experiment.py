@@ -6,6 +6,7 @@ from .data import check_episode, plain_dl
 from .evaluate import embed, evaluate
 from .inference import get_classifier, with_base_mean
 from .learners import check_backbone, create_backbone
+from .networks import feature_bank
 from .pack import few_shot_data
 from .run import Run
 from .stages import STAGE_ONE, check_settings, stage_one, stage_two, stage_two_settings
@@ -56,7 +57,9 @@ def grdd(
     seed:int=0, # of weights, batches, episodes, augmentation and of a random split
     rotation:bool=True, # leave out stage one's rotation task
     independent_teacher:bool=False, # train the teacher apart where it has the student's architecture
-    fp32:bool=False, # float32 instead of bfloat16
+    fp32:bool=False, # float32 instead of bfloat16 or float16
+    channels_last:bool=True, # leave out the channels_last memory format
+    compile:bool=False, # networks by torch.compile: slower on a CPU
     deterministic:bool=False, # deterministic CUDA kernels, to repeat and resume a run to the bit; a CPU does so anyway
     demo:bool=False, # small settings, and the embedded data set unless --data is given
     resume:bool=False, # go on with the run in --out; begin it where there is none
@@ -86,7 +89,7 @@ def _stages(run, s, two, share, cache):
     data = few_shot_data('demo' if s.demo and s.data is None else s.data, s.px, cache, s.seed)
     for split in (data.train, data.val, data.test): check_episode(split, s.way, s.shot, s.query)
     run.begin(data)
-    common = dict(amp=not s.fp32, valid=dict(n_way=s.way, k_shot=s.shot, n_query=s.query))
+    common = dict(amp=not s.fp32, channels_last=s.channels_last, compile=s.compile, valid=dict(n_way=s.way, k_shot=s.shot, n_query=s.query))
     card = dict(classes=data.train.vocab, px=s.px, stats=data.stats, fingerprint=data.fingerprint, settings={k:v for k,v in run.settings.items() if k != 'data'})
 
     # stage one: global category knowledge, Eq. 2-9
@@ -100,7 +103,8 @@ def _stages(run, s, two, share, cache):
 
     # stage two: relatedness decoupled-distillation, Eq. 10-15
     run.say(f'stage two: {s.student} from {s.teacher}')
-    student,val = run.stage('student_grdd', *stage_two(data, two, student_cl, teacher, **common), arch=s.student, **card)
+    bank = feature_bank(teacher, data, 'train', stats=data.stats, cache=cache)[0] if two['teacher_view'] == 'clean' else None
+    student,val = run.stage('student_grdd', *stage_two(data, two, student_cl, teacher, bank, **common), arch=s.student, **card)
 
     # the novel classes, the same episodes for all three and for every seed
     novel,scores,names = plain_dl(data, 'test'),{},s.classifiers.split(',')

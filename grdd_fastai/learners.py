@@ -14,13 +14,14 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import nn
 
-from .callbacks import Autocast, FewShotAccuracy, KeepBest, RelatednessDistiller, Rotation, Seeded, ShowsMetrics
+from .callbacks import FewShotAccuracy, KeepBest, RelatednessDistiller, Rotation, Seeded, ShowsMetrics
 from .cpu import keep_freed_memory
 from .data import EpisodicDL
 from .errors import UserError, first_line
 from .evaluate import features
 from .losses import EpisodicLoss, relatedness
 from .optim import sgd
+from .precision import Autocast
 
 __all__ = ['check_backbone', 'create_backbone', 'CosineClassifier', 'GlobalNet', 'CATEGORY_CLASSIFIERS', 'FewShotLearner', 'global_learner', 'meta_learner', 'poly', 'step_down']
 
@@ -107,9 +108,11 @@ def _body_and_head(model):
     return L(L(p for p in params(model) if id(p) not in ids), head)
 
 
-def _learner(dls, model, loss_func, stage_cbs, seed, amp, keep_best, valid, opt_func=sgd, wd=5e-4, cbs=None, **kwargs):
+def _learner(dls, model, loss_func, stage_cbs, seed, amp, keep_best, valid, channels_last, compile, opt_func=sgd, wd=5e-4, cbs=None, **kwargs):
     if torch.device(dls.device).type == 'cpu': keep_freed_memory()
-    model.to(memory_format=torch.channels_last)
+    if channels_last: model.to(memory_format=torch.channels_last)
+    if compile:
+        for part in getattr(model, 'backbone', model).children(): part.compile() # in place: names and callbacks' hooks stay
     cbs = [Seeded(seed), *([Autocast()] if amp else []), *stage_cbs, FewShotAccuracy(**valid),
            *([KeepBest()] if keep_best else []), *L(cbs)]
     learn = FewShotLearner(dls, model, loss_func=loss_func, opt_func=opt_func, wd=wd, cbs=cbs, **kwargs)
@@ -126,8 +129,10 @@ def global_learner(
     smoothing=0., # of the category labels in L_c
     classifier='linear', # FC3: 'linear', the backbone's own, or 'cosine', which leaves the backbone without one
     seed=0, # of weights, dropout, order and augmentation
-    amp=True, # bfloat16 where it is supported
+    amp=True, # bfloat16, or float16 with scaled gradients, where the device has it
     keep_best=True, # end with the weights of the epoch that was best on the validation classes
+    channels_last=True, # convolutions' memory format
+    compile=False, # the network by torch.compile: slower on the CPUs measured (benchmarks/README.md)
     valid=None, # episodes of the validation classes: n_way=5, k_shot=1, n_query=15, n_episodes=1000, seed=0
     **kwargs # of fastai's `Learner`
 ) -> Learner:
@@ -138,7 +143,7 @@ def global_learner(
         torch.manual_seed(seed)
         model = GlobalNet(backbone, rotation, rotation_from, classifier)
     return _learner(dls, model, CrossEntropyLossFlat(label_smoothing=smoothing), [Rotation(rotation_weight)] if rotation else [], seed, amp, keep_best,
-                    valid or {}, splitter=_body_and_head, **kwargs)
+                    valid or {}, channels_last, compile, splitter=_body_and_head, **kwargs)
 
 
 def meta_learner(
@@ -150,8 +155,10 @@ def meta_learner(
     scale=10., # logit scale of L_rt
     mean=True, # L_rt on the mean cosine per class, rather than the sum (Eq. 14); the same for one shot
     seed=0, # of dropout, episodes and augmentation
-    amp=True, # bfloat16 where it is supported
+    amp=True, # bfloat16, or float16 with scaled gradients, where the device has it
     keep_best=True, # end with the weights of the epoch that was best on the validation classes
+    channels_last=True, # convolutions' memory format
+    compile=False, # the network by torch.compile: slower on the CPUs measured (benchmarks/README.md)
     valid=None, # episodes of the validation classes: n_way=5, k_shot as in training, n_query=15, n_episodes=1000, seed=0
     distill=None, # further settings of `RelatednessDistiller`: decouple, kl_weight, hinton, reverse, ...
     **kwargs # of fastai's `Learner`
@@ -163,7 +170,7 @@ def meta_learner(
     if hasattr(model, 'reset_classifier'): model.reset_classifier(0)
     distiller = [] if teacher is None else [RelatednessDistiller(teacher, T=T, gamma=gamma, **(distill or {}))]
     return _learner(dls, model, EpisodicLoss(e.n_way, e.k_shot, e.n_query, scale, mean), distiller, seed, amp, keep_best,
-                    {'k_shot':e.k_shot, **(valid or {})}, **kwargs)
+                    {'k_shot':e.k_shot, **(valid or {})}, channels_last, compile, **kwargs)
 
 
 # ---- schedules --------------------------------------------------------------------------------------------------------

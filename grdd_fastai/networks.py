@@ -3,17 +3,18 @@ import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 
 from .augment import train_augmentation
 from .data import plain_dl
 from .errors import UserError, first_line
-from .evaluate import embed
+from .evaluate import embed, features
 from .learners import check_backbone, create_backbone
 from .pack import default_cache
 from .run import load_weights
-from .storage import digest, load_tensors, locked, save_tensors
+from .storage import digest, filled_array, load_array, locked
 
 __all__ = ['load_network', 'images_of', 'feature_bank']
 
@@ -56,23 +57,27 @@ def feature_bank(
     views=0, # of augmented views of each image, as in training, instead of the images as they are
     jitter=True, # the views' colours
     seed=0, # of the views
+    stats=None, # mean and std the network wants (those of its `pretrained_cfg`)
     cache=None, # folder (none: the cache of decoded images)
 ):
-    """Features (N, D), or (views, N, D), and classes (N) of a split in float32: embedded once, then read from a file named by weights and
-    data; images are normalised as the network wants them"""
-    _,*stats = images_of(net)
+    """Features (N, D), or (views, N, D), and classes (N) of a split in float32: embedded once, then memory-mapped from a file named by
+    weights and data; images are normalised as the network wants them"""
+    if stats is None: _,*stats = images_of(net)
     dl = plain_dl(data, split, stats=stats, aug=train_augmentation(data.px, jitter) if views else None, seed=seed)
     of = dict(weights=digest(net.state_dict()), net=type(net).__name__, data=data.fingerprint, split=split, stats=stats)
     if views: of |= dict(views=views, jitter=jitter, augment='batch', seed=seed)
     key = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:16]
-    path = Path(cache or default_cache()).expanduser()/'features'/f'{key}.safetensors'
+    path = Path(cache or default_cache()).expanduser()/'features'/f'{key}.npy'
     try: path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise UserError(f'{path.parent} cannot be written ({e.strerror}): give --cache another folder') from None
     with locked(path.with_suffix('.lock')):
-        try: tensors,found = load_tensors(path)
+        try: h,found = load_array(path)
         except UserError: found = None # none there, or a damaged one: embed again
         if found != of:
-            net = net.to(dl.device)
-            tensors = dict(h=torch.stack([embed(net, dl)[0] for _ in range(views)]) if views else embed(net, dl)[0])
-            save_tensors(path, tensors, of)
-    return tensors['h'].to(dl.device),torch.as_tensor(getattr(data, split).y, device=dl.device)
+            net = net.to(dl.device).eval()
+            with torch.no_grad(): n_features = features(net, torch.zeros(1, 3, data.px, data.px, device=dl.device)).shape[1]
+            with filled_array(path, (max(1, views), len(dl.dataset), n_features), np.float32, of) as h:
+                for view in h: embed(net, dl, out=view)
+            h,_ = load_array(path)
+    h = torch.from_numpy(h if views else h[0])
+    return h.to(dl.device),torch.as_tensor(getattr(data, split).y, device=dl.device)

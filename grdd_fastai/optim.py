@@ -4,7 +4,7 @@ from functools import partial
 import torch
 from fastai.optimizer import OptimWrapper
 
-from .callbacks import autocast_dtype
+from .precision import autocast_dtype
 
 __all__ = ['OPTIMISERS', 'Muon', 'orthogonalized', 'sgd', 'muon']
 
@@ -17,7 +17,7 @@ def orthogonalized(G):
     In bfloat16 where the device computes in it, else float32. Singular values far below the largest stay below 1. The coefficients are
     timm's default.
     """
-    X = G.to(autocast_dtype(G.device) or torch.float32)
+    X = G.to(torch.bfloat16 if autocast_dtype(G.device) is torch.bfloat16 else torch.float32)
     if tall := G.shape[-2] > G.shape[-1]: X = X.mT
     X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for a,b,c in COEFFICIENTS:

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from .demo import DemoSource
 from .errors import UserError
 from .prepare import SPLITS, open_source
-from .storage import locked
+from .storage import locked, new_memmap
 
 __all__ = ['Split', 'FewShotData', 'few_shot_data', 'default_cache', 'decode']
 
@@ -118,7 +118,7 @@ def _pack(source, px, stamp, folder):
         fingerprint,histogram = hashlib.sha256(),np.zeros((3, 256), np.int64)
         n = {s:len(df) for s,df in source.frames.items()}
         print(f'packing {sum(n.values())} images of {source.name} at {px} px', file=sys.stderr)
-        images = {s:_new_memmap(tmp/f'{s}.npy', (n[s], px, px, 3)) for s in n}
+        images = {s:new_memmap(tmp/f'{s}.npy', (n[s], px, px, 3), np.uint8) for s in n}
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             blocks = [(s, at) for s in n for at in range(0, n[s], BLOCK)]
             for s,at in progress_bar(blocks) if IN_NOTEBOOK or sys.stderr.isatty() else blocks:
@@ -139,13 +139,6 @@ def _pack(source, px, stamp, folder):
     except OSError as e: raise UserError(f'the cache {folder} cannot be written ({e.strerror}): give --cache another folder') from None
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
-
-def _new_memmap(path, shape):
-    "A uint8 memmap whose room on the disk is taken now: a full disk is an error here, not a crash later"
-    memmap = np.lib.format.open_memmap(path, 'w+', np.uint8, shape)
-    if hasattr(os, 'posix_fallocate'):
-        with open(path, 'r+b') as f: os.posix_fallocate(f.fileno(), 0, os.path.getsize(path))
-    return memmap
 
 def _stats(histogram):
     "Mean and standard deviation of each channel in [0, 1] from the counts (3, 256) of its values"

@@ -1,10 +1,11 @@
-"""Files that are whole or not there: atomic writes, tensors with a verified checksum, one run a folder."""
+"""Files that are whole or not there: atomic writes, tensors and memory-mapped arrays with a verified checksum, one run a folder."""
 import contextlib
 import hashlib
 import json
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
@@ -16,7 +17,7 @@ try:
 except ImportError: # Windows: no locks
     fcntl = None
 
-__all__ = ['Busy', 'atomic_write', 'write_json', 'on_cpu', 'digest', 'save_tensors', 'load_tensors', 'locked']
+__all__ = ['Busy', 'atomic_write', 'write_json', 'on_cpu', 'digest', 'save_tensors', 'load_tensors', 'new_memmap', 'filled_array', 'load_array', 'locked']
 
 
 class Busy(UserError):
@@ -77,6 +78,43 @@ def load_tensors(path):
         if digest(tensors, text) != sha256: raise ValueError('its checksum is wrong')
         return tensors,json.loads(text)
     except Exception as e: raise UserError(f'{path} is damaged or not ours ({e}): remove it or take it from a copy') from None
+
+
+def new_memmap(path, shape, dtype):
+    "A .npy memory map whose room on the disk is taken now: a full disk is an error here, not a crash later"
+    memmap = np.lib.format.open_memmap(path, 'w+', dtype, shape)
+    if hasattr(os, 'posix_fallocate'):
+        with open(path, 'r+b') as f: os.posix_fallocate(f.fileno(), 0, os.path.getsize(path))
+    return memmap
+
+@contextlib.contextmanager
+def filled_array(path, shape, dtype, meta):
+    "Fill a memory-mapped array inside; after it the array is at `path`, with `meta` and its checksum beside it as .json"
+    path = Path(path)
+    tmp = path.with_name(f'.{path.name}.part')
+    try:
+        array = new_memmap(tmp, shape, dtype)
+        yield array
+        array.flush()
+        os.replace(tmp, path)
+        write_json(path.with_suffix('.json'), dict(meta=meta, sha256=_file_digest(path)))
+    except OSError as e: raise UserError(f'{path} cannot be written ({e.strerror}): make room or give another folder') from None
+    finally: tmp.unlink(missing_ok=True)
+
+def load_array(path):
+    "(array, meta) of `filled_array`, memory-mapped; changes to the array stay in memory; UserError unless it is whole"
+    path = Path(path)
+    try:
+        about = json.loads(path.with_suffix('.json').read_text())
+        if about['sha256'] != _file_digest(path): raise ValueError('its checksum is wrong')
+        return np.load(path, mmap_mode='c'),about['meta']
+    except (OSError, ValueError, KeyError, TypeError) as e: raise UserError(f'{path} is not there, damaged or not ours ({e}): remove it') from None
+
+def _file_digest(path):
+    h = hashlib.sha256()
+    with open(path, 'rb') as f:
+        while block := f.read(2**20): h.update(block)
+    return h.hexdigest()
 
 
 @contextlib.contextmanager

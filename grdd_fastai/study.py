@@ -12,6 +12,7 @@ import torch
 from .data import plain_dl
 from .evaluate import Evaluation, embed, evaluate
 from .learners import create_backbone
+from .networks import feature_bank
 from .run import Run, device_name, git_commit, log_line, now
 from .stages import STAGE_ONE, stage_one, stage_two
 from .storage import load_tensors, locked, save_tensors
@@ -43,7 +44,7 @@ class Study:
     may work in one folder: what one trains the others wait for. Each scoring of the novel classes is logged in the folders `logs`.
     """
     def __init__(self, data, out, max_minutes=None, logs=None):
-        self.data,self.out,self.end,self.banks = data,Path(out).expanduser(),None if max_minutes is None else time.monotonic() + 60*max_minutes,{}
+        self.data,self.out,self.end = data,Path(out).expanduser(),None if max_minutes is None else time.monotonic() + 60*max_minutes
         self.embedded = None,None
         self.logs = [self.out] if logs is None else [Path(f).expanduser() for f in logs]
 
@@ -69,14 +70,8 @@ class Study:
         return self.train('cl', s['arch'], as_before(s), lambda: stage_one(self.data, s, valid=VALID))
 
     def bank(self, teacher):
-        "The teacher's features of the clean base images (N, D), computed once"
-        if teacher.folder not in self.banks:
-            path,of = teacher.folder/'bank.safetensors',dict(weights=teacher.read('net.json')['sha256'])
-            with locked(teacher.folder/'.lock'):
-                tensors,found = load_tensors(path) if path.exists() else ({}, None)
-                if found != of: save_tensors(path, tensors := dict(h=self.embed(teacher.net, 'train')[0]), of)
-                self.banks[teacher.folder] = tensors['h']
-        return self.banks[teacher.folder]
+        "The teacher's features of the clean base images (N, D), computed once and memory-mapped"
+        return feature_bank(teacher.net, self.data, 'train', stats=self.data.stats, cache=teacher.folder)[0]
 
     def embed(self, net, split):
         "Features and classes of a split, in float32: a score is the same wherever it is taken"

@@ -5,7 +5,16 @@ import torch
 import torchvision.transforms.functional as TF
 from scipy.stats import chisquare, ks_2samp, kstest
 
-from grdd_fastai.augment import AUGMENTATIONS, ORDERS, BatchAugmentation, crop_and_flip, jitter, seeded, train_augmentation, uniforms
+from grdd_fastai.augment import (
+    AUGMENTATIONS,
+    ORDERS,
+    BatchAugmentation,
+    crop_and_flip,
+    jitter,
+    seeded,
+    train_augmentation,
+    uniforms,
+)
 from grdd_fastai.data import category_dls
 from grdd_fastai.errors import UserError
 
@@ -64,8 +73,8 @@ def test_crop_and_flip_is_a_slice_of_the_padded_image():
     x,rng = images(40),np.random.default_rng(1)
     top,left,flip = rng.integers(0, 9, 40),rng.integers(0, 9, 40),rng.integers(0, 2, 40)
     out = crop_and_flip(x, *map(torch.from_numpy, (top, left, flip)), 4)
-    for im,o,t,l,f in zip(x.numpy(), out.numpy(), top, left, flip):
-        want = np.pad(im, ((0, 0), (4, 4), (4, 4)))[:, t:t+32, l:l+32]
+    for im,o,i,j,f in zip(x.numpy(), out.numpy(), top, left, flip):
+        want = np.pad(im, ((0, 0), (4, 4), (4, 4)))[:, i:i+32, j:j+32]
         assert (o == (want[..., ::-1] if f else want)).all()
 
 def test_jitter_is_torchvisions():

@@ -10,11 +10,12 @@ from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.schedule import *  # noqa: F401
 from test_losses import naive_kl, naive_R, naive_softmax
 
-from grdd_fastai.callbacks import Autocast, FewShotAccuracy, RelatednessDistiller, autocast_dtype, rotate4
+from grdd_fastai.callbacks import FewShotAccuracy, RelatednessDistiller, rotate4
 from grdd_fastai.data import category_dls, episodic_dls, plain_dl
 from grdd_fastai.errors import UserError
 from grdd_fastai.evaluate import embed, evaluate
 from grdd_fastai.learners import create_backbone, global_learner, meta_learner, poly, step_down
+from grdd_fastai.precision import Autocast, autocast_dtype
 
 VALID = dict(n_way=3, k_shot=1, n_query=5, n_episodes=20)
 
