@@ -4,15 +4,17 @@ import torch.nn.functional as F
 from fastai.callback.core import Callback, CancelValidException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.tracker import TrackerCallback
-from fastai.learner import ValueMetric
+from fastai.learner import Recorder, ValueMetric
+from torch.nn.parallel import DistributedDataParallel
 
 from .data import rows_by_class
+from .distributed import ranks, unwrapped
 from .errors import UserError
 from .evaluate import embed, evaluate, features
 from .losses import kl_relatedness, relatedness
 from .precision import amp, amp_dtype
 
-__all__ = ['Seeded', 'ShowsMetrics', 'LossTerm', 'Rotation', 'RelatednessDistiller', 'FewShotAccuracy', 'KeepBest',
+__all__ = ['Seeded', 'LightRecorder', 'ShowsMetrics', 'LossTerm', 'Rotation', 'RelatednessDistiller', 'FewShotAccuracy', 'KeepBest',
            'rotate4']
 
 
@@ -27,13 +29,22 @@ class Seeded(Callback):
     def before_train(self):
         if hasattr(self.dl, 'epoch'): self.dl.epoch = self.epochs_done + self.epoch - 1 # one more begins now
     def before_batch(self):
-        if self.training: torch.manual_seed(((self.seed*1_000_003 + self.epochs_done + self.epoch)*1_000_003 + self.iter) % 2**63)
+        step = (self.seed*1_000_003 + self.epochs_done + self.epoch)*1_000_003 + self.iter
+        if self.training: torch.manual_seed((step + ranks()[0]*1_000_000_007) % 2**63) # another in each process
     def after_epoch(self): self.finished = self.epoch + 1
     def after_fit(self):
         self.epochs_done += self.finished
         self.run = True
         torch.set_rng_state(self.cpu_state)
         if self.cuda_states: torch.cuda.set_rng_state_all(self.cuda_states)
+
+
+class LightRecorder(Callback):
+    "Turn the Recorder's loss of each step into a number: small as a tensor is, the memory freed around it could not be used again, megabytes a step"
+    order,run_valid = Recorder.order + 1,False
+    def after_batch(self):
+        losses = self.recorder.losses
+        if losses and isinstance(losses[-1], torch.Tensor): losses[-1] = losses[-1].item()
 
 
 class ShowsMetrics(Callback):
@@ -175,8 +186,9 @@ class FewShotAccuracy(ShowsMetrics):
         rows_by_class(self.dls.valid.labels(), e['n_way'], e['k_shot'], e['n_query'], 'the validation set')
     def measure(self):
         "`Evaluation` of the model as it is"
-        h,y = embed(getattr(self.model, 'backbone', self.model), self.dls.valid.plain(), amp_dtype(self.learn))
-        return evaluate(h, y, **self.episodes)
+        model,several = unwrapped(self.model),isinstance(self.model, DistributedDataParallel)
+        h,y = embed(getattr(model, 'backbone', model), self.dls.valid.plain(), amp_dtype(self.learn), shared=several)
+        return evaluate(h, y, **self.episodes, shared=several)
     def after_train(self):
         if not hasattr(self.learn, 'lr_finder'): self.last = self.measure().accuracy
     def before_validate(self):
@@ -195,7 +207,7 @@ class KeepBest(TrackerCallback):
         super().after_epoch()
         if self.new_best:
             self.best_epoch = self.epoch
-            self.best_state = {k:v.detach().clone() for k,v in self.model.state_dict().items()}
+            self.best_state = {k:v.detach().clone() for k,v in unwrapped(self.model).state_dict().items()}
     def after_fit(self):
         super().after_fit()
         if self.best_state: self.model.load_state_dict(self.best_state)

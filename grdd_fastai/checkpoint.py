@@ -9,6 +9,7 @@ from fastai.callback.core import Callback, CancelBatchException
 from fastcore.foundation import L
 
 from .callbacks import LossTerm
+from .distributed import agreed, unwrapped
 from .errors import UserError
 from .storage import load_tensors, save_tensors
 
@@ -21,6 +22,7 @@ MINUTES = 5 # between checkpoints inside an epoch
 class Stopped(Exception):
     "The run was stopped, its state is saved; `code` is the exit code, `where` the place in the stage"
     def __init__(self, why, code): super().__init__(why); self.why,self.code,self.where = why,code,''
+    def __reduce__(self): return type(self),(self.why, self.code)
     def __str__(self): return self.why # fastai puts a callback's name into `args`
 
 
@@ -39,17 +41,21 @@ class Deadline:
         "While fitting, the next step boundary saves; elsewhere everything is saved already"
         if self.signal or not self.fitting: raise self.signalled(number)
         self.signal = number
+    def due(self):
+        "The reason for this process to stop"
+        return self.why(self.code())
+    def code(self): return self.signal or -1*(self.end is not None and time.monotonic() >= self.end)
+    def why(self, code): return self.signalled(code) if code > 0 else Stopped('the time is used up', 0) if code < 0 else None
     def check(self):
-        "The reason to stop now as a `Stopped`, or None"
-        if self.signal: return self.signalled(self.signal)
-        if self.end is not None and time.monotonic() >= self.end: return Stopped('the time is used up', 0)
+        "The reason to stop now as a `Stopped`, or None; of several processes all stop where one has to"
+        return self.why(agreed(self.code(), key=abs))
 
 
 # ---- a Learner's state as tensors and JSON ----------------------------------------------------------------------------
 
 def learner_state(learn):
     "(tensors, meta): weights, optimiser, best weights so far, history and running means of a Learner of ours"
-    tensors = {f'model/{k}':v for k,v in learn.model.state_dict().items()}
+    tensors = {f'model/{k}':v for k,v in unwrapped(learn.model).state_dict().items()}
     opt = learn.opt.state_dict()
     scalars = {}
     for i,state in opt['state'].items():
@@ -71,7 +77,7 @@ def part(tensors, prefix): return {k.removeprefix(prefix):v for k,v in tensors.i
 def load_learner_state(learn, tensors, meta):
     "Undo `learner_state`, inside a fit that has begun"
     device = learn.dls.device
-    learn.model.load_state_dict(part(tensors, 'model/'))
+    unwrapped(learn.model).load_state_dict(part(tensors, 'model/'))
     opt = learn.opt.opt if hasattr(learn.opt, 'opt') else learn.opt
     ps,state = [p for g in opt.param_groups for p in g['params']],{}
     for k,v in part(tensors, 'opt/').items():

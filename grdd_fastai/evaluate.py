@@ -9,6 +9,7 @@ from scipy.stats import ttest_1samp
 
 from . import transductive  # noqa: F401  (registers its classifiers)
 from .data import rows_by_class
+from .distributed import gathered, ranks, summed
 from .errors import UserError
 from .inference import get_classifier
 from .precision import amp
@@ -31,21 +32,24 @@ def embed(
     dl, # DataLoader of (images, labels): `plain_dl(data, 'test')`
     dtype=None, # autocast to this, float32 if None
     out=None, # array (N, D) that takes the features, memory-mapped for instance; None makes a tensor on the model's device
+    shared=False, # the processes of a distributed run each embed a part, all have all
 ):
     "Features (N, D) in float32 and labels (N) of all images of `dl`, in order"
     was_training,device = model.training,next(model.parameters()).device
     model.eval()
-    h,y,at = None if out is None else torch.from_numpy(out),[],0
+    h,y,N,(rank,n) = None if out is None else torch.from_numpy(out),None,len(dl.dataset),ranks() if shared else (0, 1)
+    if n > 1: dl = dl.new(share=(rank, n))
+    at = rank*dl.bs if n > 1 else 0
     try:
         with amp(device, dtype):
             for x,y_b in dl:
                 h_b = features(model, x.as_subclass(torch.Tensor).to(device))
-                if h is None: h = torch.empty(len(dl.dataset), *h_b.shape[1:], device=device) # once, never copied
-                h[at:at+len(h_b)] = h_b
-                at += len(h_b)
-                y.append(y_b.as_subclass(torch.Tensor))
+                if h is None: h = torch.zeros(N, *h_b.shape[1:], device=device) # once, never copied
+                if y is None: y = torch.zeros(N, dtype=torch.int64)
+                h[at:at+len(h_b)],y[at:at+len(h_b)] = h_b,y_b.as_subclass(torch.Tensor)
+                at += len(h_b) + (n-1)*dl.bs if n > 1 else len(h_b)
     finally: model.train(was_training)
-    return h,torch.cat(y).to(device)
+    return (summed(h),summed(y.to(device))) if n > 1 else (h,y.to(device))
 
 
 def sample_episodes(
@@ -187,6 +191,7 @@ def evaluate(
     classifier='cosine', # a name of `CLASSIFIERS`, or `(support, support_y, query) -> logits`; or a list of names or dict of functions
     query_distribution='balanced', # n_query of each class, or 'dirichlet': as many in all, unevenly (`sample_unbalanced`)
     views=None, # features of V augmented views of every image (V, N, D), to be the support in place of h: RFS's support augmentation
+    shared=False, # the processes of a distributed run each classify a part of the episodes, all have all
 ):
     """Accuracy over `n_episodes` seeded episodes drawn from features; `a - b` is the paired `Difference` of two
 
@@ -203,19 +208,21 @@ def evaluate(
     bank,V = (h, 1) if views is None else (views.flatten(0, 1), len(views))
     budget = CHUNK[h.device.type != 'cpu'] * max(getattr(getattr(f, 'func', f), 'at_once', 1) for f in of.values()) # a partial's, too
     size = max(1, budget // max(1, n_way*(V*k_shot + n_query)*h[0].numel()*h.element_size()))
-    accs = {k:[] for k in of}
-    for support,query,query_y in QUERIES[query_distribution](y, n_way, k_shot, n_query, n_episodes, seed):
+    accs,(rank,n) = [],ranks() if shared else (0, 1)
+    for block,(support,query,query_y) in enumerate(QUERIES[query_distribution](y, n_way, k_shot, n_query, n_episodes, seed)):
+        if block % n != rank: continue
         for at in range(0, len(support), size):
             s,q,q_y = (torch.as_tensor(a[at:at+size], device=h.device).flatten(1) for a in (support, query, query_y))
             s_y = torch.arange(n_way, device=h.device).repeat_interleave(k_shot).repeat(V).expand(len(s), -1)
             s = torch.cat([s + v*len(y) for v in range(V)], 1)
             z_s,z_q = (b.index_select(0, rows.flatten()).view(*rows.shape, -1) for b,rows in ((bank, s), (h, q)))
-            for k,f in of.items(): accs[k].append((f(z_s, s_y, z_q).argmax(-1) == q_y).float().mean(1).cpu())
+            accs.append((block, at, {k:(f(z_s, s_y, z_q).argmax(-1) == q_y).float().mean(1).cpu().numpy() for k,f in of.items()}))
+    if n > 1: accs = sorted(gathered(accs), key=lambda o: o[:2])
     classes = hashlib.sha256(y.long().cpu().numpy().tobytes()).hexdigest()[:8]
     drawn = f'{n_episodes} of {n_way} way {k_shot} shot {n_query} query, seed {seed}, {len(y)} images {classes}'
     if query_distribution != 'balanced': drawn += f', {query_distribution} queries'
     how = '' if V == 1 else f', support of {V} views'
-    made = {k:Evaluation(100 * torch.cat(a).double().numpy(), drawn, f'{k if isinstance(k, str) else getattr(k, "__name__", k)}{how}') for k,a in accs.items()}
+    made = {k:Evaluation(100 * np.concatenate([a[k] for *_,a in accs]).astype(np.float64), drawn, f'{k if isinstance(k, str) else getattr(k, "__name__", k)}{how}') for k in of}
     return next(iter(made.values())) if one else made
 
 def _balanced(*args):

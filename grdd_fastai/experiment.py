@@ -3,6 +3,7 @@ from types import SimpleNamespace
 
 from .checkpoint import Stopped
 from .data import check_episode, plain_dl
+from .distributed import processes
 from .evaluate import embed, evaluate
 from .inference import get_classifier, with_base_mean
 from .learners import check_backbone, create_backbone
@@ -20,6 +21,7 @@ META = dict(epochs='meta_epochs', schedule='meta_schedule', lr='meta_lr', way='m
             per_step='per_step', T='T', gamma='gamma', scale='scale', teacher_view='teacher_view', opt='meta_opt') # of a reading, and what they are called here
 
 
+@processes()
 def grdd(
     way:int=5, # C, classes an episode
     shot:int=1, # K, support images a class
@@ -110,7 +112,8 @@ def _stages(run, s, two, share, cache):
     novel,scores,names = plain_dl(data, 'test'),{},s.classifiers.split(',')
     untrained = create_backbone(s.student, len(data.train.vocab), s.px, s.seed).to(novel.device)
     for name,net in dict(untrained=untrained, cl=student_cl, grdd=student).items():
-        scores[name] = evaluate(*embed(net, novel), s.way, s.shot, s.query, s.test_episodes, classifier=with_base_mean(names, lambda net=net: embed(net, plain_dl(data, 'train'))[0]))
+        scores[name] = evaluate(*embed(net, novel, shared=True), s.way, s.shot, s.query, s.test_episodes, shared=True,
+                                classifier=with_base_mean(names, lambda net=net: embed(net, plain_dl(data, 'train'), shared=True)[0]))
         for k,e in scores[name].items():
             run.log_novel(what=name, classifier=k, accuracy=e.accuracy, ci95=e.ci95, test_episodes=s.test_episodes)
             run.say(f'{name:>10}, {k}: {e}')

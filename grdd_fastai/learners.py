@@ -1,7 +1,7 @@
 """fastai Learners of both stages, and the schedules the paper trains them with."""
 import copy
 import difflib
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import timm
 import torch
@@ -14,9 +14,10 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import nn
 
-from .callbacks import FewShotAccuracy, KeepBest, RelatednessDistiller, Rotation, Seeded, ShowsMetrics
+from .callbacks import FewShotAccuracy, KeepBest, LightRecorder, RelatednessDistiller, Rotation, Seeded, ShowsMetrics
 from .cpu import keep_freed_memory
 from .data import EpisodicDL
+from .distributed import Distributed, ranks
 from .errors import UserError, first_line
 from .evaluate import features
 from .losses import EpisodicLoss, relatedness
@@ -92,11 +93,18 @@ class FewShotLearner(Learner):
     def fit(self, *args, **kwargs):
         try: super().fit(*args, **kwargs)
         except BaseException: # fastai calls after_fit for its own Cancel exceptions only
-            for cb in self.cbs.filter(lambda cb: isinstance(cb, (Seeded, Autocast, ShowsMetrics))):
+            for cb in self.cbs.filter(lambda cb: isinstance(cb, (Seeded, Autocast, ShowsMetrics, Distributed))):
                 with suppress(AttributeError): cb.after_fit() # one whose before_fit was not reached has nothing to undo
             raise
         finally: self.first_epoch = 0
     def validate(self, *args, **kwargs): return L([self.few_shot_accuracy.measure().accuracy])
+    @contextmanager
+    def distrib_ctx(self, sync_bn=False):
+        "Fits inside train on all the processes there are; fastai's by the same name cuts batches across episodes"
+        if ranks()[1] == 1:
+            yield self
+            return
+        with self.added_cbs(Distributed(sync_bn)): yield self
     def _do_fit(self):
         for epoch in range(self.first_epoch, self.n_epoch):
             self.epoch = epoch
@@ -113,7 +121,7 @@ def _learner(dls, model, loss_func, stage_cbs, seed, amp, keep_best, valid, chan
     if channels_last: model.to(memory_format=torch.channels_last)
     if compile:
         for part in getattr(model, 'backbone', model).children(): part.compile() # in place: names and callbacks' hooks stay
-    cbs = [Seeded(seed), *([Autocast()] if amp else []), *stage_cbs, FewShotAccuracy(**valid),
+    cbs = [Seeded(seed), LightRecorder(), *([Autocast()] if amp else []), *stage_cbs, FewShotAccuracy(**valid),
            *([KeepBest()] if keep_best else []), *L(cbs)]
     learn = FewShotLearner(dls, model, loss_func=loss_func, opt_func=opt_func, wd=wd, cbs=cbs, **kwargs)
     learn.recorder.train_metrics,learn.recorder.valid_metrics = True,False # there is no validation loss

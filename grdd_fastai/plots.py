@@ -4,6 +4,8 @@ import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
+from .distributed import ranks
+
 __all__ = ['plot_rows', 'plot_sweep', 'plot_tsne', 'plot_relatedness', 'save_figure', 'COLORS', 'MARKERS']
 
 COLORS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#F0E442', '#000000') # Okabe and Ito's
@@ -93,8 +95,8 @@ def plot_relatedness(
 
 
 def save_figure(fig, path):
-    "Write and close a figure, and return its path"
-    fig.savefig(path, dpi=160)
+    "Write (where there are several processes the first does) and close a figure, and return its path"
+    if ranks()[0] == 0: fig.savefig(path, dpi=160)
     plt.close(fig)
     return path
 

@@ -19,6 +19,7 @@ from fastai.callback.core import Callback
 from safetensors.torch import load_file, save
 
 from .checkpoint import Checkpoint, Deadline, SkipBatches, StopOnNaN, load_checkpoint, previous
+from .distributed import ranks, replica, shared
 from .errors import UserError
 from .storage import Busy, atomic_write, digest, locked, on_cpu, write_json
 
@@ -43,6 +44,9 @@ def device_name():
     with contextlib.suppress(OSError, StopIteration):
         return next(line for line in open('/proc/cpuinfo') if line.startswith('model name')).split(':', 1)[1].strip()
     return platform.processor() or platform.machine()
+
+def say(text):
+    if ranks()[0] == 0: print(text, file=sys.stderr, flush=True)
 
 def versions(): return {k:version(k) for k in ('torch','torchvision','timm','fastai','albumentations','pandas','numpy')}
 
@@ -101,7 +105,7 @@ class Run:
     `settings` decide the result; a run is continued only under the same ones. What is finished is kept as files: a stage is
     done when its weights and their card are there, a run when `result.json` says so. `wait`s for another process in the folder,
     or is a UserError. Nothing in the folder is touched before
-    `begin`, and nothing that is not a run's own ever.
+    `begin`, and nothing that is not a run's own ever. Of several processes the first has the folder, the others a copy for themselves.
     """
     def __init__(self, out, settings, resume=False, max_minutes=None, plan=(), wait=False):
         self.out,self.settings,self.resume,self.stdout,self.plan,self.wait = Path(out).expanduser(),settings,resume,sys.stdout,list(plan),wait
@@ -112,13 +116,8 @@ class Run:
     def __enter__(self):
         self.stack = contextlib.ExitStack()
         try:
-            try:
-                self.made = not self.out.exists()
-                self.out.mkdir(parents=True, exist_ok=True)
-            except OSError as e: raise UserError(f'the output folder {self.out} cannot be written ({e.strerror}): give --out another') from None
-            self.stack.callback(self._leave)
-            self._lock()
-            self.start = time.monotonic()
+            shared(self._take)
+            self.out,self.start = replica(self.out) if ranks()[1] > 1 else self.out,time.monotonic()
             self.stack.enter_context(contextlib.redirect_stdout(sys.stderr))
             self.stack.enter_context(deterministic(self.settings.get('deterministic', False)))
             self.stack.enter_context(self.deadline)
@@ -132,14 +131,23 @@ class Run:
         self.stack.close()
         if kind and kind is not SystemExit: print(file=sys.stderr) # end the line a progress bar may have left
 
+    def _take(self):
+        "The folder for this process alone"
+        try:
+            self.made = not self.out.exists()
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as e: raise UserError(f'the output folder {self.out} cannot be written ({e.strerror}): give --out another') from None
+        self.stack.callback(self._leave)
+        self._lock()
+
     def _lock(self):
-        "The folder for this process alone, at once or, with `wait`, when its holder is done"
+        "At once or, with `wait`, when its holder is done"
         said = False
         while True:
-            try: return self.stack.enter_context(locked(self.out/'.lock', f'another run is at work in {self.out}: wait for it or give --out another'))
+            try: self.stack.enter_context(locked(self.out/'.lock', f'another run is at work in {self.out}: wait for it or give --out another')); return
             except Busy:
                 if not self.wait: raise
-                if stop := self.deadline.check(): raise stop from None
+                if stop := self.deadline.due(): raise stop from None
             if not said: self.say(f'another process is at work in {self.out}: waiting for it')
             said = True
             time.sleep(0.5)
@@ -194,7 +202,7 @@ class Run:
         self.say(f'{data}')
 
     def seconds(self): return round(self.seconds_before + time.monotonic() - self.start, 1)
-    def say(self, text): print(text, file=sys.stderr, flush=True)
+    def say(self, text): say(text)
 
     # ---- stages -------------------------------------------------------------------------------------------------------
 
@@ -221,9 +229,10 @@ class Run:
                                          for k,v in zip(learn.recorder.metric_names, row)))
         self.deadline.fitting = True
         try:
-            if sys.stderr.isatty(): return fit(learn)
-            learn.logger = log # no bars in a log file: a line an epoch
-            with learn.no_bar(): fit(learn)
+            with learn.distrib_ctx():
+                if sys.stderr.isatty() and ranks()[0] == 0: return fit(learn)
+                learn.logger = log # no bars in a log file: a line an epoch
+                with learn.no_bar(): fit(learn)
         finally: self.deadline.fitting = False
 
     # ---- results ------------------------------------------------------------------------------------------------------
@@ -245,7 +254,7 @@ class Run:
         write_json(self.out/'result.json', result := _plain(result))
         return self.print(result)
     def print(self, result):
-        print(json.dumps(result, default=str), file=self.stdout, flush=True)
+        if ranks()[0] == 0: print(json.dumps(result, default=str), file=self.stdout, flush=True)
         return result
 
     def log_novel(self, **scoring):

@@ -5,6 +5,7 @@ import numpy as np
 
 from .augment import AUGMENTATIONS, train_augmentation
 from .data import category_dls, episodic_dls
+from .distributed import effective
 from .errors import UserError
 from .learners import CATEGORY_CLASSIFIERS, global_learner, meta_learner
 from .optim import OPTIMISERS
@@ -12,6 +13,7 @@ from .optim import OPTIMISERS
 __all__ = ['STAGE_ONE', 'READINGS', 'SCHEDULES', 'stage_two_settings', 'stage_one', 'stage_two', 'check_settings']
 
 SCHEDULES = ('poly', 'step', 'one_cycle')
+RATE_POWER = dict(sgd=1, muon=0.5) # of the step's size
 
 # Stage one as the paper has it
 STAGE_ONE = dict(arch='resnet12', epochs=90, schedule='poly', lr=0.05, rotation=True, rotation_from='logits', classifier='linear', smoothing=0., jitter=True, augment='batch',
@@ -51,14 +53,20 @@ def check_settings(settings):
     for k,bound in BOUNDS.items():
         if (v := settings.get(k)) is not None and not WITHIN[bound](v): raise UserError(f'--{k.replace("_", "-").lower()} is {v}: it must be {bound}')
 
-def fitting(s):
-    "The fit of settings `s`: a function of the Learner"
-    return lambda learn: getattr(learn, f'fit_{s["schedule"]}')(s['epochs'], s['lr'])
+def fitting(s, k):
+    """The fit of settings `s` with `k` images or episodes a step: a function of the Learner
+
+    Where several processes make the step larger than k the rate grows with it, by its root for Muon, whose steps do not shrink with
+    the gradient's noise.
+    """
+    lr = s['lr'] * (effective(k)/k)**RATE_POWER[s['opt']]
+    return lambda learn: getattr(learn, f'fit_{s["schedule"]}')(s['epochs'], lr)
 
 def stage_one(data, s, **kwargs):
     "Learner of the global learner and its fit, for the settings `s` of `STAGE_ONE`"
     dls = category_dls(data, bs=s['bs'], aug=train_augmentation(data.px, s['jitter'], s['augment']), seed=s['seed'])
-    return global_learner(dls, s['arch'], rotation=s['rotation'], rotation_from=s['rotation_from'], classifier=s['classifier'], smoothing=s['smoothing'], opt_func=OPTIMISERS[s['opt']], seed=s['seed'], **kwargs),fitting(s)
+    return global_learner(dls, s['arch'], rotation=s['rotation'], rotation_from=s['rotation_from'], classifier=s['classifier'], smoothing=s['smoothing'], opt_func=OPTIMISERS[s['opt']],
+                          seed=s['seed'], **kwargs),fitting(s, dls.train.bs)
 
 def stage_two(data, s, student, teacher=None, bank=None, **kwargs):
     """Learner of the meta-learner and its fit, for the settings `s` of a reading
@@ -73,4 +81,4 @@ def stage_two(data, s, student, teacher=None, bank=None, **kwargs):
     distill = None if teacher is None else {k:s[k] for k in DISTILL} | dict(bank=bank)
     learn = meta_learner(dls, student, teacher, s['T'], s['gamma'], s['scale'], s['mean'], opt_func=OPTIMISERS[s['opt']],
                          seed=s['seed'], distill=distill, **kwargs)
-    return learn,fitting(s)
+    return learn,fitting(s, s['per_step'])

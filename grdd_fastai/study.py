@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from .data import plain_dl
+from .distributed import ranks
 from .evaluate import Evaluation, embed, evaluate
 from .learners import create_backbone
 from .networks import feature_bank
@@ -46,7 +47,7 @@ class Study:
     def __init__(self, data, out, max_minutes=None, logs=None):
         self.data,self.out,self.end = data,Path(out).expanduser(),None if max_minutes is None else time.monotonic() + 60*max_minutes
         self.embedded = None,None
-        self.logs = [self.out] if logs is None else [Path(f).expanduser() for f in logs]
+        self.logs = [] if ranks()[0] else [self.out] if logs is None else [Path(f).expanduser() for f in logs]
 
     def folder(self, kind, arch, settings):
         key = hashlib.sha256(json.dumps([settings, self.data.fingerprint], sort_keys=True).encode()).hexdigest()[:8]
@@ -62,7 +63,7 @@ class Study:
             card = dict(classes=self.data.train.vocab, px=self.data.px, stats=self.data.stats, fingerprint=self.data.fingerprint, settings=settings)
             net,val_accuracy = run.stage('net', *make(), arch=arch, **card)
             if not run.result: run.finish(val_accuracy=round(val_accuracy, 3))
-        return Trained(net, folder, settings)
+        return Trained(net, run.out, settings)
 
     def global_net(self, **changes):
         "Stage one (CL): the backbone trained by `STAGE_ONE | changes`"

@@ -13,11 +13,12 @@ import pandas as pd
 
 from .checkpoint import Stopped
 from .data import check_episode
+from .distributed import processes, ranks
 from .errors import UserError
 from .evaluate import compare
 from .learners import check_backbone
 from .pack import few_shot_data
-from .run import device_name, git_commit, versions
+from .run import device_name, git_commit, say, versions
 from .stages import check_settings, stage_two_settings
 from .storage import write_json
 from .study import SPLITS, VALID, Study
@@ -46,6 +47,7 @@ class Table(NamedTuple):
     def path(self, name): return self.study.out/f'{name}_{self.scored.split.iloc[0]}.png'
 
 
+@processes()
 def table(
     name, # of the experiment: names its files
     rows, # row name -> row: see `CL`, `EL`, `GR`; `versus` names the rows it is compared with, `paper` the paper's accuracies by (data set, phi, psi)
@@ -118,14 +120,14 @@ def table(
         records[r['file']] = r
     records = list(records.values())
     scored,pairs = frames(rows, records, scores)
-    if records:
+    if records and ranks()[0] == 0:
         say(f'\n{scored.to_string(index=False)}\n')
         if len(pairs): say(pairs.to_string(index=False, float_format='{:.3g}'.format) + '\n')
         scored.to_csv(out/f'{name}_{score}.csv', index=False)
         pairs.to_csv(out/f'{name}_{score}_pairs.csv', index=False, float_format='%.5g')
-    for r in records if results else []: write_record(results, r)
+    for r in records if results and ranks()[0] == 0 else []: write_record(results, r)
     if stop: say(f'stopped ({stop}) at {key}, seed {seed}{stop.where}: the same command goes on')
-    print(json.dumps(dict(experiment=name, csv=str(out/f'{name}_{score}.csv'), rows=len(scored), failed=failed, demo=demo, status='stopped' if stop else 'finished')))
+    if ranks()[0] == 0: print(json.dumps(dict(experiment=name, csv=str(out/f'{name}_{score}.csv'), rows=len(scored), failed=failed, demo=demo, status='stopped' if stop else 'finished')))
     if stop and stop.code: sys.exit(stop.code)
     return Table(scored, pairs, nets, study, failed)
 
@@ -143,8 +145,6 @@ def train(study, row, roles, seed, two, start):
 
 
 # ---- what is asked for ------------------------------------------------------------------------------------------------
-
-def say(text): print(text, file=sys.stderr, flush=True)
 
 def numbers(name, text):
     try: return list(dict.fromkeys(int(v) for v in str(text).split(',')))
