@@ -38,7 +38,7 @@ def embed(
     was_training,device = model.training,next(model.parameters()).device
     model.eval()
     h,y,N,(rank,n) = None if out is None else torch.from_numpy(out),None,len(dl.dataset),ranks() if shared else (0, 1)
-    if n > 1: dl = dl.new(share=(rank, n))
+    if n > 1: dl = dl.new(share=(rank, n), bs=min(dl.bs, -(-N//n))) # something for each
     at = rank*dl.bs if n > 1 else 0
     try:
         with amp(device, dtype):

@@ -1,0 +1,173 @@
+"""Several processes on one training: the steps and the numbers of one process alone, and rank 0's files."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from torch import nn
+
+from grdd_fastai.data import category_dls, episodic_dls, plain_dl
+from grdd_fastai.distributed import effective, ranks
+from grdd_fastai.errors import UserError
+from grdd_fastai.evaluate import embed, evaluate
+from grdd_fastai.learners import create_backbone, global_learner, meta_learner
+from grdd_fastai.stages import STAGE_ONE, fitting
+
+WORDS = dict(n_way=3, n_query=5, n_episodes=1100)
+
+
+# ---- who gets what ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('n', [2, 3])
+def test_the_shares_of_a_step_are_its_batch(data, n):
+    alone,shares = category_dls(data, bs=24).train,[category_dls(data, bs=24).train.shared(r, n) for r in range(n)]
+    for dl in (alone, *shares): dl.randomize()
+    steps = np.array(alone.get_idxs())[:120].reshape(5, 24)
+    mine = [np.array(dl.get_idxs()).reshape(5, 24//n) for dl in shares]
+    assert all(len(dl) == len(alone) == 5 for dl in shares) and (np.concatenate(mine, 1) == steps).all()
+
+def test_an_episode_is_never_split(data):
+    dls = [episodic_dls(data, 3, 1, 4, n_episodes=7, per_step=4).train for _ in range(3)]
+    alone,a,b = dls[0],dls[1].shared(0, 2),dls[2].shared(1, 2)
+    whole = np.array(alone.get_idxs()).reshape(7, 15)
+    assert len(a) == len(b) == 1 and [dl.bs for dl in (alone, a, b)] == [60, 30, 30]
+    assert (np.array(a.get_idxs()).reshape(2, 15) == whole[[0, 1]]).all() and (np.array(b.get_idxs()).reshape(2, 15) == whole[[2, 3]]).all()
+    one = episodic_dls(data, 3, 1, 4, n_episodes=7).train
+    assert [len(one.shared(r, 3)) for r in range(3)] == [2, 2, 2] # seven episodes, one in each process: the last is left out
+
+def test_all_images_are_embedded_once_in_any_number_of_processes(data):
+    dl = plain_dl(data, 'val', bs=32)
+    parts = [[i for i in dl.new(share=(r, 3)).get_idxs()] for r in range(3)]
+    assert sorted(sum(parts, [])) == list(range(120)) and parts[1][:2] == [32, 33] and [len(dl.new(share=(r, 3))) for r in range(3)] == [2, 1, 1]
+
+@pytest.mark.parametrize('n, k, opt, factor', [(1, 1, 'sgd', 1), (4, 64, 'sgd', 1), (4, 1, 'sgd', 4), (4, 1, 'muon', 2), (3, 64, 'sgd', 63/64)])
+def test_the_rate_goes_with_the_step(n, k, opt, factor, monkeypatch):
+    monkeypatch.setattr('grdd_fastai.distributed.ranks', lambda: (0, n))
+    seen = []
+    learn = type('L', (), dict(fit_poly=lambda _, epochs, lr: seen.append(lr)))()
+    fitting(STAGE_ONE | dict(opt=opt, lr=.1), k)(learn)
+    assert seen == [pytest.approx(.1*factor)] and effective(k) % n == 0
+
+
+# ---- two processes (gloo) ---------------------------------------------------------------------------------------------
+
+def without_norm(net):
+    "BatchNorm sees a process's own images only: without it two processes do what one does"
+    for block in net.stages: block[1] = nn.Identity()
+    return net
+
+def steps(data):
+    "Weights after both stages and a few steps, an embedded split and its accuracy, in as many processes as there are"
+    valid = dict(n_way=3, k_shot=1, n_query=5, n_episodes=20)
+    several = ranks()[1] > 1
+    one = global_learner(category_dls(data, bs=40), without_norm(create_backbone('convnet4', 6, 16)), valid=valid, amp=False, keep_best=False)
+    two = meta_learner(episodic_dls(data, 3, 1, 4, n_episodes=6, per_step=2), without_norm(create_backbone('convnet4', 0, 16, seed=1)),
+                       without_norm(create_backbone('convnet4', 0, 16, seed=2)), valid=valid, amp=False, keep_best=False)
+    for learn in (one, two):
+        with learn.distrib_ctx(), learn.no_bar(), learn.no_logging(): learn.fit(2, .05)
+        assert ranks()[1] == 1 or not hasattr(learn, 'distributed')
+    h,y = embed(two.model, plain_dl(data, 'test', bs=32), shared=several)
+    norm = create_backbone('convnet4', 6, 16) # with BatchNorm: all processes must end with the same network
+    with (learn := global_learner(category_dls(data, bs=40), norm, valid=valid, amp=False)).distrib_ctx(), learn.no_bar(), learn.no_logging(): learn.fit(1, .05)
+    return dict(one=one.model.state_dict(), two=two.model.state_dict(), h=h, y=y, norm=learn.model.state_dict(), lr=torch.tensor(one.opt.hypers[-1]['lr']),
+                accuracies=torch.from_numpy(evaluate(h, y, **WORDS, shared=several).episodes), shown=torch.tensor(list(one.recorder.values[-1])[:4]))
+
+WORKER = f'''
+import sys, torch
+sys.path[:0] = {[str(ROOT), str(ROOT/'tests')]!r}
+from pathlib import Path
+from grdd_fastai.distributed import agreed, processes, ranks, shared
+from grdd_fastai.errors import UserError
+from grdd_fastai.pack import few_shot_data
+from test_distributed import steps
+folder,cache,out = sys.argv[1:]
+with processes():
+    rank = ranks()[0]
+    assert shared(lambda: rank) == 0 and agreed(rank) == 1 and agreed(-rank, key=abs) == -1
+    def fail(): raise UserError('rank 0 says no')
+    try: shared(fail); raise AssertionError
+    except UserError as e: assert str(e) == 'rank 0 says no'
+    torch.save(steps(few_shot_data(folder, px=16, cache=cache)), Path(out)/f'{{rank}}.pt')
+'''
+
+def launch(*command, n=2):
+    "What `accelerate launch` of `n` processes on the CPU prints"
+    env = os.environ | dict(OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
+    done = subprocess.run([sys.executable, '-m', 'accelerate.commands.accelerate_cli', 'launch', '--multi_gpu', '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no',
+                           '--num_processes', str(n), '--main_process_port', '0', *map(str, command)], capture_output=True, text=True, env=env, timeout=600)
+    return done
+
+@pytest.fixture(scope='module')
+def both(csv_set, data, cache, tmp_path_factory):
+    "What one process and the two of another came to"
+    out = tmp_path_factory.mktemp('two')
+    (out/'worker.py').write_text(WORKER)
+    done = launch(out/'worker.py', csv_set, cache, out)
+    assert done.returncode == 0, done.stderr
+    return steps(data),torch.load(out/'0.pt'),torch.load(out/'1.pt')
+
+@pytest.mark.parametrize('stage', ['one', 'two'])
+def test_two_processes_take_the_steps_of_one(both, stage):
+    alone,a,b = both
+    start = create_backbone('convnet4', 6, 16).state_dict() if stage == 'one' else create_backbone('convnet4', 0, 16, seed=1).state_dict()
+    for k,v in alone[stage].items():
+        assert torch.equal(a[stage][k], b[stage][k]) and torch.allclose(a[stage][k], v, atol=2e-5), k
+        if k.endswith('0.0.weight'): assert (v - start[k.removeprefix('backbone.')]).abs().max() > 1e-3 # far more than that
+
+def test_two_processes_end_with_the_same_network_and_see_the_same_accuracy(both):
+    _,a,b = both
+    assert all(torch.equal(v, b['norm'][k]) for k,v in a['norm'].items()) and torch.equal(a['shown'][-1], b['shown'][-1])
+
+def test_embedding_and_episodes_are_shared_and_gathered(both):
+    alone,a,b = both
+    assert torch.equal(a['h'], b['h']) and torch.equal(a['y'], alone['y']) and torch.allclose(a['h'], alone['h'], atol=1e-4)
+    assert torch.equal(a['accuracies'], b['accuracies']) and len(a['accuracies']) == 1100
+    assert (a['accuracies'] != torch.from_numpy(evaluate(a['h'], a['y'], **WORDS).episodes)).sum() == 0 # the very episodes of one process
+
+
+# ---- a recipe ---------------------------------------------------------------------------------------------------------
+
+RECIPE = ROOT/'recipes'/'cifarfs_5w1s.py'
+
+def recipe(folder, cache, out, **kwargs):
+    s = dict(data=folder, cache=cache, out=out, teacher='convnet4', student='convnet4', way=3, epochs=3, meta_epochs=2, episodes=40, query=5, test_episodes=600, **kwargs)
+    s.pop('way')
+    return [RECIPE, *(str(o) for k,v in s.items() for o in ([f'--{k.replace("_", "-")}'] if v is True else [f'--{k.replace("_", "-")}', v]))]
+
+def result(done):
+    assert done.returncode == 0, done.stderr[-3000:]
+    line, = done.stdout.strip().splitlines()[-1:]
+    return json.loads(line)
+
+def test_a_recipe_in_two_processes_stops_resumes_and_writes_once(faint, cache, tmp_path):
+    "Stopped at once and resumed, with the weights of a run undisturbed; rank 0's folder is the only one left"
+    temporary = tmp_path/'tmp'
+    temporary.mkdir()
+    os.environ['TMPDIR'],was = str(temporary),os.environ.get('TMPDIR')
+    try:
+        straight = result(launch(*recipe(faint, cache, tmp_path/'a')))
+        first = result(launch(*recipe(faint, cache, tmp_path/'b', max_minutes=.0001)))
+        assert first['status'] == 'stopped'
+        second = result(launch(*recipe(faint, cache, tmp_path/'b', resume=True)))
+    finally:
+        if was is None: del os.environ['TMPDIR']
+        else: os.environ['TMPDIR'] = was
+    assert second['accuracy'] == straight['accuracy'] and not list(temporary.glob('grdd_fastai_*'))
+    for name in ('student_cl.safetensors', 'student_grdd.safetensors'): assert (tmp_path/'a'/name).read_bytes() == (tmp_path/'b'/name).read_bytes()
+    assert {f.name for f in (tmp_path/'a').iterdir()} == {f.name for f in (tmp_path/'b').iterdir()}
+    assert len((tmp_path/'a'/'novel_scorings.jsonl').read_text().splitlines()) == 3
+
+def test_a_user_error_in_two_processes_is_one_sentence(tmp_path):
+    done = launch(RECIPE, '--data', tmp_path/'nothing', '--out', tmp_path/'out')
+    assert done.returncode != 0 and 'no such file or folder' in done.stderr
+
+def test_without_accelerate_there_is_a_sentence(monkeypatch):
+    from grdd_fastai.distributed import processes
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    monkeypatch.setitem(sys.modules, 'accelerate', None)
+    with pytest.raises(UserError, match='grdd-fastai.distributed'), processes(): pass
