@@ -8,30 +8,22 @@ its method, an episode at a time; ours as `evaluate`, sampling included. The two
 an episode and `ratio`, theirs / ours. Lines without `ratio`: methods easyfsl has not, and `evaluation`, ten thousand episodes of 12,000
 images against the forward pass over those images (ConvNet-4, all cores).
 """
-import json
-import shlex
 import statistics
-import sys
-import time
 from functools import partial
-from importlib.metadata import version
 
 import numpy as np
 import timm
 import torch
+from common import easyfsl_loader, say, seconds, write
 from easyfsl import methods
 from easyfsl.datasets import FeaturesDataset
-from easyfsl.samplers import TaskSampler
 from fastcore.script import call_parse
-from torch.utils.data import DataLoader, Sampler
 
 import grdd_fastai  # noqa: F401
 from grdd_fastai.cpu import keep_freed_memory
 from grdd_fastai.evaluate import evaluate, sample_episodes
 from grdd_fastai.inference import CLASSIFIERS
 from grdd_fastai.precision import autocast_dtype
-from grdd_fastai.run import device_name, git_commit, now, versions
-from grdd_fastai.storage import write_json
 
 WAY,SHOT,QUERY = 5,1,15
 # method -> easyfsl's class, our classifier with easyfsl's definitions, episodes timed of each
@@ -52,20 +44,13 @@ def made_up(n_classes=20, per_class=600, D=256, seed=0):
 
 def easyfsls(method, h, y, n):
     "Mean accuracy of `n` episodes, the way easyfsl's own evaluation goes through them"
-    Sampler.__init__ = lambda self, data_source=None: None # what easyfsl 1.5.0 still passes, torch no longer takes
     data = FeaturesDataset(y.tolist(), h, [str(c) for c in range(int(y.max())+1)])
-    sampler = TaskSampler(data, WAY, SHOT, QUERY, n)
     right = 0
     with torch.no_grad():
-        for support,support_y,query,query_y,_ in DataLoader(data, batch_sampler=sampler, collate_fn=sampler.episodic_collate_fn):
+        for support,support_y,query,query_y,_ in easyfsl_loader(data, WAY, SHOT, QUERY, n):
             method.process_support_set(support, support_y)
             right += (method(query).argmax(1) == query_y).sum().item()
     return right / (n*WAY*QUERY)
-
-def seconds(f, *args, **kwargs):
-    start = time.perf_counter()
-    f(*args, **kwargs)
-    return time.perf_counter() - start
 
 def ours(h, y, name, n, **settings): return evaluate(h, y, WAY, SHOT, QUERY, n, classifier=partial(CLASSIFIERS[name], **settings))
 
@@ -79,13 +64,6 @@ def accuracies(method, h, y, name, n, **settings):
             mine = CLASSIFIERS[name](h[s][None], support_y[None], h[q][None], **settings)[0]
             with torch.no_grad(): right = [r + (logits.argmax(1) == query_y).sum().item() for r,logits in zip(right, (method(h[q]), mine))]
     return [100*r/(n*WAY*QUERY) for r in right]
-
-LINES = []
-
-def say(**line):
-    LINES.append(line)
-    print(json.dumps(line), flush=True)
-
 
 @call_parse
 def main(
@@ -123,5 +101,4 @@ def main(
     passes,whole = zip(*[(seconds(forward), seconds(evaluate, h, y)) for _ in range(repeats)])
     passes,whole = statistics.median(passes),statistics.median(whole)
     say(method='evaluation', forward_s=round(passes, 2), episodes_10000_s=round(whole, 2), forward_and_episodes_over_forward=round((passes + whole)/passes, 3), threads=cores)
-    if out: write_json(out, dict(lines=LINES, device=device_name(), cores=cores, commit=git_commit(), versions=versions() | dict(easyfsl=version('easyfsl')), time=now(),
-                                 command=shlex.join(['python', *sys.argv])))
+    write(out, 'easyfsl')

@@ -1,0 +1,75 @@
+"""The same work by what the package index has of other few-shot libraries
+
+    python benchmarks/peers.py                                  # a minute on two cores; needs the dev extra
+    python benchmarks/peers.py --out benchmarks/peers.json      # what README.md here shows
+
+Training episodes, 5-way 1-shot with 15 queries, of 32 px images, cropped, jittered and flipped: loading them, and a training step of
+ConvNet-4 on their labels with it (prototypes there, cosines here: CL+EL). easyfsl as its tutorials go: images from a
+folder by EasySet, torchvision's transforms, its sampler. Both in one process, in turns, medians; `times` is easyfsl's time over ours.
+Of the others learn2learn 0.2.0 does not build on Python 3.11, torchmeta 1.8.0 asks for torch below 1.10, mmfewshot 0.1.0 for mmcv below 2.
+evaluate.py compares the classifiers.
+"""
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from common import MadeUp, easyfsl_loader, medians, say, write
+from easyfsl.datasets import EasySet
+from easyfsl.methods import PrototypicalNetworks
+from fastcore.script import call_parse
+from PIL import Image
+from torchvision import transforms as T
+
+from grdd_fastai.data import episodic_dls
+from grdd_fastai.learners import create_backbone, meta_learner
+
+EPISODE = 5,1,15
+PX = 32
+
+
+def easy_set(data, folder):
+    "The base images as EasySet reads them: PNGs in class folders and a JSON file that names these"
+    for i,(image,c) in enumerate(zip(data.train.images, data.train.y)):
+        (folder/data.train.vocab[c]).mkdir(exist_ok=True)
+        Image.fromarray(image).save(folder/data.train.vocab[c]/f'{i}.png')
+    (folder/'specs.json').write_text(json.dumps(dict(class_names=data.train.vocab, class_roots=[str(folder/c) for c in data.train.vocab])))
+    augment = [T.RandomCrop(PX, padding=4), T.ColorJitter(.4, .4, .4), T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(*data.stats)]
+    return EasySet(folder/'specs.json', transform=T.Compose(augment))
+
+def prototype_steps(loader):
+    "A function that trains easyfsl's prototypical network on the loader's episodes"
+    net = create_backbone('convnet4', 0, PX).train()
+    method,opt = PrototypicalNetworks(net),torch.optim.SGD(net.parameters(), 1e-3, momentum=0.9, weight_decay=5e-4)
+    def steps():
+        for support,support_y,query,query_y,_ in loader:
+            opt.zero_grad()
+            method.process_support_set(support, support_y)
+            F.cross_entropy(method(query), query_y).backward()
+            opt.step()
+    return steps
+
+@call_parse
+def main(
+    repeats:int=5, # of each measurement, taken in turns
+    episodes:int=20, # of each turn
+    out:str=None, # file that takes the lines with hardware, versions and commit, as JSON
+):
+    "Time peers"
+    data = MadeUp(PX, 64*60)
+    def line(name, theirs, ours):
+        theirs(), ours()
+        a,b = medians(repeats, theirs, ours)
+        say(name=name, peer='easyfsl', peer_ms=round(1e3*a/episodes, 2), ours_ms=round(1e3*b/episodes, 2), times=round(a/b, 1), repeats=repeats)
+    with tempfile.TemporaryDirectory() as folder:
+        loader = easyfsl_loader(easy_set(data, Path(folder)), *EPISODE, episodes)
+        dls = episodic_dls(data, *EPISODE, n_episodes=episodes)
+        line('episode loaded', lambda: [0 for _ in loader], lambda: [0 for _ in dls.train])
+        theirs = prototype_steps(loader)
+        learn = meta_learner(dls, create_backbone('convnet4', 0, PX), valid=dict(n_episodes=1), keep_best=False)
+        learn.remove_cb(learn.few_shot_accuracy)
+        def ours():
+            with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+        line('training step with loading', theirs, ours)
+    write(out, 'easyfsl')
