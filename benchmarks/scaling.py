@@ -1,12 +1,12 @@
 """Time and memory as images, classes and episodes grow a hundred-fold
 
-    python benchmarks/scaling.py                                # four minutes on two cores
-    python benchmarks/scaling.py --out benchmarks/scaling.json  # what README.md here shows
+    python benchmarks/scaling.py                                # two minutes on two cores
+    python benchmarks/scaling.py --images 6000,60000,600000 --out benchmarks/scaling.json    # what README.md here shows: ten minutes
 
 Each line is a process of its own: the seconds its work took, without imports, and `anonymous_mb`, the most memory it held beside the
 pages of files it had mapped (which the system takes back as it likes), `mapped_mb`, the most of those. `prepare` packs a zip of PNGs;
 `train` is an epoch's order and 100 steps of ConvNet-4, images from a cache on disk; `embed` is ConvNet-4's features of a split a tenth as
-large; `evaluate` classifies episodes of known features. The largest data set has 600,000 images.
+large; `evaluate` classifies episodes of known features.
 """
 import io
 import multiprocessing
@@ -116,18 +116,20 @@ def evaluate(n_images, n_classes, n_episodes):
 
 @call_parse
 def main(
-    images:int=600_000, # of the largest data set
+    images:str='600,6000,60000', # of the data sets, separated by commas
+    episodes:str='1000,10000,100000', # separated by commas
     out:str=None, # file that takes the lines with hardware, versions and commit, as JSON
 ):
     "Measure growth"
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        for n in (images//100, images//10, images):
+        for n in map(int, images.split(',')):
             path,cache,n_classes = folder/f'{n}.zip',folder/f'cache{n}',max(100, n//600)
             pngs(path, n, n_classes)
             measure('prepare', prepare, path, cache, images=n, classes=n_classes)
             for work in (train, embed): measure(work.__name__, work, path, cache, images=n, classes=n_classes)
             path.unlink()
-    for n in (1000, 10_000, 100_000): measure('evaluate', evaluate, 12_000, 20, n, images=12_000, classes=20, episodes=n)
-    for c in (20, 200, 2000): measure('evaluate', evaluate, 24_000, c, 10_000, images=24_000, classes=c, episodes=10_000)
+    counts = [int(n) for n in episodes.split(',')]
+    for n in counts: measure('evaluate', evaluate, 12_000, 20, n, images=12_000, classes=20, episodes=n)
+    for c in (20, 200, 2000): measure('evaluate', evaluate, 24_000, c, counts[0], images=24_000, classes=c, episodes=counts[0])
     write(out)

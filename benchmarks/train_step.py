@@ -3,12 +3,13 @@
     python benchmarks/train_step.py                             # four minutes on two cores
     python benchmarks/train_step.py --out benchmarks/train_step.json      # what README.md here shows
 
-Stage one with rotation and stage two with the teacher's features known, ConvNet-4 and ResNet-12, 32 and 84 px: `fit`, that is loading,
+Stage one with rotation and stage two with the teacher's features known beforehand, ConvNet-4 and ResNet-12, 32 and 84 px: `fit`, that is loading,
 augmentation, rotation or episodes, loss, the optimiser and every callback, against forward, cross-entropy, backward and SGD step of the
 network alone on a resident batch of the same shape, in the same precision and memory format. The two take turns in one process; a line
 has the medians of their times for a step and `ratio`, bare / recipe: 1 is a step that costs the network's arithmetic and no more. A batch
 is the recipe's (64 images at four rotations; 20-way 1-shot with 6 queries), halved until a bare step takes less than `--step` seconds.
 
+A line `teacher` has stage two's step with the features known and with the teacher's forward pass on the batch, teacher and student alike.
 The last line is ConvNet-4's stage one at 32 px against plain fastai: an item at a time through albumentations, float32, contiguous, the
 blocks as they are written in papers, in a process of its own, in turns as well.
 """
@@ -22,6 +23,7 @@ from common import MadeUp, say, wait, write
 from fastai.callback.core import Callback, CancelFitException
 from fastai.torch_core import default_device
 from fastcore.script import call_parse
+from torch.utils.flop_counter import FlopCounterMode
 
 from grdd_fastai.learners import create_backbone
 from grdd_fastai.precision import amp, autocast_dtype
@@ -29,7 +31,7 @@ from grdd_fastai.stages import READINGS, STAGE_ONE, stage_one, stage_two
 
 N_CLASSES = 64
 ONE = dict(batch=64, epochs=1, schedule='one_cycle', lr=0.01)
-TWO = READINGS['best'] | dict(epochs=1, lr=1e-3, teacher_view='clean')
+TWO = READINGS['best'] | dict(epochs=1, lr=1e-3)
 
 
 class Turns(Callback):
@@ -70,6 +72,12 @@ def bare(arch, px, n_images, device, compile=False):
     return steps
 
 
+def gflop_per_image(arch, px):
+    "Floating-point operations of a forward and a backward pass, counted, in 1e9 an image"
+    net,x = create_backbone(arch, N_CLASSES, px).train(),torch.randn(2, 3, px, px)
+    with FlopCounterMode(display=False) as counter: net(x).sum().backward()
+    return counter.get_total_flops()/2/1e9
+
 def batch_of(stage, arch, px, device, limit):
     "Images from the loader for a step (or ways of an episode), and images the network sees"
     n,images = (ONE['batch'], lambda n: 4*n) if stage == 'one' else (TWO['way'], lambda n: n*(TWO['shot'] + TWO['query']))
@@ -79,14 +87,14 @@ def batch_of(stage, arch, px, device, limit):
     while images(n)*per_image > limit and n > 2: n //= 2
     return n,images(n)
 
-def learner(stage, arch, px, n, steps, compile):
+def learner(stage, arch, px, n, steps, compile, view):
     "The recipe's Learner and fit on made-up data, with a batch of `n`"
     kwargs = dict(compile=compile, valid=dict(n_way=5, k_shot=1, n_query=5, n_episodes=10), keep_best=False)
     if stage == 'one':
         return stage_one(MadeUp(px, max(N_CLASSES, n*steps), N_CLASSES), STAGE_ONE | dict(arch=arch, bs=n) | {k:v for k,v in ONE.items() if k != 'batch'}, **kwargs)
     data,net = MadeUp(px, 40*N_CLASSES if px < 84 else 10*N_CLASSES, N_CLASSES),create_backbone(arch, 0, px)
     bank = torch.randn(len(data.train), net.num_features)
-    return stage_two(data, TWO | dict(way=n, episodes=steps), net, create_backbone(arch, 0, px, 1), bank, **kwargs)
+    return stage_two(data, TWO | dict(way=n, episodes=steps, teacher_view=view), net, create_backbone(arch, 0, px, 1), bank, **kwargs)
 
 
 # ---- plain fastai -----------------------------------------------------------------------------------------------------
@@ -160,9 +168,9 @@ def main(
 ):
     "Time training steps"
     device = torch.device(default_device())
-    def measure(stage, arch, px, other, least):
+    def measure(stage, arch, px, other, least, view='clean'):
         n,images = batch_of(stage, arch, px, device, step)
-        learn,fit = learner(stage, arch, px, n, 4 + (repeats + 1)*200, compile)
+        learn,fit = learner(stage, arch, px, n, 4 + (repeats + 1)*200, compile, view)
         turns = Turns(other(n, images), repeats, least)
         learn.add_cb(turns)
         with learn.no_bar(), learn.no_logging(): fit(learn)
@@ -172,7 +180,11 @@ def main(
             for stage in ('one', 'two'):
                 mine,others,images = measure(stage, arch, px, lambda n, images: bare(arch, px, images, device, compile), 1.)  # noqa: B023
                 say(name=arch, stage=stage, px=px, device=device.type, ratio=round(others/mine, 3), recipe_ms=round(1e3*mine, 1), bare_ms=round(1e3*others, 1), images=images,
+                    gflop_per_image=round(gflop_per_image(arch, px), 3), gflop_per_second=round(gflop_per_image(arch, px)*images/mine),
                     precision=str(autocast_dtype(device) or torch.float32).removeprefix('torch.'), compile=compile, repeats=repeats)
+            if px == 32: # `mine` is stage two's
+                looking,others,images = measure('two', arch, px, lambda n, images: bare(arch, px, images, device, compile), 1., 'same')  # noqa: B023
+                say(name=f'teacher {arch}', stage='two', px=px, device=device.type, features_known_ms=round(1e3*mine, 1), forward_on_the_batch_ms=round(1e3*looking, 1), images=images, repeats=repeats)
     if device.type == 'cpu':
         mine,others,images = measure('one', 'convnet4', 32, lambda n, images: other_process(32, n, 64*n), 2.)
         say(name='convnet4 beside plain fastai', stage='one', px=32, device='cpu', speedup=round(others/mine, 2), recipe_images_per_second=round(images/mine), plain_images_per_second=round(images/others), repeats=repeats)

@@ -90,7 +90,9 @@ class SeededDL(TfmdDL):
         return self.new(cls=SeededDL, aug=None, bs=bs, shuffle=False, drop_last=False)
 
     @cached_property
-    def packed(self): return any(isinstance(f, PackedImage) for f in self.dataset.tls[0].tfms.fs)
+    def packed(self):
+        "The dataset's `PackedImage`, None for any other dataset"
+        return next((f for f in self.dataset.tls[0].tfms.fs if isinstance(f, PackedImage)), None)
     @cached_property
     def rows(self): return np.asarray(list(self.dataset.items))
     def labels(self):
@@ -105,7 +107,7 @@ class SeededDL(TfmdDL):
     def before_iter(self):
         super().before_iter()
         if self.packed and self.on_device and self.device.type == 'cuda':
-            next(f for f in self.dataset.tls[0].tfms.fs if isinstance(f, PackedImage)).hold(self.device, torch.cuda.mem_get_info(self.device)[0]//4)
+            self.packed.hold(self.device, torch.cuda.mem_get_info(self.device)[0]//4)
 
     @property
     def on_device(self):

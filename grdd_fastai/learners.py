@@ -120,7 +120,7 @@ def _learner(dls, model, loss_func, stage_cbs, seed, amp, keep_best, valid, chan
     if torch.device(dls.device).type == 'cpu': keep_freed_memory()
     if channels_last: model.to(memory_format=torch.channels_last)
     if compile:
-        for part in getattr(model, 'backbone', model).children(): part.compile() # in place: names and callbacks' hooks stay
+        for part in getattr(model, 'backbone', model).children(): part.compile(**(compile if isinstance(compile, dict) else {})) # in place: names and hooks stay
     cbs = [Seeded(seed), LightRecorder(), *([Autocast()] if amp else []), *stage_cbs, FewShotAccuracy(**valid),
            *([KeepBest()] if keep_best else []), *L(cbs)]
     learn = FewShotLearner(dls, model, loss_func=loss_func, opt_func=opt_func, wd=wd, cbs=cbs, **kwargs)
@@ -140,7 +140,7 @@ def global_learner(
     amp=True, # bfloat16, or float16 with scaled gradients, where the device has it
     keep_best=True, # end with the weights of the epoch that was best on the validation classes
     channels_last=True, # convolutions' memory format
-    compile=False, # the network by torch.compile: slower on the CPUs measured (benchmarks/README.md)
+    compile=False, # the network by torch.compile, True or its options: slower on the CPUs measured (benchmarks/README.md)
     valid=None, # episodes of the validation classes: n_way=5, k_shot=1, n_query=15, n_episodes=1000, seed=0
     **kwargs # of fastai's `Learner`
 ) -> Learner:
@@ -166,7 +166,7 @@ def meta_learner(
     amp=True, # bfloat16, or float16 with scaled gradients, where the device has it
     keep_best=True, # end with the weights of the epoch that was best on the validation classes
     channels_last=True, # convolutions' memory format
-    compile=False, # the network by torch.compile: slower on the CPUs measured (benchmarks/README.md)
+    compile=False, # the network by torch.compile, True or its options: slower on the CPUs measured (benchmarks/README.md)
     valid=None, # episodes of the validation classes: n_way=5, k_shot as in training, n_query=15, n_episodes=1000, seed=0
     distill=None, # further settings of `RelatednessDistiller`: decouple, kl_weight, hinton, reverse, ...
     **kwargs # of fastai's `Learner`

@@ -142,7 +142,7 @@ def inference(folder):
     return parts
 
 def benchmark(path):
-    "The table of benchmarks/README.md"
+    "evaluate.py's table"
     r = json.loads(path.read_text())
     of = defaultdict(dict)
     for line in r['lines']: of[line['method']].update(line)
@@ -152,8 +152,7 @@ def benchmark(path):
     lines += [f"| {k} | | {1e6/o['episodes_per_second']:,.0f} ({o['episodes_per_second']:.0f} episodes/s) | | | |" for k,o in of.items() if 'episodes_per_second' in o]
     e = of['evaluation']
     return '\n'.join([*lines, '', f"Ten thousand 5-way 1-shot episodes of 12,000 images and their ConvNet-4 forward pass take {e['forward_and_episodes_over_forward']:.2f} times "
-        f"the forward pass alone ({e['forward_s']:.1f} s + {e['episodes_10000_s']:.1f} s, {e['threads']} threads).", '', f"{r['device']}, {r['cores']} cores; " +
-        ', '.join(f'{k} {v}' for k,v in r['versions'].items() if k in ('torch','numpy','easyfsl')) + f"; commit {r['commit'][:8]}, `{r['command']}`"])
+        f"the forward pass alone ({e['forward_s']:.1f} s + {e['episodes_10000_s']:.1f} s, {e['threads']} threads).", '', taken(r, 'torch', 'numpy', 'easyfsl')])
 
 def novel_log(path):
     if not path.exists(): return 'The novel classes have not been scored yet.'
@@ -161,9 +160,24 @@ def novel_log(path):
     return '\n'.join(['| time | network | shot | accuracy | episodes | commit |', '|---|---|---|---|---|---|',
                       *(f"| {o['time']} | {o['what']}{''.join(', ' + str(o[k]) for k in ('classifier','queries') if k in o)} | {o['shot']} | {o['accuracy']:.2f} ± {o['ci95']:.2f} | {o['test_episodes']} | {o['commit'][:8]} |" for o in lines)])
 
-def between(text, measured):
-    before,rest = text.split(MARKS[0])
-    return before + MARKS[0] + '\n' + measured + '\n' + MARKS[1] + rest.split(MARKS[1])[1]
+def taken(r, *packages):
+    "Where and by what a benchmark's lines were taken"
+    return f"{r['device']}, {r['cores']} cores; {', '.join(f'{k} {v}' for k,v in r['versions'].items() if k in packages)}; commit {r['commit'][:8]}, `{r['command']}`"
+
+def as_they_are(path):
+    "A benchmark's lines as tables, one for each kind of line"
+    r,kinds = json.loads(path.read_text()),defaultdict(list)
+    for line in r['lines']: kinds[tuple(line)].append(line)
+    def cell(v): return f'{v:,}' if isinstance(v, (int, float)) and not isinstance(v, bool) else str(v)
+    tables = ['\n'.join(['| ' + ' | '.join(keys) + ' |', '|---'*len(keys) + '|', *('| ' + ' | '.join(map(cell, line.values())) + ' |' for line in lines)]) for keys,lines in kinds.items()]
+    floor = next((line['gflop_per_image'] for line in r['lines'] if (line['name'], line.get('px')) == ('resnet12', 32)), None)
+    counted = [f'Counted floor of the paper\'s stage one on CIFAR-FS: 90 epochs of 38,400 images at four rotations, {floor} GFLOP each with ResNet-12: {90*38400*4*floor*1e9:.2g} floating-point operations.'] if floor else []
+    return '\n\n'.join([*tables, *counted, taken(r, 'torch', 'fastai', 'albumentations', 'easyfsl')])
+
+def between(text, measured, after=''):
+    "`text` with `measured` between the first marks that follow `after`"
+    at = text.index(MARKS[0], text.index(after)) + len(MARKS[0])
+    return text[:at] + '\n' + measured + '\n' + text[text.index(MARKS[1], at):]
 
 @call_parse
 def main(
@@ -184,9 +198,10 @@ def main(
     if tables := inference(root/'results'): parts += ['## Inference: other classifiers, inductive and transductive\n', *tables]
     parts += ['## Every scoring of the novel classes\n', novel_log(root/'results'/'novel_scorings.jsonl') + '\n']
     (root/'RESULTS.md').write_text('\n'.join(parts))
-    if (measured := root/'benchmarks'/'evaluate.json').exists():
-        doc = root/'benchmarks'/'README.md'
-        doc.write_text(between(doc.read_text(), benchmark(measured)))
+    doc = root/'benchmarks'/'README.md'
+    for measured in sorted((root/'benchmarks').glob('*.json')):
+        table = benchmark(measured) if measured.stem == 'evaluate' else as_they_are(measured)
+        doc.write_text(between(doc.read_text(), table, f'## {measured.stem}.py'))
     readme = root/'README.md'
     readme.write_text(between(readme.read_text(), beside(root)))
     doc,rows = root/'docs'/'readings.md',found['readings'].get('val')

@@ -126,3 +126,17 @@ def test_show_batch_draws_support_and_query_rows(data):
     assert all(len(ax.images) == 1 for ax in axes)
     category_dls(data).show_batch()
     assert len(plt.gcf().axes) == 9 and plt.gcf().axes[0].get_title() in data.train.vocab
+
+def test_images_that_fit_lie_on_the_device(data):
+    "The same batches from a tensor that holds all images; too little room leaves them where they are"
+    dls,held = category_dls(data, bs=40),category_dls(data, bs=40)
+    images = held.train.packed
+    n_bytes = 240*16*16*3
+    images.hold(torch.device('cpu'), n_bytes - 1)
+    assert isinstance(images.images[0], np.memmap)
+    images.hold(torch.device('cpu'), n_bytes)
+    assert all(isinstance(o, torch.Tensor) and o.dtype == torch.uint8 for o in images.images)
+    assert equal(batches(dls), batches(held)) and torch.equal(held.valid.one_batch()[0], dls.valid.one_batch()[0])
+    by_albumentations = category_dls(data, bs=40, aug=A.Compose([A.HorizontalFlip(p=.5)]))
+    by_albumentations.train.packed.hold(torch.device('cpu'), n_bytes)
+    assert equal(batches(by_albumentations), batches(category_dls(data, bs=40, aug=A.Compose([A.HorizontalFlip(p=.5)]))))
