@@ -13,7 +13,6 @@ from .optim import OPTIMISERS
 __all__ = ['STAGE_ONE', 'READINGS', 'SCHEDULES', 'stage_two_settings', 'stage_one', 'stage_two', 'check_settings']
 
 SCHEDULES = ('poly', 'step', 'one_cycle')
-RATE_POWER = dict(sgd=1, muon=0.5) # of the step's size
 
 # Stage one as the paper has it
 STAGE_ONE = dict(arch='resnet12', epochs=90, schedule='poly', lr=0.05, rotation=True, rotation_from='logits', classifier='linear', smoothing=0., jitter=True, augment='batch',
@@ -56,10 +55,9 @@ def check_settings(settings):
 def fitting(s, k):
     """The fit of settings `s` with `k` images or episodes a step: a function of the Learner
 
-    Where several processes make the step larger than k the rate grows with it, by its root for Muon, whose steps do not shrink with
-    the gradient's noise.
+    Where several processes make the step larger than k the rate grows by the root of it (docs/runs.md).
     """
-    lr = s['lr'] * (effective(k)/k)**RATE_POWER[s['opt']]
+    lr = s['lr'] * (effective(k)/k)**0.5
     return lambda learn: getattr(learn, f'fit_{s["schedule"]}')(s['epochs'], lr)
 
 def stage_one(data, s, **kwargs):
