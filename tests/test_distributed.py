@@ -13,7 +13,7 @@ from torch import nn
 from grdd_fastai.data import category_dls, episodic_dls, plain_dl
 from grdd_fastai.distributed import effective, ranks
 from grdd_fastai.errors import UserError
-from grdd_fastai.evaluate import embed, evaluate
+from grdd_fastai.evaluate import embed, evaluate, mean_ci95
 from grdd_fastai.learners import create_backbone, global_learner, meta_learner
 from grdd_fastai.stages import STAGE_ONE, fitting
 
@@ -76,6 +76,14 @@ def steps(data):
     return dict(one=one.model.state_dict(), two=two.model.state_dict(), h=h, y=y, norm=learn.model.state_dict(), lr=torch.tensor(one.opt.hypers[-1]['lr']),
                 accuracies=torch.from_numpy(evaluate(h, y, **WORDS, shared=several).episodes), shown=torch.tensor(list(one.recorder.values[-1])[:4]))
 
+def trained(data):
+    "Episodes' accuracies of the novel classes after two epochs on `data`, and of the network's random weights"
+    several = ranks()[1] > 1
+    learn = global_learner(category_dls(data), 'convnet4', rotation=False, valid=dict(n_episodes=100), keep_best=False)
+    before = evaluate(*embed(learn.model.backbone, plain_dl(data), shared=several), n_episodes=600, shared=several)
+    with learn.distrib_ctx(), learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, .1)
+    return [torch.from_numpy(e.episodes) for e in (before, evaluate(*embed(learn.model.backbone, plain_dl(data), shared=several), n_episodes=600, shared=several))]
+
 WORKER = f'''
 import sys, torch
 sys.path[:0] = {[str(ROOT), str(ROOT/'tests')]!r}
@@ -83,7 +91,7 @@ from pathlib import Path
 from grdd_fastai.distributed import agreed, processes, ranks, shared
 from grdd_fastai.errors import UserError
 from grdd_fastai.pack import few_shot_data
-from test_distributed import steps
+from test_distributed import steps, trained
 folder,cache,out = sys.argv[1:]
 with processes():
     rank = ranks()[0]
@@ -91,7 +99,8 @@ with processes():
     def fail(): raise UserError('rank 0 says no')
     try: shared(fail); raise AssertionError
     except UserError as e: assert str(e) == 'rank 0 says no'
-    torch.save(steps(few_shot_data(folder, px=16, cache=cache)), Path(out)/f'{{rank}}.pt')
+    found = steps(few_shot_data(folder, px=16, cache=cache)) | dict(trained=trained(few_shot_data('demo', cache=cache)))
+    torch.save(found, Path(out)/f'{{rank}}.pt')
 '''
 
 def launch(*command, n=2):
@@ -127,6 +136,15 @@ def test_embedding_and_episodes_are_shared_and_gathered(both):
     assert torch.equal(a['h'], b['h']) and torch.equal(a['y'], alone['y']) and torch.allclose(a['h'], alone['h'], atol=1e-4)
     assert torch.equal(a['accuracies'], b['accuracies']) and len(a['accuracies']) == 1100
     assert (a['accuracies'] != torch.from_numpy(evaluate(a['h'], a['y'], **WORDS).episodes)).sum() == 0 # the very episodes of one process
+
+
+def test_two_processes_reach_the_accuracy_of_one(both, cache):
+    "On the demo's characters, BatchNorm and all, within the interval of 600 episodes; a long way above random weights"
+    from grdd_fastai.pack import few_shot_data
+    before,alone = trained(few_shot_data('demo', cache=cache))
+    two = both[1]['trained'][1]
+    assert torch.equal(both[1]['trained'][0], before) and two.mean() > before.mean() + 10
+    assert two.mean() >= alone.mean() - mean_ci95(alone)[1]
 
 
 # ---- a recipe ---------------------------------------------------------------------------------------------------------
