@@ -4,6 +4,7 @@ from fastai.callback.schedule import *  # noqa: F401  (fit_one_cycle, lr_find)
 from .augment import *
 from .callbacks import *
 from .data import *
+from .distributed import *
 from .errors import *
 from .evaluate import *
 from .inference import *

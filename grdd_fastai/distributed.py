@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .errors import UserError
 
-__all__ = ['ranks', 'processes', 'shared', 'agreed', 'gathered', 'summed', 'effective', 'unwrapped', 'Distributed', 'replica']
+__all__ = ['processes', 'Distributed']
 
 
 def ranks():

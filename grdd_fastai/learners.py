@@ -1,6 +1,7 @@
 """fastai Learners of both stages, and the schedules the paper trains them with."""
 import copy
 import difflib
+import os
 from contextlib import contextmanager, suppress
 
 import timm
@@ -100,8 +101,9 @@ class FewShotLearner(Learner):
     def validate(self, *args, **kwargs): return L([self.few_shot_accuracy.measure().accuracy])
     @contextmanager
     def distrib_ctx(self, sync_bn=False):
-        "Fits inside train on all the processes there are; fastai's by the same name cuts batches across episodes"
+        "Fits inside train on all the processes joined by `processes`; fastai's by the same name cuts batches across episodes"
         if ranks()[1] == 1:
+            if int(os.environ.get('WORLD_SIZE', 1)) > 1: raise UserError('this is one of several processes that have not joined: put the program inside `with processes():`')
             yield self
             return
         with self.added_cbs(Distributed(sync_bn)): yield self

@@ -183,6 +183,12 @@ def test_a_user_error_in_two_processes_is_one_sentence(tmp_path):
     done = launch(RECIPE, '--data', tmp_path/'nothing', '--out', tmp_path/'out')
     assert done.returncode != 0 and 'no such file or folder' in done.stderr
 
+def test_processes_that_have_not_joined_are_a_sentence(data, monkeypatch):
+    "Each would train alone"
+    learn = global_learner(category_dls(data), 'convnet4')
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    with pytest.raises(UserError, match='with processes'), learn.distrib_ctx(): pass
+
 def test_without_accelerate_there_is_a_sentence(monkeypatch):
     from grdd_fastai.distributed import processes
     monkeypatch.setenv('WORLD_SIZE', '2')
