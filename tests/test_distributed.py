@@ -76,14 +76,6 @@ def steps(data):
     return dict(one=one.model.state_dict(), two=two.model.state_dict(), h=h, y=y, norm=learn.model.state_dict(), lr=torch.tensor(one.opt.hypers[-1]['lr']),
                 accuracies=torch.from_numpy(evaluate(h, y, **WORDS, shared=several).episodes), shown=torch.tensor(list(one.recorder.values[-1])[:4]))
 
-def trained(data):
-    "Episodes' accuracies of the novel classes after two epochs on `data`, and of the network's random weights"
-    several = ranks()[1] > 1
-    learn = global_learner(category_dls(data), 'convnet4', rotation=False, valid=dict(n_episodes=100), keep_best=False)
-    before = evaluate(*embed(learn.model.backbone, plain_dl(data), shared=several), n_episodes=600, shared=several)
-    with learn.distrib_ctx(), learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, .1)
-    return [torch.from_numpy(e.episodes) for e in (before, evaluate(*embed(learn.model.backbone, plain_dl(data), shared=several), n_episodes=600, shared=several))]
-
 WORKER = f'''
 import sys, torch
 sys.path[:0] = {[str(ROOT), str(ROOT/'tests')]!r}
@@ -91,7 +83,7 @@ from pathlib import Path
 from grdd_fastai.distributed import agreed, processes, ranks, shared
 from grdd_fastai.errors import UserError
 from grdd_fastai.pack import few_shot_data
-from test_distributed import steps, trained
+from test_distributed import steps
 folder,cache,out = sys.argv[1:]
 with processes():
     rank = ranks()[0]
@@ -99,8 +91,7 @@ with processes():
     def fail(): raise UserError('rank 0 says no')
     try: shared(fail); raise AssertionError
     except UserError as e: assert str(e) == 'rank 0 says no'
-    found = steps(few_shot_data(folder, px=16, cache=cache)) | dict(trained=trained(few_shot_data('demo', cache=cache)))
-    torch.save(found, Path(out)/f'{{rank}}.pt')
+    torch.save(steps(few_shot_data(folder, px=16, cache=cache)), Path(out)/f'{{rank}}.pt')
 '''
 
 def launch(*command, n=2):
@@ -111,13 +102,14 @@ def launch(*command, n=2):
     return done
 
 @pytest.fixture(scope='module')
-def both(csv_set, data, cache, tmp_path_factory):
+def both(faint, cache, tmp_path_factory):
     "What one process and the two of another came to"
+    from grdd_fastai.pack import few_shot_data
     out = tmp_path_factory.mktemp('two')
     (out/'worker.py').write_text(WORKER)
-    done = launch(out/'worker.py', csv_set, cache, out)
+    done = launch(out/'worker.py', faint, cache, out)
     assert done.returncode == 0, done.stderr
-    return steps(data),torch.load(out/'0.pt'),torch.load(out/'1.pt')
+    return steps(few_shot_data(faint, px=16, cache=cache)),torch.load(out/'0.pt'),torch.load(out/'1.pt')
 
 @pytest.mark.parametrize('stage', ['one', 'two'])
 def test_two_processes_take_the_steps_of_one(both, stage):
@@ -138,13 +130,10 @@ def test_embedding_and_episodes_are_shared_and_gathered(both):
     assert (a['accuracies'] != torch.from_numpy(evaluate(a['h'], a['y'], **WORDS).episodes)).sum() == 0 # the very episodes of one process
 
 
-def test_two_processes_reach_the_accuracy_of_one(both, cache):
-    "On the demo's characters, BatchNorm and all, within the interval of 600 episodes; a long way above random weights"
-    from grdd_fastai.pack import few_shot_data
-    before,alone = trained(few_shot_data('demo', cache=cache))
-    two = both[1]['trained'][1]
-    assert torch.equal(both[1]['trained'][0], before) and two.mean() > before.mean() + 10
-    assert two.mean() >= alone.mean() - mean_ci95(alone)[1]
+def test_two_processes_reach_the_accuracy_of_one(both):
+    "Trained and scored in two, within the interval of one: BatchNorm apart, whose batches are smaller there"
+    alone,a,_ = both
+    assert abs(a['accuracies'].mean() - alone['accuracies'].mean()) <= mean_ci95(alone['accuracies'])[1] and 0 < alone['accuracies'].mean() < 100
 
 
 # ---- a recipe ---------------------------------------------------------------------------------------------------------
