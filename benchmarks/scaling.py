@@ -19,7 +19,8 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-from common import say, write
+from common import say, seconds, write
+from fastai.callback.core import Callback, CancelFitException
 from fastcore.script import call_parse
 
 
@@ -56,11 +57,6 @@ def measure(name, work, *args, **sizes):
     p.join()
     say(name=name, **sizes, seconds=round(took, 2), anonymous_mb=round(anonymous), mapped_mb=round(mapped))
 
-def timed(f, *args, **kwargs):
-    begun = time.perf_counter()
-    f(*args, **kwargs)
-    return time.perf_counter() - begun
-
 
 # ---- the works --------------------------------------------------------------------------------------------------------
 
@@ -79,24 +75,21 @@ def pngs(path, n_images, n_classes, px=32):
 
 def prepare(path, cache):
     from grdd_fastai.pack import few_shot_data
-    return timed(few_shot_data, path, cache=cache)
+    return seconds(few_shot_data, path, cache=cache)
 
-class Steps:
+class Steps(Callback):
     "Ends a fit after `n` steps"
-    def __new__(cls, n):
-        from fastai.callback.core import Callback, CancelFitException
-        class _Steps(Callback):
-            run_valid = False
-            def after_batch(self):
-                if self.iter + 1 == n: raise CancelFitException()
-        return _Steps()
+    run_valid = False
+    def __init__(self, n): self.n = n
+    def after_batch(self):
+        if self.iter + 1 == self.n: raise CancelFitException()
 
 def train(path, cache):
     from grdd_fastai.pack import few_shot_data
     from grdd_fastai.stages import STAGE_ONE, stage_one
     data = few_shot_data(path, cache=cache)
     learn,fit = stage_one(data, STAGE_ONE | dict(arch='convnet4', epochs=1, rotation=False), valid=dict(n_query=5), cbs=Steps(100))
-    with learn.no_bar(), learn.no_logging(): return timed(fit, learn)
+    with learn.no_bar(), learn.no_logging(): return seconds(fit, learn)
 
 def embed(path, cache):
     from grdd_fastai.data import plain_dl
@@ -104,14 +97,14 @@ def embed(path, cache):
     from grdd_fastai.learners import create_backbone
     from grdd_fastai.pack import few_shot_data
     dl = plain_dl(few_shot_data(path, cache=cache), 'test')
-    return timed(embed, create_backbone('convnet4'), dl)
+    return seconds(embed, create_backbone('convnet4'), dl)
 
 def evaluate(n_images, n_classes, n_episodes):
     import torch
 
     from grdd_fastai.evaluate import evaluate
     h,y = torch.rand(n_images, 64),torch.arange(n_images)*n_classes//n_images
-    return timed(evaluate, h, y, 5, 1, 5, n_episodes)
+    return seconds(evaluate, h, y, 5, 1, 5, n_episodes)
 
 
 @call_parse

@@ -179,8 +179,9 @@ def main(
         for px in map(int, sides.split(',')):
             for stage in ('one', 'two'):
                 mine,others,images = measure(stage, arch, px, lambda n, images: bare(arch, px, images, device, compile), 1.)  # noqa: B023
+                flops = gflop_per_image(arch, px)
                 say(name=arch, stage=stage, px=px, device=device.type, ratio=round(others/mine, 3), recipe_ms=round(1e3*mine, 1), bare_ms=round(1e3*others, 1), images=images,
-                    gflop_per_image=round(gflop_per_image(arch, px), 3), gflop_per_second=round(gflop_per_image(arch, px)*images/mine),
+                    gflop_per_image=round(flops, 3), gflop_per_second=round(flops*images/mine),
                     precision=str(autocast_dtype(device) or torch.float32).removeprefix('torch.'), compile=compile, repeats=repeats)
             if px == 32: # `mine` is stage two's
                 looking,others,images = measure('two', arch, px, lambda n, images: bare(arch, px, images, device, compile), 1., 'same')  # noqa: B023

@@ -141,8 +141,7 @@ def test_two_processes_reach_the_accuracy_of_one(both):
 RECIPE = ROOT/'recipes'/'cifarfs_5w1s.py'
 
 def recipe(folder, cache, out, **kwargs):
-    s = dict(data=folder, cache=cache, out=out, teacher='convnet4', student='convnet4', way=3, epochs=3, meta_epochs=2, episodes=40, query=5, test_episodes=600, **kwargs)
-    s.pop('way')
+    s = dict(data=folder, cache=cache, out=out, teacher='convnet4', student='convnet4', epochs=3, meta_epochs=2, episodes=40, query=5, test_episodes=600, **kwargs)
     return [RECIPE, *(str(o) for k,v in s.items() for o in ([f'--{k.replace("_", "-")}'] if v is True else [f'--{k.replace("_", "-")}', v]))]
 
 def result(done):
