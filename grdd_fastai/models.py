@@ -4,9 +4,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropBlock2d, SelectAdaptivePool2d, to_2tuple
+from timm.layers import SelectAdaptivePool2d, to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 __all__ = ['ConvNet4', 'ResNet12', 'ScheduledDropBlock']
 
@@ -47,7 +48,7 @@ class FewShotBackbone(nn.Module):
     def forward_features(self, x):
         "Images (B, in_chans, H, W) -> last feature map (B, C, H', W')"
         if not self.grad_checkpointing or torch.jit.is_scripting(): return self.stages(x)
-        for stage in self.stages: x = torch.utils.checkpoint.checkpoint(stage, x, use_reentrant=False)
+        for stage in self.stages: x = checkpoint(stage, x, use_reentrant=False)
         return x
 
     def forward_head(self, x, pre_logits=False):
@@ -113,24 +114,33 @@ class R2D2Net(FewShotBackbone):
 
 # ---- ResNet-12 ------------------------------------------------------------------------------------------------------
 
-class ScheduledDropBlock(DropBlock2d):
-    "DropBlock whose rate climbs linearly from 0 to `drop_prob` over `n_steps` training batches, kept in a buffer"
-    def __init__(self, drop_prob=0.1, block_size=5, n_steps=40_000):
-        super().__init__(drop_prob=drop_prob, block_size=block_size, couple_channels=False)
-        self.max_drop_prob,self.n_steps = drop_prob,n_steps
-        self.register_buffer('step', torch.zeros((), dtype=torch.long))
-        self.n_seen = None # `step` again, as reading a buffer waits for the GPU; None where it has to be read
+class ScheduledDropBlock(nn.Module):
+    """DropBlock (arXiv 1810.12890) whose rate climbs linearly from 0 to `drop_prob` over `n_steps` training batches
 
-    def _load_from_state_dict(self, *args, **kwargs):
-        super()._load_from_state_dict(*args, **kwargs)
-        self.n_seen = None
+    Feature maps (B, C, H, W) lose squares of side `block_size` and are scaled up to keep their mean. A square's corner is drawn from the
+    (H-k+1) x (W-k+1) places where it fits, so that at a rate p a share of nearly 1 - p is kept on small maps as well. The number of
+    batches seen is the buffer `step`, and the rate is computed from it on the device.
+    """
+    def __init__(self, drop_prob=0.1, block_size=5, n_steps=40_000):
+        super().__init__()
+        self.drop_prob,self.block_size,self.n_steps = drop_prob,block_size,n_steps
+        self.register_buffer('step', torch.zeros((), dtype=torch.long))
+
+    def extra_repr(self): return f'drop_prob={self.drop_prob}, block_size={self.block_size}, n_steps={self.n_steps}'
+
+    def rate(self):
+        "The share of a feature map to drop at the present step, a scalar tensor"
+        return self.drop_prob * (self.step/self.n_steps).clamp(max=1.)
 
     def forward(self, x):
-        if not self.training or not self.max_drop_prob: return x
-        self.n_seen = 1 + (self.step.item() if self.n_seen is None else self.n_seen)
+        if not self.training or not self.drop_prob: return x
         self.step += 1
-        self.drop_prob = self.max_drop_prob * min(1., self.n_seen/self.n_steps)
-        return super().forward(x)
+        B,C,H,W = x.shape
+        k = min(self.block_size, H, W)
+        places = H-k+1,W-k+1
+        corners = torch.rand(B, C, *places, device=x.device) < self.rate() * (H*W) / (k*k*places[0]*places[1]) # section 3.2
+        kept = 1 - F.max_pool2d(F.pad(corners.float(), [k-1]*4), k, stride=1) # every corner grown to its square
+        return x * (kept * (kept.numel() / kept.sum().clamp(min=1))).to(x.dtype)
 
 
 class ResNet12Block(nn.Module):
@@ -145,10 +155,14 @@ class ResNet12Block(nn.Module):
         self.act,self.pool,self.drop = nn.LeakyReLU(0.1, inplace=True),nn.MaxPool2d(2),drop
 
     def forward(self, x):
+        return self.drop(self.residual(x))
+
+    def residual(self, x):
+        "The block without its dropout"
         out = self.act(self.bn1(self.conv1(x)))
         out = self.act(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out)) + self.downsample(x)
-        return self.drop(self.act(self.pool(out))) # the pool commutes with the activation and leaves it 4x less to do
+        return self.act(self.pool(out)) # the pool commutes with the activation and leaves it 4x less to do
 
 
 class ResNet12(FewShotBackbone):
@@ -169,6 +183,13 @@ class ResNet12(FewShotBackbone):
         self.feature_info = [dict(num_chs=w, reduction=2**(i+1), module=f'stages.{i}') for i,w in enumerate(widths)]
         self._init_weights('leaky_relu', a=0.1)
         self._make_head(in_chans, num_classes, global_pool, drop_rate, img_size // 16)
+
+    def forward_features(self, x):
+        "Images (B, in_chans, H, W) -> last feature map (B, C, H', W')"
+        if not self.grad_checkpointing or torch.jit.is_scripting(): return self.stages(x)
+        # the dropout stays outside of what is computed again in the backward pass: it counts its steps and draws once
+        for block in self.stages: x = block.drop(checkpoint(block.residual, x, use_reentrant=False))
+        return x
 
 
 # ---- registration ---------------------------------------------------------------------------------------------------

@@ -96,17 +96,61 @@ def test_dropblock_schedule_climbs_survives_saving_and_rests_in_eval():
     x = torch.randn(2, 3, 32, 32)
     for _ in range(4): net.train()(x)
     net.eval()(x)
-    assert [b.step.item() for b in blocks] == [4, 4] and blocks[0].drop_prob == pytest.approx(.1*4/10)
+    assert [b.step.item() for b in blocks] == [4, 4] and blocks[0].rate().item() == pytest.approx(.1*4/10)
     other = ResNet12(widths=(4,4,4,4), num_classes=2, drop_steps=10)
     other.load_state_dict(net.state_dict())
     other.train()(x)
-    assert other.stages[3].drop.step.item() == 5 and other.stages[3].drop.drop_prob == pytest.approx(.05)
+    assert other.stages[3].drop.step.item() == 5 and other.stages[3].drop.rate().item() == pytest.approx(.05)
 
 def test_dropblock_size_follows_the_image():
     assert [timm.create_model('resnet12', img_size=px).stages[2].drop.block_size for px in (32, 84)] == [2, 5]
 
-def test_dropblock_drops_squares_and_keeps_the_mean():
+@pytest.mark.parametrize('px', [32, 84])
+@pytest.mark.parametrize('stage', [2, 3])
+def test_dropblock_keeps_the_share_it_is_meant_to(px, stage):
+    "At the end of the ramp 0.90 of every map, as the squares that can cover each place, counted one by one, foretell"
+    drop,side = timm.create_model('resnet12', img_size=px).stages[stage].drop.train(),px >> (stage+1)
+    drop.step.fill_(10**6)
     torch.manual_seed(0)
-    drop = ScheduledDropBlock(.2, block_size=2, n_steps=1).train()
-    y = drop(torch.ones(64, 8, 8, 8))
-    assert .1 < (y == 0).float().mean() < .3 and y.mean().item() == pytest.approx(1, abs=.01)
+    kept = (drop(torch.ones(400, 64, side, side)) != 0).float().mean((0, 1))
+    k,places = drop.block_size,range(side - drop.block_size + 1)
+    gamma = .1/k**2 * side**2/len(places)**2
+    def squares(i): return sum(p <= i < p + k for p in places)
+    expected = torch.tensor([[(1 - gamma)**(squares(i)*squares(j)) for j in range(side)] for i in range(side)])
+    assert torch.allclose(kept, expected, atol=.012) and kept.mean().item() == pytest.approx(.9, abs=.01)
+
+def test_dropblock_drops_whole_squares_and_keeps_the_mean():
+    "Each square that is lost is marked by hand from its corner"
+    drop = ScheduledDropBlock(.2, block_size=3, n_steps=1).train()
+    torch.manual_seed(0)
+    y = drop(torch.ones(64, 8, 8, 6))
+    torch.manual_seed(0)
+    corners = torch.rand(64, 8, 6, 4) < .2/9 * 48/24
+    expected = torch.ones(64, 8, 8, 6)
+    for n,c,i,j in corners.nonzero().tolist(): expected[n, c, i:i+3, j:j+3] = 0
+    assert 0 < corners.sum() and torch.allclose(y, expected * expected.numel()/expected.sum()) and y.mean().item() == pytest.approx(1, abs=1e-5)
+    assert drop(torch.ones(2, 3, 1, 1)).isfinite().all() # a map smaller than a square
+
+def test_gradient_checkpointing_changes_no_gradient():
+    "Neither DropBlock's steps nor its masks: early in the ramp, two passes before the backward one"
+    grads,steps = [],[]
+    for on in (False, True):
+        torch.manual_seed(0)
+        net = ResNet12(widths=(4,8,8,8), num_classes=2, block_drop_rate=.3, drop_steps=10).train()
+        net.set_grad_checkpointing(on)
+        x = torch.randn(2, 8, 3, 32, 32)
+        (net(x[0]).square().sum() + net(x[1]).square().sum()).backward()
+        grads.append({k:p.grad for k,p in net.named_parameters()})
+        steps.append(net.stages[2].drop.step.item())
+    assert steps == [2, 2]
+    for k,g in grads[0].items(): assert torch.allclose(g, grads[1][k], rtol=1e-4, atol=1e-5), k
+
+def test_a_compiled_network_does_not_compile_again_at_every_step():
+    net,graphs = ResNet12(widths=(4,4,4,4), num_classes=2).train(),[]
+    def backend(graph, inputs): graphs.append(graph); return graph.forward
+    compiled = torch.compile(net, backend=backend)
+    x = torch.randn(2, 3, 32, 32)
+    compiled(x)
+    n = len(graphs)
+    for _ in range(4): compiled(x)
+    assert len(graphs) == n and net.stages[2].drop.step.item() == 5

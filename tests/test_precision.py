@@ -63,10 +63,10 @@ def test_dropblock_counts_on_after_weights_are_loaded(data):
     learn = stage_one(data, arch='resnet12', rotation=False, bs=60, keep_best=False)
     drop,start = learn.model.backbone.stages[3].drop,copy.deepcopy(learn.model.state_dict())
     fit(learn, 1, .01)
-    assert drop.step.item() == drop.n_seen == 2
+    assert drop.step.item() == 2
     learn.model.load_state_dict(start)
     fit(learn, 1, .01)
-    assert drop.step.item() == drop.n_seen == 2 and drop.drop_prob == pytest.approx(.1*2/40_000) and not same_state(start, learn.model.state_dict())
+    assert drop.step.item() == 2 and drop.rate().item() == pytest.approx(.1*2/40_000) and not same_state(start, learn.model.state_dict())
 
 def test_the_recorder_keeps_numbers(data):
     "A tensor a step, each in a place of its own, keeps the allocator from using the memory around it again"
