@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from fastai.callback.core import Callback, CancelValidException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.tracker import TrackerCallback
+from fastai.callback.training import GradientAccumulation
 from fastai.learner import Recorder, ValueMetric
 from torch.nn.parallel import DistributedDataParallel
 
@@ -58,7 +59,11 @@ class ShowsMetrics(Callback):
 
 
 class LossTerm(ShowsMetrics):
-    "Adds terms to the training loss and shows each epoch's mean of every part"
+    """Adds terms to the training loss and shows each epoch's mean of every part
+
+    It comes before every callback of fastai that works on the loss, so that `GradientAccumulation` and mixed precision scale all terms alike.
+    """
+    order = GradientAccumulation.order-1
     run_valid,parts = False,()
     def shown(self): return {k:lambda k=k: self.part_mean(k) for k in self.parts}
     def before_train(self): self.totals = {k:[0., 0] for k in self.parts}
@@ -82,6 +87,7 @@ class Rotation(LossTerm):
     parts = ('L_c', 'L_r')
     def __init__(self, weight=1.): self.weight = weight
     def before_batch(self):
+        self.upright = self.xb,self.yb
         x,y = self.xb[0],self.yb[0]
         self.learn.xb,self.learn.yb = (rotate4(x),),(y.repeat(4),)
         self.angles = torch.arange(4, device=x.device).repeat_interleave(len(x))
@@ -91,6 +97,8 @@ class Rotation(LossTerm):
     def after_loss(self):
         L_c,L_r = self.loss_grad,F.cross_entropy(self.rotation_pred.float(), self.angles)
         self.set_loss(L_c + self.weight*L_r, L_c=L_c, L_r=L_r)
+        self.learn.xb,self.learn.yb = self.upright # other callbacks count and measure the batch's own images
+        self.learn.pred = self.pred[:len(self.yb[0])]
 
 
 # ---- stage two --------------------------------------------------------------------------------------------------------
@@ -132,10 +140,9 @@ class RelatednessDistiller(LossTerm):
         self.was = self.teacher.training,[(p, p.requires_grad) for p in self.teacher.parameters()]
         self.rows_epoch = None
         self.teacher.eval().requires_grad_(False).to(self.dls.device)
-        self.amp = amp_dtype(self.learn)
         bank_of = id(self.teacher),id(self.dls.train.dataset)
         if self.teacher_view == 'clean' and self.bank_of != bank_of:
-            if self.bank is None or self.bank_of: self.bank = embed(self.teacher, self.dls.train.plain(), self.amp)[0]
+            if self.bank is None or self.bank_of: self.bank = embed(self.teacher, self.dls.train.plain(), amp_dtype(self.learn))[0]
             self.bank,self.bank_of = self.bank.to(self.dls.device),bank_of
             if len(self.bank) != (n := len(self.dls.train.dataset)): raise ValueError(f'a bank of {len(self.bank)} features for {n} base images')
 
@@ -149,7 +156,7 @@ class RelatednessDistiller(LossTerm):
 
     def batch_features(self):
         if self.teacher_view == 'same':
-            with amp(self.dls.device, self.amp): return features(self.teacher, self.xb[0])
+            with amp(self.dls.device, amp_dtype(self.learn)): return features(self.teacher, self.xb[0])
         if self.rows_epoch != self.dl.epoch: # the epoch's own draw, once more
             self.rows_epoch,self.rows = self.dl.epoch,torch.as_tensor(self.dl.get_idxs(), device=self.bank.device)
         return self.bank[self.rows[self.iter*self.dl.bs:][:len(self.xb[0])]]
@@ -174,7 +181,7 @@ class FewShotAccuracy(ShowsMetrics):
 
     A loss over classes the network has no outputs for would mean nothing: a fit skips it.
     """
-    order = LossTerm.order + 1
+    order = ShowsMetrics.order + 1
     def __init__(self, n_way=5, k_shot=1, n_query=15, n_episodes=1000, seed=0):
         self.episodes = dict(n_way=n_way, k_shot=k_shot, n_query=n_query, n_episodes=n_episodes, seed=seed)
         self.last,self.fitting = float('nan'),False

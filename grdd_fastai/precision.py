@@ -35,8 +35,10 @@ class Autocast(MixedPrecision):
 
     float16 gradients are scaled, and a step whose gradients overflow is left out.
     """
+    @property
+    def dtype(self): return autocast_dtype(torch.device(self.dls.device))
     def before_fit(self):
-        self.dtype,self.handles = autocast_dtype(torch.device(self.dls.device)),[]
+        self.handles = []
         self.learn.scaler,self.scales = torch.amp.GradScaler(torch.device(self.dls.device).type, enabled=self.dtype is torch.float16),[]
         if self.dtype is None: return
         cast = amp(self.dls.device, self.dtype)
@@ -51,5 +53,5 @@ class Autocast(MixedPrecision):
 
 
 def amp_dtype(learn):
-    "What the Learner's forward passes are autocast to in its fits, None for float32"
+    "What the Learner's forward passes are autocast to, None for float32"
     return getattr(getattr(learn, 'autocast', None), 'dtype', None)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.schedule import *  # noqa: F401
+from fastai.callback.training import GradientAccumulation, GradientClip
 from test_losses import naive_kl, naive_R, naive_softmax
 
 from grdd_fastai.callbacks import FewShotAccuracy, RelatednessDistiller, rotate4
@@ -91,6 +92,41 @@ def test_a_cosine_classifier_in_stage_one_by_hand(data):
     assert learn.model.backbone.num_classes == 0 and not torch.equal(w, learn.model.classifier.weight) and learn.model.classifier.scale != 10
     head = learn.splitter(learn.model)[1]
     assert {id(p) for p in head} == {id(p) for p in learn.model.classifier.parameters()}
+
+def without_norm(arch_or_net):
+    "A ConvNet-4 whose images do not see each other: accumulated gradients can be those of the whole batch"
+    net = create_backbone(arch_or_net, 6, 16) if isinstance(arch_or_net, str) else arch_or_net
+    for block in net.stages: block[1] = torch.nn.Identity()
+    return net
+
+class Gradients(Callback):
+    "The gradient of each optimiser step"
+    order,run_valid = 1000,False
+    def before_fit(self): self.grads,self.logged = [],[]
+    def before_step(self): self.grads.append([p.grad.clone() for p in self.model.parameters()])
+    def after_batch(self): self.logged.append(self.learn.loss.item())
+
+@pytest.mark.parametrize('clip', [None, 1e-2])
+@pytest.mark.parametrize('stage', ['one', 'two'])
+def test_accumulated_gradients_are_those_of_one_large_batch(data, stage, clip):
+    "All terms of the loss are scaled alike, and what is logged stays what it is"
+    def learner(n, *cbs):
+        cbs = [Gradients(), *cbs, *([GradientClip(clip)] if clip else [])]
+        if stage == 'one': return stage_one(data, arch=without_norm('convnet4'), bs=120//n, keep_best=False, cbs=cbs)
+        return stage_two(data, without_norm(net(2)), without_norm(net(1)), n_episodes=4, per_step=4//n, keep_best=False, cbs=cbs)
+    images = 120 if stage == 'one' else 4*3*(2+4)
+    whole,parts = fit(learner(1), 1, 1e-6),fit(learner(4, GradientAccumulation(images)), 1, 1e-6)
+    assert len(whole.gradients.grads) == len(parts.gradients.grads) == 1
+    for a,b in zip(whole.gradients.grads[0], parts.gradients.grads[0]): assert a.abs().max() > 0 and torch.allclose(a, b, rtol=1e-3, atol=1e-5*a.abs().max().item())
+    assert whole.gradients.logged[0] == pytest.approx(np.mean(parts.gradients.logged), rel=1e-4)
+    rows = [dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1])) for learn in (whole, parts)]
+    for k in ('L_c', 'L_r') if stage == 'one' else ('L_kl', 'L_rt'): assert rows[0][k] == pytest.approx(rows[1][k], rel=1e-4)
+
+def test_metrics_of_a_rotated_batch_are_of_its_own_images(data):
+    seen = []
+    def count(pred, y): seen.append((len(pred), len(y))); return 0.
+    fit(stage_one(data, metrics=count))
+    assert set(seen) == {(60, 60)}
 
 def test_both_losses_are_logged(data):
     learn = fit(stage_one(data, cbs=Grab()))
