@@ -10,13 +10,14 @@ from fastcore.foundation import L
 
 from .callbacks import LossTerm
 from .distributed import agreed, unwrapped
-from .errors import UserError
-from .storage import load_tensors, save_tensors
+from .errors import UserError, first_line
+from .storage import load_state, load_tensors, save_tensors
 
 __all__ = ['Stopped', 'Deadline', 'Checkpoint', 'SkipBatches', 'StopOnNaN', 'learner_state', 'load_learner_state',
            'load_checkpoint', 'previous']
 
 MINUTES = 5 # between checkpoints inside an epoch
+FORMAT = 1 # of a checkpoint's tensors and meta; those of before it was written down are of the same
 
 
 class Stopped(Exception):
@@ -74,10 +75,10 @@ def learner_state(learn):
 
 def part(tensors, prefix): return {k.removeprefix(prefix):v for k,v in tensors.items() if k.startswith(prefix)}
 
-def load_learner_state(learn, tensors, meta):
-    "Undo `learner_state`, inside a fit that has begun"
+def load_learner_state(learn, tensors, meta, where='the checkpoint'):
+    "Undo `learner_state`, inside a fit that has begun; `where` names the file in errors"
     device = learn.dls.device
-    unwrapped(learn.model).load_state_dict(part(tensors, 'model/'))
+    load_state(unwrapped(learn.model), part(tensors, 'model/'), where)
     opt = learn.opt.opt if hasattr(learn.opt, 'opt') else learn.opt
     ps,state = [p for g in opt.param_groups for p in g['params']],{}
     for k,v in part(tensors, 'opt/').items():
@@ -127,9 +128,21 @@ class Checkpoint(Callback):
         self.saved,self.skip = time.monotonic(),0
         if not self.state: return
         tensors,meta = self.state
-        load_learner_state(self.learn, tensors, meta)
+        self.check(meta)
+        try: load_learner_state(self.learn, tensors, meta, self.path)
+        except UserError: raise
+        except Exception as e: raise UserError(f'{self.path} is not a checkpoint of this training ({type(e).__name__}: {first_line(e)}): give --out another folder') from None
         self.learn.first_epoch,self.skip,self.totals = meta['epoch'],meta['step'],meta['parts']
         self.state = None
+
+    def check(self, meta):
+        "UserError unless `meta` is of this format and of a place that the fit comes to"
+        if (found := meta.get('format', 1)) != FORMAT: raise UserError(
+            f'{self.path} has format {found} and this version of grdd_fastai reads {FORMAT}: go on with the version that wrote it, or give --out another folder')
+        epoch,step,terms = meta.get('epoch'),meta.get('step'),[cb.name for cb in self.learn.cbs if isinstance(cb, LossTerm)]
+        ok = meta.get('stage') == self.about().get('stage') and type(epoch) is int and type(step) is int and 0 <= epoch <= self.n_epoch and 0 <= step < len(self.dls.train) and (epoch < self.n_epoch or step == 0)
+        ok = ok and isinstance(meta.get('values'), list) and len(meta['values']) == epoch and isinstance(meta.get('parts'), dict) and sorted(meta['parts']) == sorted(terms)
+        if not ok: raise UserError(f'{self.path} is not a checkpoint of this training (epoch {epoch}, step {step}, of {self.n_epoch} epochs): give --out another folder')
 
     def before_train(self):
         "The epoch's first `skip` batches were trained on before: `SkipBatches` passes them by"
@@ -158,7 +171,7 @@ class Checkpoint(Callback):
         if bad: raise UserError(f'{about["stage"]}, epoch {epoch}, step {step}: {bad} holds NaN or infinite values: lower the '
                                 'learning rate; the last good checkpoint is kept')
         if self.path.exists(): self.path.replace(previous(self.path))
-        save_tensors(self.path, tensors, about | meta | dict(epoch=epoch, step=step))
+        save_tensors(self.path, tensors, about | meta | dict(format=FORMAT, epoch=epoch, step=step))
         self.saved = time.monotonic()
 
 

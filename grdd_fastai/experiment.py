@@ -6,10 +6,10 @@ from .data import check_episode, plain_dl
 from .distributed import processes
 from .evaluate import embed, evaluate
 from .inference import get_classifier, with_base_mean
-from .learners import check_backbone, create_backbone
+from .learners import check_backbone, create_backbone, external_weights
 from .networks import feature_bank
 from .pack import few_shot_data
-from .run import Run
+from .run import Run, default_out
 from .stages import STAGE_ONE, check_settings, stage_one, stage_two, stage_two_settings
 
 __all__ = ['grdd', 'PAPER', 'DEMO']
@@ -26,11 +26,14 @@ def grdd(
     way:int=5, # C, classes an episode
     shot:int=1, # K, support images a class
     px:int=32, # side of the images
+    name:str='grdd', # of the recipe: names the folder where no --out is given
     data:str=None, # raw data set in any layout of data/README.md (none: fetch CIFAR-FS)
-    out:str='runs/grdd', # folder for results, histories and weights
+    out:str=None, # folder for results, histories and weights (runs/ and the recipe's name; demo: with -demo after it)
     cache:str=None, # folder for decoded images (none: ~/.cache/grdd_fastai)
+    allow_large:bool=False, # also decode photos of 90 to 179 megapixels
     teacher:str=None, # global learner phi, a timm model (resnet12; demo: convnet4)
     student:str=None, # meta-learner psi, a timm model (resnet12; demo: convnet4)
+    pretrained:bool=False, # start both from timm's default weights for their names; a name with a tag, as resnet18.a1_in1k, has its weights anyway
     epochs:int=None, # of stage one (90; demo: 2)
     schedule:str='poly', # of stage one: poly, step or one_cycle
     lr:float=0.05, # initial or highest rate of stage one
@@ -65,30 +68,32 @@ def grdd(
     deterministic:bool=False, # deterministic CUDA kernels, to repeat and resume a run to the bit; a CPU does so anyway
     demo:bool=False, # small settings, and the embedded data set unless --data is given
     resume:bool=False, # go on with the run in --out; begin it where there is none
+    overwrite:bool=False, # delete the run that --out holds, its weights and its result, and begin anew
     max_minutes:float=None, # stop after this long with everything saved, for --resume
 ):
     "Train the global learner and the meta-learner and score the novel classes"
     if demo: px = DEMO_PX
-    defaults,given = DEMO if demo else PAPER,{k:v for k,v in locals().items() if k not in ('out','cache','resume','max_minutes')}
+    if out is None: out = default_out(name, demo)
+    defaults,given = DEMO if demo else PAPER,{k:v for k,v in locals().items() if k not in ('name','out','cache','resume','overwrite','max_minutes','allow_large')}
     settings = given | {k:given[k] if given[k] is not None else v for k,v in defaults.items()}
     two = stage_two_settings(reading, shot=shot, **{k:settings[name] for k,name in META.items()}, jitter=jitter, augment=augment, seed=seed)
     settings |= {name:two[k] for k,name in META.items()}
     s = SimpleNamespace(**settings)
     check_settings(settings | dict(max_minutes=max_minutes))
     for name in classifiers.split(','): get_classifier(name)
-    for arch in {s.teacher, s.student}: check_backbone(arch, px)
+    for arch in {s.teacher, s.student}: check_backbone(arch, px, pretrained)
     share = s.teacher == s.student and not independent_teacher
     plan = ['student_cl'] + ([] if share else ['teacher']) + ['student_grdd', 'evaluation']
-    with Run(out, settings, resume, max_minutes, plan) as run:
+    with Run(out, settings, resume, max_minutes, plan, overwrite=overwrite) as run:
         if run.result: return run.print(run.result)
-        try: return _stages(run, s, two, share, cache)
+        try: return _stages(run, s, two, share, cache, allow_large)
         except Stopped as stop: return run.stopped(stop)
 
 
-def _stages(run, s, two, share, cache):
+def _stages(run, s, two, share, cache, allow_large):
     "Data, stage one, stage two and the novel classes, for settings `s`"
     if s.demo or s.data == 'demo': run.say('*** DEMO: small settings' + (' on drawn characters' if s.data is None else '') + '; not a result about GRDD ***')
-    data = few_shot_data('demo' if s.demo and s.data is None else s.data, s.px, cache, s.seed)
+    data = few_shot_data('demo' if s.demo and s.data is None else s.data, s.px, cache, s.seed, allow_large)
     for split in (data.train, data.val, data.test): check_episode(split, s.way, s.shot, s.query)
     run.begin(data)
     common = dict(amp=not s.fp32, channels_last=s.channels_last, compile=s.compile, valid=dict(n_way=s.way, k_shot=s.shot, n_query=s.query))
@@ -97,7 +102,7 @@ def _stages(run, s, two, share, cache):
     # stage one: global category knowledge, Eq. 2-9
     def train(name, arch, seed):
         run.say(f'stage one: {name}, {arch}')
-        one = STAGE_ONE | dict(arch=arch, epochs=s.epochs, schedule=s.schedule, lr=s.lr, rotation=s.rotation, classifier=s.classifier, smoothing=s.smoothing,
+        one = STAGE_ONE | dict(arch=arch, pretrained=s.pretrained, epochs=s.epochs, schedule=s.schedule, lr=s.lr, rotation=s.rotation, classifier=s.classifier, smoothing=s.smoothing,
                            jitter=s.jitter, augment=s.augment, opt=s.opt, bs=s.bs, seed=seed)
         return run.stage(name, *stage_one(data, one, **common), arch=arch, **card)
     student_cl,val_cl = train('student_cl', s.student, s.seed)
@@ -110,8 +115,10 @@ def _stages(run, s, two, share, cache):
 
     # the novel classes, the same episodes for all three and for every seed
     novel,scores,names = plain_dl(data, 'test'),{},s.classifiers.split(',')
-    untrained = create_backbone(s.student, len(data.train.vocab), s.px, s.seed).to(novel.device)
-    for name,net in dict(untrained=untrained, cl=student_cl, grdd=student).items():
+    weights = {k:external_weights(arch, s.pretrained) for k,arch in dict(teacher=s.teacher, student=s.student).items()}
+    at_first = 'pretrained' if weights['student'] else 'untrained'
+    start = create_backbone(s.student, len(data.train.vocab), s.px, s.seed, s.pretrained).to(novel.device)
+    for name,net in {at_first:start, 'cl':student_cl, 'grdd':student}.items():
         scores[name] = evaluate(*embed(net, novel, shared=True), s.way, s.shot, s.query, s.test_episodes, shared=True,
                                 classifier=with_base_mean(names, lambda net=net: embed(net, plain_dl(data, 'train'), shared=True)[0]))
         for k,e in scores[name].items():
@@ -125,6 +132,6 @@ def _stages(run, s, two, share, cache):
         meta_epochs=s.meta_epochs, episodes=s.episodes, test_episodes=s.test_episodes,
         accuracy=round(scores['grdd'].accuracy, 3), ci95=round(scores['grdd'].ci95, 3),
         accuracy_cl=round(scores['cl'].accuracy, 3), ci95_cl=round(scores['cl'].ci95, 3),
-        gain=round(gain.mean, 3), ci95_gain=round(gain.ci95, 3), accuracy_untrained=round(scores['untrained'].accuracy, 3),
-        classifier=names[0], others=others,
+        gain=round(gain.mean, 3), ci95_gain=round(gain.ci95, 3), **{f'accuracy_{at_first}':round(scores[at_first].accuracy, 3)},
+        initial_weights={k:v or 'random' for k,v in weights.items()}, classifier=names[0], others=others,
         val_accuracy=round(val, 3), val_accuracy_cl=round(val_cl, 3), seed=s.seed, demo=s.demo)

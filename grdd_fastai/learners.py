@@ -8,6 +8,7 @@ import timm
 import torch
 from fastai.callback.core import CancelEpochException
 from fastai.callback.schedule import ParamScheduler
+from fastai.data.transforms import Normalize
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import params
@@ -25,30 +26,51 @@ from .losses import EpisodicLoss, relatedness
 from .optim import sgd
 from .precision import Autocast
 
-__all__ = ['check_backbone', 'create_backbone', 'CosineClassifier', 'GlobalNet', 'CATEGORY_CLASSIFIERS', 'FewShotLearner', 'global_learner', 'meta_learner', 'poly', 'step_down']
+__all__ = ['check_backbone', 'external_weights', 'create_backbone', 'image_config', 'CosineClassifier', 'GlobalNet', 'CATEGORY_CLASSIFIERS', 'FewShotLearner', 'global_learner', 'meta_learner', 'poly', 'step_down']
 
 CATEGORY_CLASSIFIERS = ('linear', 'cosine')
 
 
-def check_backbone(arch, px=None):
-    "UserError unless `arch` names a timm model and, with `px`, takes images of that side"
+def check_backbone(arch, px=None, pretrained=False):
+    "UserError unless `arch` names a timm model, with weights where it has a tag or is to be `pretrained`, that takes images of side `px`"
     if not timm.is_model(arch):
         near = difflib.get_close_matches(arch, timm.list_models(), 3)
         raise UserError(f"unknown backbone {arch!r}: give a timm model's name" + (f', such as {", ".join(near)}' if near else ''))
+    external_weights(arch, pretrained)
     if px is None: return
     try:
-        with torch.no_grad(): features(create_backbone(arch, 0, px).eval(), torch.zeros(1, 3, px, px))
+        with torch.no_grad(): features(_build(arch.partition('.')[0], 0, px, 0).eval(), torch.zeros(1, 3, px, px))
     except Exception as e: raise UserError(f'{arch} does not take images of {px} px ({first_line(e)}): choose another backbone') from None
 
+def external_weights(arch, pretrained=False):
+    """The weights that `create_backbone` starts from, as timm names them: those of the tag in `arch`, or with `pretrained` of its default
+
+    None for an architecture alone, which starts from random weights. UserError for a tag without weights.
+    """
+    name,dot,tag = arch.partition('.')
+    if not (dot or pretrained): return None
+    try: cfg = timm.get_pretrained_cfg(arch)
+    except RuntimeError: cfg = None
+    if cfg is not None and cfg.has_weights: return f'{name}.{cfg.tag}' if cfg.tag else name
+    known = timm.list_pretrained(f'{name}.*')
+    raise UserError(f'{arch} has no pretrained weights: give {name} for random ones' + (f', or one of {", ".join(known[:8])}' if known else ''))
+
 def create_backbone(
-    arch, # name of a timm model, ours among them
+    arch, # name of a timm model, ours among them; one with a tag, such as resnet18.a1_in1k, has that tag's weights
     num_classes=0, # 0 for features
     px=32, # image side, for networks whose shape depends on it
     seed=0, # of the initial weights; the caller's random state is left alone
-    **kwargs
+    pretrained=False, # the weights of the architecture's default tag, where `arch` has none
+    **kwargs # of `timm.create_model`
 ):
-    "`timm.create_model` with seeded weights"
-    check_backbone(arch)
+    "`timm.create_model` with seeded random weights, or with the pretrained ones of a tag (`external_weights`)"
+    check_backbone(arch, pretrained=pretrained)
+    weights = external_weights(arch, pretrained)
+    if weights is None: return _build(arch, num_classes, px, seed, **kwargs)
+    try: return _build(weights, num_classes, px, seed, pretrained=True, **kwargs)
+    except Exception as e: raise UserError(f'the weights of {weights} cannot be had ({first_line(e)}): give the name of an architecture, or of weights that can') from None
+
+def _build(arch, num_classes, px, seed, **kwargs):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try: return timm.create_model(arch, num_classes=num_classes, img_size=px, **kwargs)
@@ -118,11 +140,19 @@ def _body_and_head(model):
     return L(L(p for p in params(model) if id(p) not in ids), head)
 
 
+def image_config(dls):
+    "What the images of `dls` are, as timm's `pretrained_cfg` has it: their size and, where they are normalised, mean and std"
+    cfg = dict(input_size=tuple(dls.one_batch()[0].shape[1:]), crop_pct=1.)
+    norm = next((f for f in dls.train.after_batch.fs if isinstance(f, Normalize)), None)
+    return cfg if norm is None else cfg | {k:tuple(v.flatten().tolist()) for k,v in dict(mean=norm.mean, std=norm.std).items()}
+
 def _learner(dls, model, loss_func, stage_cbs, seed, amp, keep_best, valid, channels_last, compile, opt_func=sgd, wd=5e-4, cbs=None, **kwargs):
     if torch.device(dls.device).type == 'cpu': keep_freed_memory()
+    net = getattr(model, 'backbone', model)
+    net.pretrained_cfg = getattr(net, 'pretrained_cfg', {}) | image_config(dls) # it says what images the network takes from now on
     if channels_last: model.to(memory_format=torch.channels_last)
     if compile:
-        for part in getattr(model, 'backbone', model).children(): part.compile(**(compile if isinstance(compile, dict) else {})) # in place: names and hooks stay
+        for part in net.children(): part.compile(**(compile if isinstance(compile, dict) else {})) # in place: names and hooks stay
     cbs = [Seeded(seed), LightRecorder(), *([Autocast()] if amp else []), *stage_cbs, FewShotAccuracy(**valid),
            *([KeepBest()] if keep_best else []), *L(cbs)]
     learn = FewShotLearner(dls, model, loss_func=loss_func, opt_func=opt_func, wd=wd, cbs=cbs, **kwargs)
@@ -132,7 +162,8 @@ def _learner(dls, model, loss_func, stage_cbs, seed, amp, keep_best, valid, chan
 
 def global_learner(
     dls, # `category_dls`
-    arch, # name of a timm model, or a timm model with `dls.c` classes
+    arch, # name of a timm model (with a tag's weights, where it has one), or a timm model with `dls.c` classes
+    pretrained=False, # start from the weights of the name's default tag
     rotation=True, # train on four rotations with L_c + L_r
     rotation_weight=1., # of L_r
     rotation_from='logits', # FC4 reads 'logits' or 'probabilities' of the category prediction
@@ -147,8 +178,7 @@ def global_learner(
     **kwargs # of fastai's `Learner`
 ) -> Learner:
     "Stage one: a Learner of the global learner phi; `learn.model.backbone` is the network"
-    px = dls.one_batch()[0].shape[-1] if isinstance(arch, str) else None
-    backbone = create_backbone(arch, dls.c, px, seed) if isinstance(arch, str) else arch
+    backbone = create_backbone(arch, dls.c, dls.one_batch()[0].shape[-1], seed, pretrained) if isinstance(arch, str) else arch
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = GlobalNet(backbone, rotation, rotation_from, classifier)

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,11 +18,13 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from .demo import DemoSource
 from .errors import UserError
 from .prepare import SPLITS, open_source
-from .storage import locked, new_memmap
+from .storage import locked, new_memmap, part_name, read_json, sweep
 
 __all__ = ['Split', 'FewShotData', 'few_shot_data', 'default_cache', 'decode']
 
 BLOCK = 1024 # images decoded at a time
+LARGEST_SIDE = 1024 # of packed images, and of those a network may ask for
+MEGAPIXELS = 89 # of an image that is decoded without being asked about
 
 
 def _check(meta): return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
@@ -40,11 +43,22 @@ def default_cache():
     return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'grdd_fastai'
 
 
-def decode(image, px):
-    "The bytes of an image in any format -> RGB uint8 (px, px, 3): upright, shorter side to `px`, centre crop"
-    im = upright_rgb(Image.open(io.BytesIO(image)))
+def decode(image, px, allow_large=False):
+    "The bytes of an image in any format -> RGB uint8 (px, px, 3): upright, shorter side to `px`, centre crop; `allow_large` as in `open_image`"
+    im = upright_rgb(open_image(io.BytesIO(image), allow_large))
     return np.asarray(im if im.size == (px, px) else ImageOps.fit(im, (px, px), Image.Resampling.BICUBIC))
 
+
+def open_image(file, allow_large=False):
+    """A PIL image, not yet decoded; ValueError above 89 megapixels, or with `allow_large` above 179
+
+    A small file can hold an image that fills the memory. The limits are those at which Pillow warns and refuses.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', Image.DecompressionBombWarning) # the size is looked at here
+        im = Image.open(file)
+    if not allow_large and im.width*im.height > MEGAPIXELS*10**6: raise ValueError(f'it has {im.width} x {im.height} pixels, more than {MEGAPIXELS} million: make it smaller or allow it by --allow-large')
+    return im
 
 def upright_rgb(im):
     "A PIL image of any mode -> RGB, turned as its camera says"
@@ -72,48 +86,76 @@ class Split:
 class FewShotData:
     "The splits `train`, `val` and `test` of a data set with the base classes' `stats` (mean, std) and a `fingerprint`"
     def __init__(self, folder):
-        meta = json.loads((folder/'meta.json').read_text())
+        meta = read_json(folder/'meta.json')
         if meta.pop('check') != _check(meta): raise ValueError('the checksum of its meta.json is wrong')
         self.name,self.px,self.fingerprint,self.stats = (meta[k] for k in ('name','px','fingerprint','stats'))
+        self.shared = meta.get('shared', []) # images that two splits have: (split, filename, split before, filename)
         self.folder = folder
         for s in SPLITS:
             df = pd.read_csv(folder/f'{s}.csv', dtype=str, keep_default_na=False, encoding_errors='surrogateescape')
-            setattr(self, s, Split(s, np.load(folder/f'{s}.npy', mmap_mode='r'), df))
+            images = np.load(folder/f'{s}.npy', mmap_mode='r')
+            if len(images) != len(df): raise ValueError(f'{s}.csv has {len(df)} rows for {len(images)} images')
+            setattr(self, s, Split(s, images, df))
         if _fingerprint(folder, (self.train, self.val, self.test)) != self.fingerprint: raise ValueError('its checksum is wrong')
     def __repr__(self): return f'FewShotData({self.name}: {self.train}, {self.val}, {self.test})'
 
 
 def few_shot_data(
     data=None, # raw data set in any layout of data/README.md; None fetches CIFAR-FS, 'demo' draws the embedded data set
-    px=32, # side of the packed images
+    px=32, # side of the packed images, from 1 to 1024
     cache=None, # folder for the packed images (default: `default_cache()`)
     seed=0, # splits a folder of class folders, draws the demo
+    allow_large=False, # also decode images of 89 to 179 megapixels
 ):
-    "Pack `data` once, and again when its CSVs or images change, and open it"
+    """Pack `data` once, and again when its CSVs or images change, and open it
+
+    Warns of classes and images that two splits seem to share. UserError for data that cannot be read.
+    """
+    if not isinstance(px, int | np.integer) or not 1 <= px <= LARGEST_SIDE: raise UserError(f'images of {px!r} px are asked for: px must be from 1 to {LARGEST_SIDE}')
     source = DemoSource(seed) if data == 'demo' and not Path('demo').exists() else open_source(data, seed)
     cache,stamp = Path(cache or default_cache()).expanduser().resolve(),source.stamp()
     if cache.is_relative_to(Path(source.path).resolve()): raise UserError(f'the cache folder {cache} lies inside the data {source.path}: give --cache another')
+    px = int(px)
     key = hashlib.sha256(f'{source.key} {px}'.encode(errors='surrogateescape')).hexdigest()[:12]
     folder = cache/f'{source.name}-{px}-{key}'
     try: cache.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise UserError(f'the cache folder {cache} cannot be written ({e.strerror}): give --cache another') from None
     with locked(cache/f'.{folder.name}.lock'): # of several processes one packs, the others wait
         if _stamp(folder) == stamp:
-            try: return FewShotData(folder)
+            try: return _warned(FewShotData(folder))
             except Exception as e: print(f'{folder} is damaged ({type(e).__name__}: {e}) and packed anew', file=sys.stderr) # whatever the damage
-        _pack(source, px, stamp, folder)
-        return FewShotData(folder)
+        _pack(source, px, stamp, folder, allow_large)
+        return _warned(FewShotData(folder))
 
 
 def _stamp(folder):
-    try: return json.loads((folder/'meta.json').read_text())['stamp']
-    except (OSError, ValueError, KeyError, TypeError): return None
+    try: return read_json(folder/'meta.json')['stamp']
+    except (UserError, KeyError): return None
 
-def _pack(source, px, stamp, folder):
+def _warned(data):
+    "`data`, after a warning of the images that two of its splits share"
+    if data.shared: print(f'warning: {data.name}: {len(data.shared)} images are in two splits, so that one of them does not measure what is new: ' +
+                          '; '.join(f'{a} ({s}) is {b} ({t})' for s,a,t,b in data.shared[:3]) + (' ...' if len(data.shared) > 3 else ''), file=sys.stderr)
+    return data
+
+def _shared(images, source):
+    "Images of a split that one before has too, pixel by pixel: [(split, filename, split before, filename)]"
+    first,found = {},[]
+    for s,of in images.items():
+        mine = {}
+        for name,im in zip(source.frames[s].filename, of):
+            key = hashlib.blake2b(np.ascontiguousarray(im), digest_size=16).digest()
+            if key in first: found.append([s, name, *first[key]])
+            else: mine.setdefault(key, [s, name])
+        first |= mine
+    return found
+
+def _pack(source, px, stamp, folder, allow_large):
     "Decode `source` into a new folder beside `folder`, then put it in its place"
-    tmp = folder.with_name(f'.{folder.name}.part')
-    shutil.rmtree(tmp, ignore_errors=True) # of a process that was killed
+    sweep(folder.parent, folder.name)
+    tmp = None
     try:
+        tmp = part_name(folder)
         tmp.mkdir()
         fingerprint,histogram = hashlib.sha256(),np.zeros((3, 256), np.int64)
         n = {s:len(df) for s,df in source.frames.items()}
@@ -123,7 +165,7 @@ def _pack(source, px, stamp, folder):
             blocks = [(s, at) for s in n for at in range(0, n[s], BLOCK)]
             for s,at in progress_bar(blocks) if IN_NOTEBOOK or sys.stderr.isatty() else blocks:
                 rows = range(at, min(at+BLOCK, n[s]))
-                block = np.stack(list(pool.map(lambda row: _decode_row(source, s, row, px), rows)))  # noqa: B023
+                block = np.stack(list(pool.map(lambda row: _decode_row(source, s, row, px, allow_large), rows)))  # noqa: B023
                 images[s][at:at+len(block)] = block
                 fingerprint.update(block.tobytes())
                 if s == 'train': histogram += [np.bincount(block[..., c].ravel(), minlength=256) for c in range(3)]
@@ -132,12 +174,13 @@ def _pack(source, px, stamp, folder):
             csv = df[['filename','label']].to_csv(index=False).encode(errors='surrogateescape')
             (tmp/f'{s}.csv').write_bytes(csv)
             fingerprint.update(csv)
-        meta = dict(name=source.name, px=px, source=str(source.path), stamp=stamp, fingerprint=fingerprint.hexdigest(), stats=_stats(histogram))
+        meta = dict(name=source.name, px=px, source=str(source.path), stamp=stamp, fingerprint=fingerprint.hexdigest(), stats=_stats(histogram), shared=_shared(images, source))
         (tmp/'meta.json').write_text(json.dumps(meta | dict(check=_check(meta))))
         shutil.rmtree(folder, ignore_errors=True)
         tmp.rename(folder)
     except OSError as e: raise UserError(f'the cache {folder} cannot be written ({e.strerror}): give --cache another folder') from None
-    finally: shutil.rmtree(tmp, ignore_errors=True)
+    finally:
+        if tmp: shutil.rmtree(tmp, ignore_errors=True)
 
 
 def _stats(histogram):
@@ -146,9 +189,9 @@ def _stats(histogram):
     mean = p @ v
     return [mean.round(4).tolist(), np.sqrt(p @ v**2 - mean**2).clip(1e-3).round(4).tolist()]
 
-def _decode_row(source, split, row, px):
+def _decode_row(source, split, row, px, allow_large):
     path = source.frames[split].path[row]
-    try: return decode(source.read(path), px)
+    try: return decode(source.read(path), px, allow_large)
     except UserError: raise
     except Exception as e:
         why = 'it is no image that is known' if isinstance(e, UnidentifiedImageError) else e

@@ -10,6 +10,7 @@ import re
 import sys
 import tarfile
 import tempfile
+import unicodedata
 import zipfile
 import zlib
 from functools import cached_property, lru_cache
@@ -20,6 +21,7 @@ import pandas as pd
 from PIL import Image
 
 from .errors import UserError
+from .storage import read_bytes
 
 __all__ = ['SPLITS', 'Source', 'open_source', 'prepare', 'class_list']
 
@@ -28,6 +30,8 @@ LARGEST = 2**28 # bytes a member of an archive may unpack to
 ALIASES = dict(train='train', base='train', val='val', valid='val', validation='val', test='test', novel='test')
 IMAGES = re.compile(r'(^|/)[^./][^/]*\.(png|jpe?g|bmp|webp|gif|tiff?|ppm|pgm)$', re.IGNORECASE)
 
+
+CONTROL = re.compile('[\x00-\x1f\x7f-\x9f\u2028\u2029]')
 
 def _norm(name): return re.sub(r'[\s_]', '', name).lower()
 
@@ -42,19 +46,46 @@ def class_list(name):
 # ---- where bytes come from: a folder, a zip, or CIFAR-100's pickles ---------------------------------------------------
 
 class Folder:
-    "Files below a folder by relative path"
-    def __init__(self, path): self.path,self.name = Path(path),Path(path).resolve().name
+    """Regular files below a folder by relative path; a link is followed where it stays inside the folder
+
+    Links that lead out or nowhere, pipes and devices are left out, which is said once.
+    """
+    def __init__(self, path):
+        self.path,self.root = Path(path),Path(path).resolve()
+        self.name = self.root.name
     @cached_property
     def files(self):
-        found = (Path(d).relative_to(self.path).as_posix()+'/'+f for d,_,fs in os.walk(self.path, followlinks=True) for f in fs)
-        return sorted(f.removeprefix('./') for f in found)
-    def has(self, f):
-        try: return (self.path/f).is_file()
-        except (OSError, ValueError): return False # a name no file can have
+        found,self.left_out = [],[]
+        self._walk('', {self.root}, found)
+        if self.left_out: print(f'{self.path}: {len(self.left_out)} links that lead out of the folder or nowhere, pipes and devices are left out, '
+                                f'{min(self.left_out)} the first', file=sys.stderr)
+        return sorted(found)
+    def _walk(self, below, above, found):
+        "Append the files in the folder `below`; `above` are the real folders that it lies in, so that a circle of links ends"
+        try: entries = list(os.scandir(self.root/below))
+        except OSError as e: raise UserError(f'{self.path/below} cannot be read ({e.strerror}): mend it or remove it') from None
+        for e in entries:
+            f = f'{below}{e.name}'
+            real = self._inside(f) if e.is_symlink() else self.root/f
+            if real is None: self.left_out.append(f)
+            elif e.is_dir():
+                real = real.resolve()
+                if real not in above: self._walk(f'{f}/', above | {real}, found)
+            elif e.is_file(): found.append(f)
+            else: self.left_out.append(f)
+    def _inside(self, f):
+        "Where the file `f` really lies, None outside of the folder or nowhere"
+        try: real = (self.root/f).resolve(strict=True)
+        except (OSError, ValueError, RuntimeError): return None # a dangling link, a circle, or a name no file can have
+        return real if real.is_relative_to(self.root) else None
+    @cached_property
+    def _names(self): return frozenset(self.files)
+    def has(self, f): return f in self._names
     def read(self, f):
-        try: return (self.path/f).read_bytes()
+        try: return read_bytes(self._inside(f) or self.root/f, LARGEST)
         except OSError as e: raise UserError(f'{self.path/f} cannot be read ({e.strerror}): mend or replace it') from None
-    def stamp(self, f): st = (self.path/f).stat(); return st.st_size,st.st_mtime_ns
+    def lines(self, f): return io.TextIOWrapper(io.BytesIO(self.read(f)), 'utf-8-sig', newline='')
+    def stamp(self, f): st = (self.root/f).stat(); return st.st_size,st.st_mtime_ns
 
 
 class Zip:
@@ -71,6 +102,10 @@ class Zip:
     def read(self, f):
         if self.infos[f].file_size > LARGEST: raise UserError(f'{self.path}: {f} would unpack to {self.infos[f].file_size >> 20} MiB: remove it, no file of a data set is so large')
         try: return self.zip.read(self.infos[f])
+        except Exception as e: raise UserError(f'{self.path}: {f} cannot be read from the archive ({e}): fetch it again') from None
+    def lines(self, f):
+        "The text of a member, unpacked as it is read"
+        try: return io.TextIOWrapper(self.zip.open(self.infos[f]), 'utf-8-sig', newline='')
         except Exception as e: raise UserError(f'{self.path}: {f} cannot be read from the archive ({e}): fetch it again') from None
     def stamp(self, f): return self.infos[f].file_size,self.infos[f].CRC
 
@@ -152,27 +187,35 @@ def _split_csvs(tree, seed):
     return pd.concat(frames, ignore_index=True)
 
 def _read_csv(tree, name):
-    where = f'{tree.path}, {name}'
-    try: lines = list(csv.reader(io.StringIO(tree.read(name).decode('utf-8-sig'), newline=''), strict=True))
-    except (csv.Error, UnicodeDecodeError) as e: raise UserError(f'{where} is not a readable CSV ({e}): save it as CSV in UTF-8') from None
-    if not lines: raise UserError(f'{where} is empty: it needs the columns filename,label and a row an image')
-    header,*rows = lines
-    for i,row in enumerate(rows):
-        if row and len(row) != len(header): raise UserError(f'{where}, row {i+2} has {len(row)} fields, the header {len(header)}: mend the row')
-    df = pd.DataFrame([(i+2, *row) for i,row in enumerate(rows) if row], columns=['row', *header], dtype=object)
-    missing = [c for c in ('filename','label') if c not in df.columns]
-    if missing: raise UserError(f'{where} lacks the column{"s"[:len(missing)-1]} {", ".join(missing)}: it has {", ".join(header)}')
-    if df.empty: raise UserError(f'{where} has no rows: it needs a row (filename,label) an image')
-    base,paths = name.rpartition('/')[0],[]
-    for n,filename,label in zip(df.row, df.filename, df.label):
-        row,f = f'{where}, row {n}',filename
-        if not f or not label: raise UserError(f'{row}: the {"filename" if not f else "label"} is empty: fill it in or remove the row')
-        f = posixpath.normpath(f)
+    "The rows of a CSV, read one by one: what is wrong with one ends the reading there"
+    where,base,found = f'{tree.path}, {name}',name.rpartition('/')[0],[]
+    def image(n, filename, label):
+        row = f'{where}, row {n}'
+        if not filename or not label: raise UserError(f'{row}: the {"label" if filename else "filename"} is empty: fill it in or remove the row')
+        f = posixpath.normpath(filename)
         if f.startswith(('/', '../')) or f == '..': raise UserError(f'{row}: {filename} lies outside the data folder: give a path relative to images/ or to the CSV')
         path = next((p for p in (posixpath.join(base, 'images', f), posixpath.join(base, f)) if tree.has(p)), None)
-        if path is None: raise UserError(f'{row}: {filename} is neither in images/ beside the CSV nor beside it: add the image or remove the row')
-        paths.append(path)
-    return pd.DataFrame(dict(filename=df.filename, label=df.label, path=paths))
+        if path is None: raise UserError(f'{row}: {filename} is neither in images/ beside the CSV nor beside it, or is a link out of the folder: add the image or remove the row')
+        return filename,label,path
+    try:
+        with tree.lines(name) as lines:
+            rows = csv.reader(lines, strict=True)
+            header = next(rows, None)
+            if not header: raise UserError(f'{where} is empty: it needs the columns filename,label and a row an image')
+            missing = [c for c in ('filename','label') if c not in header]
+            if missing: raise UserError(f'{where} lacks the column{"s"[:len(missing)-1]} {", ".join(missing)}: it has {", ".join(header)}')
+            twice = next((c for c in ('filename','label') if header.count(c) > 1), None)
+            if twice: raise UserError(f'{where} has {header.count(twice)} columns {twice}: leave one of them')
+            columns = header.index('filename'),header.index('label')
+            for n,row in enumerate(rows, 2):
+                if not row: continue
+                if len(row) != len(header): raise UserError(f'{where}, row {n} has {len(row)} fields, the header {len(header)}: mend the row')
+                found.append(image(n, *(row[c] for c in columns)))
+    except UserError: raise
+    except (csv.Error, UnicodeDecodeError) as e: raise UserError(f'{where} is not a readable CSV ({e}): save it as CSV in UTF-8') from None
+    except Exception as e: raise UserError(f'{where} cannot be read ({e}): fetch it again') from None # whatever a damaged archive gives
+    if not found: raise UserError(f'{where} has no rows: it needs a row (filename,label) an image')
+    return pd.DataFrame(found, columns=['filename','label','path'])
 
 def _official_cifar_fs(tree, seed):
     "data/<class>/*.png with splits/bertinetto/{train,val,test}.txt"
@@ -182,7 +225,7 @@ def _official_cifar_fs(tree, seed):
     for split in SPLITS:
         f = f'{roots[0]}splits/bertinetto/{split}.txt'
         if not tree.has(f): raise UserError(f'{tree.path} lacks {f}: fetch CIFAR-FS again')
-        for c in tree.read(f).decode().split():
+        for c in tree.read(f).decode(errors='surrogateescape').split():
             if c in split_of: raise UserError(f'{tree.path}: class {c} is in both {split_of[c]} and {split}: the classes of the splits must be disjoint')
             split_of[c] = split
     df = _images(tree, roots[0]+'data/')
@@ -241,9 +284,17 @@ class Source:
         self._check(df)
 
     def _check(self, df):
+        for column in ('label', 'filename'):
+            bad = next((v for v in df[column].unique() if CONTROL.search(v)), None)
+            if bad is not None: raise UserError(f'{self.path}: the {column} {bad!r} holds a control character, such as the end of a line: rename it')
         splits = df.groupby('label').split.unique()
         for label,s in splits[splits.str.len() > 1].items():
             raise UserError(f'{self.path}: class {label} is in both {s[0]} and {s[1]}: the classes of the splits must be disjoint')
+        alike = {}
+        for label,(s,) in splits.items(): alike.setdefault(unicodedata.normalize('NFKC', ' '.join(label.split())).casefold(), []).append((label, s))
+        for of in alike.values():
+            if len({s for _,s in of}) > 1: print(f'warning: {self.path}: the classes ' + ' and '.join(f'{label!r} ({s})' for label,s in of) +
+                                                 ' differ in case, blanks or Unicode form alone: if they are one class, the splits are not disjoint', file=sys.stderr)
         again = df[df.duplicated('path')]
         if len(again): raise UserError(f'{self.path}: {again.filename.iloc[0]} is listed twice: an image may be in one row only')
         for s in SPLITS:

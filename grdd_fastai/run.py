@@ -6,7 +6,6 @@ import math
 import os
 import platform
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -18,10 +17,11 @@ import torch
 from fastai.callback.core import Callback
 from safetensors.torch import load_file, save
 
+from . import __version__
 from .checkpoint import Checkpoint, Deadline, SkipBatches, StopOnNaN, load_checkpoint, previous
 from .distributed import ranks, replica, shared
-from .errors import UserError
-from .storage import Busy, atomic_write, digest, locked, on_cpu, write_json
+from .errors import UserError, first_line
+from .storage import Busy, atomic_write, digest, load_state, locked, on_cpu, output_folder, read_json, sweep, write_json
 
 __all__ = ['Run', 'git_commit', 'device_name', 'save_weights', 'load_weights', 'deterministic']
 
@@ -48,7 +48,22 @@ def device_name():
 def say(text):
     if ranks()[0] == 0: print(text, file=sys.stderr, flush=True)
 
-def versions(): return {k:version(k) for k in ('torch','torchvision','timm','fastai','albumentations','pandas','numpy')}
+def versions(): return dict(grdd_fastai=__version__) | {k:version(k) for k in ('torch','torchvision','timm','fastai','albumentations','pandas','numpy')}
+
+def default_out(name, demo):
+    "A recipe's folder where no --out is given; a demo has one of its own"
+    return f'runs/{name}-demo' if demo else f'runs/{name}'
+
+def command(words=None):
+    "A command line (this process's), for those who want its numbers again: files by their names, not by where they lie on this machine"
+    return shlex.join(['python', *map(public, sys.argv if words is None else words)])
+
+def public(word):
+    "A word of a command line without what only this machine has: of an absolute path the name, of a recipe's with its folder"
+    flag,eq,value = word.partition('=') if word.startswith('--') else ('', '', word)
+    path = Path(value)
+    if path.is_absolute() or value.startswith(('~', '..')): value = f'recipes/{path.name}' if path.parent.name == 'recipes' else path.name
+    return flag + eq + value
 
 def now(): return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')
 
@@ -65,14 +80,21 @@ def save_weights(model, path, **card):
     atomic_write(f'{path}.safetensors', save(tensors, metadata=dict(format='pt')))
     write_json(f'{path}.json', card | dict(sha256=digest(tensors)))
 
-def load_weights(model, path, without=None):
-    "Load `save_weights`' files into `model` and return their card; UserError unless they are whole and fit, but for what begins with `without`"
-    try:
-        card,tensors = json.loads(Path(f'{path}.json').read_text()),load_file(f'{path}.safetensors')
-        if card['sha256'] != digest(tensors): raise ValueError('the checksum is wrong')
-        model.load_state_dict({k:v for k,v in tensors.items() if not (without and k.startswith(without))})
-    except Exception as e: raise UserError(f'{path}.safetensors and its .json cannot be used ({e}): remove both, or take them from a copy') from None
+def load_weights(model, path):
+    "Load `save_weights`' files into `model` and return their card; UserError unless they are whole and fit"
+    card,tensors = whole_weights(path)
+    load_state(model, tensors, f'{path}.safetensors')
     return card
+
+def whole_weights(path):
+    "The card and the tensors of `save_weights`; UserError unless the checksum is right"
+    card = read_json(f'{path}.json', keys=dict(sha256=str))
+    try:
+        if not Path(f'{path}.safetensors').is_file(): raise ValueError('the weights are not there')
+        tensors = load_file(f'{path}.safetensors')
+        if card['sha256'] != digest(tensors): raise ValueError('the checksum is wrong')
+    except Exception as e: raise UserError(f'{path}.safetensors and its .json cannot be used ({first_line(e)}): remove both, or take them from a copy') from None
+    return card,tensors
 
 
 @contextlib.contextmanager
@@ -102,26 +124,30 @@ class History(Callback):
 class Run:
     """`with Run(out, settings) as run:` a recipe whose progress goes to stderr and whose result is stdout's last line
 
-    `settings` decide the result; a run is continued only under the same ones. What is finished is kept as files: a stage is
-    done when its weights and their card are there, a run when `result.json` says so. `wait`s for another process in the folder,
-    or is a UserError. Nothing in the folder is touched before
-    `begin`, and nothing that is not a run's own ever. Of several processes the first has the folder, the others a copy for themselves.
+    `settings` decide the result; a run is continued only under the same ones. What is finished is kept as files: a stage is done when its
+    weights and their card are there, the run when `result.json` says so and names those weights. A folder that holds a run already is
+    refused unless it is to be continued (`resume`) or deleted (`overwrite`). Another process at work in the folder is a UserError, or is
+    waited for (`wait`). Nothing in the folder is touched before `begin`, and nothing that is not a run's own ever. Of several processes
+    the first has the folder, and each of the others a copy.
     """
-    def __init__(self, out, settings, resume=False, max_minutes=None, plan=(), wait=False):
-        self.out,self.settings,self.resume,self.stdout,self.plan,self.wait = Path(out).expanduser(),settings,resume,sys.stdout,list(plan),wait
+    def __init__(self, out, settings, resume=False, max_minutes=None, plan=(), wait=False, overwrite=False):
+        self.given,self.out,self.settings,self.stdout,self.plan,self.wait = out,Path(out).expanduser(),settings,sys.stdout,list(plan),wait
+        self.resume,self.overwrite = resume,overwrite
         self.start,self.seconds_before,self.deadline,self.begun = time.monotonic(),0.,Deadline(max_minutes),False
+        if resume and overwrite: raise UserError('--resume goes on with a run and --overwrite deletes it: give one of them')
 
     # ---- the folder ---------------------------------------------------------------------------------------------------
 
     def __enter__(self):
         self.stack = contextlib.ExitStack()
         try:
-            shared(self._take)
+            self.result = shared(self._finished)
+            if not self.result: shared(self._take)
             self.out,self.start = replica(self.out) if ranks()[1] > 1 else self.out,time.monotonic()
             self.stack.enter_context(contextlib.redirect_stdout(sys.stderr))
             self.stack.enter_context(deterministic(self.settings.get('deterministic', False)))
             self.stack.enter_context(self.deadline)
-            self.result = self._look()
+            if not self.result: self.result = self._look() # again: the process that was waited for may have finished it
         except BaseException:
             self.stack.close()
             raise
@@ -131,17 +157,13 @@ class Run:
         self.stack.close()
         if kind and kind is not SystemExit: print(file=sys.stderr) # end the line a progress bar may have left
 
+    def _finished(self):
+        "The result of a run that is finished, which takes neither a lock nor a folder that can be written"
+        return self._look() if self.resume and str(self.given).strip() and self.out.is_dir() else None
+
     def _take(self):
         "The folder for this process alone"
-        try:
-            self.made = not self.out.exists()
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as e: raise UserError(f'the output folder {self.out} cannot be written ({e.strerror}): give --out another') from None
-        self.stack.callback(self._leave)
-        self._lock()
-
-    def _lock(self):
-        "At once or, with `wait`, when its holder is done"
+        self.stack.enter_context(output_folder(self.given))
         said = False
         while True:
             try: self.stack.enter_context(locked(self.out/'.lock', f'another run is at work in {self.out}: wait for it or give --out another')); return
@@ -152,48 +174,60 @@ class Run:
             said = True
             time.sleep(0.5)
 
-    def _leave(self):
-        "A folder made for a run that never began goes"
-        if self.made and {p.name for p in self.out.iterdir()} <= {'.lock'}: shutil.rmtree(self.out, ignore_errors=True)
-
-    def _read(self, name):
-        try:
-            if not isinstance(found := json.loads((self.out/name).read_text()), dict): raise ValueError()
-            return found
-        except FileNotFoundError: return {}
-        except (OSError, ValueError): raise UserError(f'{self.out/name} is damaged: remove it, or give --out another folder') from None
+    def _files(self):
+        "Names of the run's own files that are in the folder"
+        names = ['settings.json', 'data.json', 'result.json', *(f for s in STAGES for f in (f'{s}.safetensors', f'{s}.json', f'history_{s}.csv'))]
+        return [f for f in names if (self.out/f).exists()] + sorted(f.name for f in self.out.glob('checkpoint_*'))
 
     def _look(self):
-        "The finished run's result if this is to be resumed and there is one"
-        self.old = self._read('settings.json')
-        if self.old and not (isinstance(self.old.get('settings'), dict) and 'torch_threads' in self.old):
+        "The finished run's result if this is to be resumed and there is one; UserError if the folder holds what must not be lost"
+        if self.overwrite: return None
+        self.old,result = (read_json(self.out/f'{k}.json', {}) for k in ('settings', 'result'))
+        there = [f for f in self._files() if f.endswith('.safetensors') or f.startswith('checkpoint_')]
+        if result.get('status') == 'finished': there.append('result.json')
+        if self.old and not (isinstance(self.old.get('settings'), dict) and isinstance(self.old.get('torch_threads'), int)):
             raise UserError(f'{self.out/"settings.json"} is not a run\'s: give --out another folder')
-        self.resume = self.resume and bool(self.old)
+        if there and not self.old: raise UserError(
+            f'{self.out} holds {there[0]} but no settings.json to tell what it is of: bring that back from a copy, give --out another folder, or --overwrite')
         if not self.resume:
-            if any(self.out.glob('checkpoint_*')):
-                raise UserError(f'{self.out} holds an unfinished run: add --resume to go on with it, or give --out another folder')
+            if there: raise UserError(f'{self.out} holds {"a finished" if "result.json" in there else "an unfinished"} run: add --resume to ' +
+                                      ('print its result' if 'result.json' in there else 'go on with it') + ', --overwrite to delete it, or give --out another folder')
             return None
+        self.resume = bool(self.old)
         mine = json.loads(json.dumps(self.settings, default=str))
-        for k in sorted(mine.keys() | self.old['settings'].keys()):
+        for k in sorted(mine.keys() | self.old['settings'].keys()) if self.old else ():
             a,b = self.old['settings'].get(k),mine.get(k)
             if a != b: raise UserError(f'{self.out} was started with {k}={a}, not {b}: resume with the same settings, or give --out another folder')
-        result = self._read('result.json')
-        self.seconds_before = result.get('seconds', 0.)
-        return result if result.get('status') == 'finished' else None
+        seconds = result.get('seconds', 0.)
+        if not isinstance(seconds, int | float) or isinstance(seconds, bool): raise UserError(f'{self.out/"result.json"} is damaged (seconds is no number): remove it, or give --out another folder')
+        self.seconds_before = seconds
+        return self._verified(result) if result.get('status') == 'finished' else None
+
+    def _verified(self, result):
+        "A finished result whose weights are whole and those it names"
+        weights = result.get('weights') or {}
+        for name in self.plan:
+            if name not in STAGES: continue
+            card,_ = whole_weights(self.out/name)
+            if isinstance(weights, dict) and weights.get(name, card['sha256']) == card['sha256']: continue
+            raise UserError(f'{self.out/"result.json"} is of other weights than {name}.safetensors: take both from a copy, or give --out another folder')
+        return result
 
     def begin(self, data):
         "Start the run's record on `data`, or go on if it began with the same"
+        sweep(self.out)
         if self.resume:
-            began = self._read('data.json').get('fingerprint', data.fingerprint)
+            began = read_json(self.out/'data.json', {}).get('fingerprint', data.fingerprint)
             if began != data.fingerprint: raise UserError(
                 f'the data changed since {self.out} was started: bring back the data it began with, or give --out another folder')
             if self.old['torch_threads'] != torch.get_num_threads(): self.say(
                 f'started with {self.old["torch_threads"]} threads, now {torch.get_num_threads()}: the weights will differ in their last bits')
         else:
-            for f in ('result.json', 'data.json', *(f for s in STAGES for f in (f'{s}.safetensors', f'{s}.json', f'history_{s}.csv'))):
-                (self.out/f).unlink(missing_ok=True)
+            if files := self._files():
+                if self.overwrite: self.say(f'--overwrite: deleting {", ".join(files)} in {self.out}')
+                for f in files: (self.out/f).unlink(missing_ok=True)
             write_json(self.out/'settings.json', dict(
-                settings=self.settings, command=shlex.join(['python', *sys.argv]), commit=git_commit(), python=platform.python_version(), cpus=os.cpu_count(),
+                settings=self.settings, command=command(), commit=git_commit(), python=platform.python_version(), cpus=os.cpu_count(),
                 torch_threads=torch.get_num_threads(),
                 device=device_name(),
                 versions=versions()))
@@ -221,8 +255,9 @@ class Run:
     def _fit(self, name, learn, fit, checkpoint):
         state = load_checkpoint(checkpoint, self.say) if self.resume else None
         if state:
-            self.seconds_before = max(self.seconds_before, state[1]['seconds'])
-            self.say(f'{name} goes on at epoch {state[1]["epoch"]}, step {state[1]["step"]}')
+            seconds = state[1].get('seconds')
+            if isinstance(seconds, float): self.seconds_before = max(self.seconds_before, seconds)
+            self.say(f'{name} goes on at epoch {state[1].get("epoch")}, step {state[1].get("step")}')
         learn.add_cbs([SkipBatches(), History(self.out/f'history_{name}.csv'), StopOnNaN(name),
                        Checkpoint(checkpoint, lambda: dict(stage=name, seconds=self.seconds()), self.deadline, resume=state)])
         def log(row): self.say('  '.join(f'{k} {v:.4f}' if isinstance(v, float) else f'{k} {v}'
@@ -239,7 +274,8 @@ class Run:
 
     def finish(self, **result):
         "Write `result.json` and print it as stdout's last line"
-        return self._report(result | dict(seconds=self.seconds(), status='finished'))
+        weights = {s:read_json(self.out/f'{s}.json', keys=dict(sha256=str))['sha256'] for s in STAGES if (self.out/f'{s}.json').exists()}
+        return self._report(result | dict(weights=weights, seconds=self.seconds(), status='finished'))
 
     def stopped(self, stop):
         "Say what is left, write it to `result.json`; a signal's exit code goes to the shell"

@@ -15,7 +15,7 @@ __all__ = ['STAGE_ONE', 'READINGS', 'SCHEDULES', 'stage_two_settings', 'stage_on
 SCHEDULES = ('poly', 'step', 'one_cycle')
 
 # Stage one as the paper has it
-STAGE_ONE = dict(arch='resnet12', epochs=90, schedule='poly', lr=0.05, rotation=True, rotation_from='logits', classifier='linear', smoothing=0., jitter=True, augment='batch',
+STAGE_ONE = dict(arch='resnet12', pretrained=False, epochs=90, schedule='poly', lr=0.05, rotation=True, rotation_from='logits', classifier='linear', smoothing=0., jitter=True, augment='batch',
                  opt='sgd', bs=64, seed=0)
 
 # Stage two, reading by reading; docs/readings.md says what each setting is, and what was measured
@@ -63,7 +63,7 @@ def fitting(s, k):
 def stage_one(data, s, **kwargs):
     "Learner of the global learner and its fit, for the settings `s` of `STAGE_ONE`"
     dls = category_dls(data, bs=s['bs'], aug=train_augmentation(data.px, s['jitter'], s['augment']), seed=s['seed'])
-    return global_learner(dls, s['arch'], rotation=s['rotation'], rotation_from=s['rotation_from'], classifier=s['classifier'], smoothing=s['smoothing'], opt_func=OPTIMISERS[s['opt']],
+    return global_learner(dls, s['arch'], rotation=s['rotation'], rotation_from=s['rotation_from'], classifier=s['classifier'], smoothing=s['smoothing'], pretrained=s['pretrained'], opt_func=OPTIMISERS[s['opt']],
                           seed=s['seed'], **kwargs),fitting(s, dls.train.bs)
 
 def stage_two(data, s, student, teacher=None, bank=None, **kwargs):

@@ -1,8 +1,13 @@
 """Files that are whole or not there: atomic writes, tensors and memory-mapped arrays with a verified checksum, one run a folder."""
 import contextlib
+import errno
+import glob
 import hashlib
 import json
 import os
+import secrets
+import shutil
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -10,34 +15,57 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from .errors import UserError
+from .errors import UserError, first_line
 
 try:
     import fcntl
 except ImportError: # Windows: no locks
     fcntl = None
 
-__all__ = ['Busy', 'atomic_write', 'write_json', 'on_cpu', 'digest', 'save_tensors', 'load_tensors', 'new_memmap', 'filled_array', 'load_array', 'locked']
+__all__ = ['Busy', 'atomic_write', 'write_json', 'read_bytes', 'read_json', 'on_cpu', 'digest', 'save_tensors', 'load_tensors', 'check_state', 'load_state',
+           'new_memmap', 'filled_array', 'load_array', 'locked', 'output_folder']
+
+LARGEST = 2**28 # bytes of a file that is read at once
+NOFOLLOW,NONBLOCK = getattr(os, 'O_NOFOLLOW', 0),getattr(os, 'O_NONBLOCK', 0)
 
 
 class Busy(UserError):
     "Another process holds a lock"
 
 
+# ---- reading and writing ----------------------------------------------------------------------------------------------
+
+def part_name(path):
+    "A hidden name beside `path` that nobody can foretell, for what is half written"
+    return path.with_name(f'.{path.name}.{secrets.token_hex(8)}.part')
+
+def temporary(path):
+    "A new, empty file beside `path` (its name, and the file open for writing)"
+    tmp = part_name(path)
+    return tmp,os.fdopen(os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NOFOLLOW, 0o666), 'wb')
+
+def sweep(folder, name=''):
+    "Remove what killed processes left half written in `folder` (of the file or folder `name`); only for who holds its lock"
+    for f in folder.glob(f'.{glob.escape(name)}*.part'):
+        if f.is_dir() and not f.is_symlink(): shutil.rmtree(f, ignore_errors=True)
+        else: f.unlink(missing_ok=True)
+
 def atomic_write(path, content):
     "Write bytes or text to `path` so that a crash at any moment leaves the old file or the new one"
-    path = Path(path)
-    tmp = path.with_name(f'.{path.name}.part')
+    path,tmp = Path(path),None
     try:
-        with open(tmp, 'wb') as f:
+        tmp,f = temporary(path)
+        with f:
             f.write(content if isinstance(content, bytes) else content.encode())
             f.flush()
             os.fsync(f.fileno())
         os.replace(tmp, path)
         sync_folder(path.parent)
     except OSError as e:
-        with contextlib.suppress(OSError): tmp.unlink(missing_ok=True)
-        raise UserError(f'{path} cannot be written ({e.strerror}): make room or give another folder; what was there is kept') from None
+        if tmp:
+            with contextlib.suppress(OSError): tmp.unlink(missing_ok=True)
+        raise UserError(f'{path} cannot be written (its folder is gone): start again in another' if not path.parent.exists() else
+                        f'{path} cannot be written ({e.strerror}): make room or give another folder; what was there is kept') from None
 
 def sync_folder(folder):
     "Make renames in `folder` last"
@@ -47,6 +75,39 @@ def sync_folder(folder):
     finally: os.close(fd)
 
 def write_json(path, obj): atomic_write(path, json.dumps(obj, indent=1, default=str) + '\n')
+
+
+def read_bytes(path, limit=LARGEST):
+    """The content of a regular file of at most `limit` bytes
+
+    OSError for anything else that has a name: a pipe or a device would never end, and neither is waited for.
+    """
+    fd = os.open(path, os.O_RDONLY | NONBLOCK)
+    with open(fd, 'rb') as f:
+        about = os.fstat(fd)
+        if not stat.S_ISREG(about.st_mode): raise OSError(errno.EINVAL, 'it is a folder' if stat.S_ISDIR(about.st_mode) else 'it is not a regular file')
+        if about.st_size > limit: raise OSError(errno.EFBIG, f'it has {about.st_size >> 20} MiB, more than the {limit >> 20} that are read')
+        return f.read()
+
+def read_json(path, default=None, keys=None):
+    """The JSON object in the file at `path`, as a dict; `default` where there is no such file
+
+    UserError if it is missing without a `default`, is no JSON object, or lacks one of `keys` or has it of another type: name -> type or types.
+    """
+    def no_number(text): raise ValueError(f'{text} is no JSON')
+    try:
+        found = json.loads(read_bytes(path, 2**26), parse_constant=no_number)
+        if not isinstance(found, dict): raise ValueError('it is not a JSON object')
+        for k,kind in (keys or {}).items():
+            if not isinstance(found.get(k), kind) or (kind is not bool and isinstance(found.get(k), bool)): raise ValueError(f'{k} is missing or no {getattr(kind, "__name__", "such value")}')
+        return found
+    except FileNotFoundError:
+        if default is not None: return default
+        raise UserError(f'{path} is not there: take it from a copy, or give another folder') from None
+    except RecursionError: why = 'it is nested too deeply'
+    except OSError as e: why = e.strerror
+    except ValueError as e: why = first_line(e)
+    raise UserError(f'{path} is damaged ({why}): remove it, or take it from a copy')
 
 
 def on_cpu(tensors): return {k:v.detach().cpu().contiguous() for k,v in tensors.items()}
@@ -77,7 +138,20 @@ def load_tensors(path):
         text,sha256 = header['meta'],header['sha256']
         if digest(tensors, text) != sha256: raise ValueError('its checksum is wrong')
         return tensors,json.loads(text)
-    except Exception as e: raise UserError(f'{path} is damaged or not ours ({e}): remove it or take it from a copy') from None
+    except Exception as e: raise UserError(f'{path} is damaged or not ours ({first_line(e)}): remove it or take it from a copy') from None
+
+
+def check_state(model, tensors, where):
+    "UserError, naming the file `where`, unless `tensors` are exactly those of `model` by name and shape"
+    own = model.state_dict()
+    wrong = ([f'{k} is missing' for k in own if k not in tensors] + [f'{k} is none of its tensors' for k in tensors if k not in own] +
+             [f'{k} has the shape {tuple(tensors[k].shape)}, not {tuple(v.shape)}' for k,v in own.items() if k in tensors and tensors[k].shape != v.shape])
+    if wrong: raise UserError(f'{where} does not fit the network ({wrong[0]}' + (f', and {len(wrong)-1} more' if wrong[1:] else '') + '): it is of another, take the right file')
+
+def load_state(model, tensors, where):
+    "Load `tensors` into `model` where `check_state` finds that they are its own"
+    check_state(model, tensors, where)
+    model.load_state_dict(tensors)
 
 
 def new_memmap(path, shape, dtype):
@@ -90,25 +164,27 @@ def new_memmap(path, shape, dtype):
 @contextlib.contextmanager
 def filled_array(path, shape, dtype, meta):
     "Fill a memory-mapped array inside; after it the array is at `path`, with `meta` and its checksum beside it as .json"
-    path = Path(path)
-    tmp = path.with_name(f'.{path.name}.part')
+    path,tmp = Path(path),None
     try:
+        tmp,f = temporary(path)
+        f.close()
         array = new_memmap(tmp, shape, dtype)
         yield array
         array.flush()
         os.replace(tmp, path)
         write_json(path.with_suffix('.json'), dict(meta=meta, sha256=_file_digest(path)))
     except OSError as e: raise UserError(f'{path} cannot be written ({e.strerror}): make room or give another folder') from None
-    finally: tmp.unlink(missing_ok=True)
+    finally:
+        if tmp: tmp.unlink(missing_ok=True)
 
 def load_array(path):
     "(array, meta) of `filled_array`, memory-mapped; changes to the array stay in memory; UserError unless it is whole"
     path = Path(path)
     try:
-        about = json.loads(path.with_suffix('.json').read_text())
-        if about['sha256'] != _file_digest(path): raise ValueError('its checksum is wrong')
+        about = read_json(path.with_suffix('.json'), keys=dict(sha256=str, meta=dict))
+        if not path.is_file() or about['sha256'] != _file_digest(path): raise ValueError('its checksum is wrong')
         return np.load(path, mmap_mode='c'),about['meta']
-    except (OSError, ValueError, KeyError, TypeError) as e: raise UserError(f'{path} is not there, damaged or not ours ({e}): remove it') from None
+    except (OSError, ValueError) as e: raise UserError(f'{path} is not there, damaged or not ours ({e}): remove it') from None
 
 def _file_digest(path):
     h = hashlib.sha256()
@@ -117,15 +193,49 @@ def _file_digest(path):
     return h.hexdigest()
 
 
+# ---- folders for one process at a time --------------------------------------------------------------------------------
+
 @contextlib.contextmanager
 def locked(path, busy=None):
-    "Hold the lock file `path`; wait for its holder, or raise UserError(`busy`). A dead process holds nothing"
+    """Hold the lock file `path`; wait for its holder, or raise `Busy` with the sentence `busy`. A dead process holds nothing
+
+    A link by that name is refused.
+    """
     if fcntl is None:
         yield
         return
-    try: f = open(path, 'a')
-    except OSError as e: raise UserError(f'{Path(path).parent} cannot be written ({e.strerror}): give another folder') from None
-    with f:
-        try: fcntl.flock(f, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+    try: fd = os.open(path, os.O_RDWR | os.O_CREAT | NOFOLLOW | NONBLOCK, 0o666)
+    except OSError as e:
+        if e.errno == errno.ELOOP: raise UserError(f'{path} is a link, and a lock never is: remove it') from None
+        raise UserError(f'{Path(path).parent} cannot be written ({e.strerror}): give another folder') from None
+    with open(fd, 'rb'):
+        if not stat.S_ISREG(os.fstat(fd).st_mode): raise UserError(f'{path} is not a regular file, as a lock is: remove it')
+        try: fcntl.flock(fd, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
         except BlockingIOError: raise Busy(busy) from None
         yield
+
+@contextlib.contextmanager
+def output_folder(path, flag='--out'):
+    """The folder at `path`, which is made, and shown to take files before any work is done for it
+
+    What was made goes again at the end if nothing was written there. UserError where nothing can be written.
+    """
+    if not str(path).strip(): raise UserError(f'{flag} is empty: give it the name of a folder')
+    folder = Path(path).expanduser()
+    made = [f for f in (folder, *folder.parents) if not os.path.lexists(f)]
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tmp,f = temporary(folder/'room')
+            try:
+                with f:
+                    f.write(bytes(2**16))
+                    f.flush()
+                    os.fsync(f.fileno())
+            finally: tmp.unlink()
+        except (OSError, ValueError) as e: raise UserError(f'the folder {folder} cannot be written ({getattr(e, "strerror", None) or e}): give {flag} another') from None
+        yield folder
+    finally:
+        with contextlib.suppress(OSError):
+            if folder in made and {f.name for f in folder.iterdir()} == {'.lock'}: (folder/'.lock').unlink()
+            for f in made: f.rmdir()

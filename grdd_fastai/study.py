@@ -21,7 +21,7 @@ from .storage import load_tensors, locked, save_tensors
 __all__ = ['Study', 'Trained']
 
 VALID = dict(n_way=5, k_shot=1, n_query=15) # episodes of the validation classes that choose the epoch kept
-YOUNGER = dict(teacher_output='features', classifier='linear', smoothing=0., jitter=True, augment='albumentations', opt='sgd') # settings that came after the first records: where they are as before they name nothing
+YOUNGER = dict(pretrained=False, teacher_output='features', classifier='linear', smoothing=0., jitter=True, augment='albumentations', opt='sgd') # settings that came after the first records: where they are as before they name nothing
 SPLITS = dict(val='val', novel='test')
 EPISODIC = ('way','shot','query','episodes','per_step','epochs','schedule','lr','scale','mean','init','seed','jitter','augment','opt') # what CL+EL depends on
 EPISODES_SEED = dict(val=1, novel=0) # not the episodes that chose the epoch; those of the other recipes

@@ -61,6 +61,7 @@ def table(
     shots:str='1', # shots to score, separated by commas
     student:str=None, # timm model (convnet4)
     teacher:str=None, # timm model (resnet12; demo: convnet4_128)
+    pretrained:bool=False, # start both from timm's default weights for their names; a name with a tag, as resnet18.a1_in1k, has its weights anyway
     epochs:int=None, # of the student's stage one (90; demo: 3)
     teacher_epochs:int=None, # of the teacher's stage one (90; demo: 3)
     schedule:str=None, # of stage one: poly, step or one_cycle (poly; demo: one_cycle)
@@ -88,7 +89,7 @@ def table(
     order,rows = {k:i for i,k in enumerate(rows)},wanted(rows, keep)
     if score not in SPLITS: raise UserError(f'--score is {score}: it is one of {", ".join(SPLITS)}')
     for seed in seeds: check_settings(s | dict(seed=seed))
-    for arch in {s['student'], s['teacher']}: check_backbone(arch, 32)
+    for arch in {s['student'], s['teacher']}: check_backbone(arch, 32, pretrained)
     out = Path(out).expanduser()
     say(f'*** DEMO: small settings{"" if data else " on drawn characters"}; not a result about GRDD ***' if demo else f'{name}: {len(rows)} rows, seeds {seeds}')
     data = few_shot_data('demo' if demo and data is None else data, 32, cache)
@@ -98,7 +99,7 @@ def table(
     logs = [out, *([results] if results else [])]
     study,nets,scores,failed,stop = Study(data, out, max_minutes, logs),{},{},[],None
     two = {alone:stage_two_settings(reading, alone, epochs=s['meta_epochs'], lr=meta_lr, episodes=s['episodes'], jitter=jitter, opt=meta_opt) for alone in (False, True)}
-    common = dict(schedule=s['schedule'], lr=s['lr'], rotation=rotation and not demo, classifier=classifier, smoothing=smoothing, jitter=jitter, opt=opt, bs=bs)
+    common = dict(schedule=s['schedule'], lr=s['lr'], rotation=rotation and not demo, classifier=classifier, smoothing=smoothing, jitter=jitter, opt=opt, bs=bs, pretrained=pretrained)
     roles = dict(student=dict(arch=s['student'], epochs=s['epochs'], **common), teacher=dict(arch=s['teacher'], epochs=s['teacher_epochs'], **common))
     for seed,key in itertools.product(seeds, rows):
         try:

@@ -14,7 +14,7 @@ from grdd_fastai.experiment import grdd
 
 
 @call_parse
-@delegates(grdd, but=['way', 'shot', 'px'])
-def main(out:str='runs/cifarfs_5w1s', **kwargs): # folder for results, histories and weights
+@delegates(grdd, but=['way', 'shot', 'px', 'name'])
+def main(**kwargs):
     "GRDD on CIFAR-FS, 5-way 1-shot"
-    return grdd(way=5, shot=1, px=32, out=out, **kwargs)
+    return grdd(way=5, shot=1, px=32, name='cifarfs_5w1s', **kwargs)

@@ -14,13 +14,12 @@ from grdd_fastai.experiment import grdd
 
 
 @call_parse
-@delegates(grdd, but=['way', 'shot', 'px'])
+@delegates(grdd, but=['way', 'shot', 'px', 'name'])
 def main(
     data:str=None, # images/ beside train.csv, val.csv, test.csv, or any layout of data/README.md
-    out:str='runs/mini_5w5s', # folder for results, histories and weights
     demo:bool=False, # small settings, and the embedded data set unless --data is given
     **kwargs
 ):
     "GRDD on miniImageNet, 5-way 5-shot"
     if data is None and not demo: raise UserError('miniImageNet cannot be fetched: give --data its folder, or --demo')
-    return grdd(way=5, shot=5, px=84, data=data, out=out, demo=demo, **kwargs)
+    return grdd(way=5, shot=5, px=84, name='mini_5w5s', data=data, demo=demo, **kwargs)
