@@ -1,4 +1,6 @@
 """The callbacks of both stages: seeds, rotation, relatedness distillation, few-shot accuracy."""
+import math
+
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback, CancelValidException
@@ -130,6 +132,10 @@ class RelatednessDistiller(LossTerm):
         if teacher_output not in TEACHER_OUTPUTS: raise ValueError(f"teacher_output is one of {', '.join(TEACHER_OUTPUTS)}, not {teacher_output!r}")
         if teacher_output != 'features' and not getattr(teacher, 'num_classes', 0): raise UserError(
             f"teacher_output={teacher_output!r} needs a teacher with its classifier: train it with classifier='linear'")
+        if not 0 < T < math.inf: raise UserError(f'the temperature T is {T}: it must be positive, since it divides the cosines')
+        for k,v in dict(gamma=gamma, kl_weight=kl_weight).items():
+            if not 0 <= v < math.inf: raise UserError(f'{k} is {v}: it must be at least 0')
+        if reduction not in ('mean', 'sum'): raise UserError(f"reduction is {reduction!r}: it is 'mean' or 'sum'")
         if teacher_view not in ('clean', 'same'): raise ValueError(f"teacher_view is 'clean' or 'same', not {teacher_view!r}")
         self.teacher,self.gamma,self.center,self.teacher_view = teacher,gamma,center,teacher_view
         self.teacher_output,self.bank,self.bank_of = teacher_output,bank,None
@@ -142,7 +148,7 @@ class RelatednessDistiller(LossTerm):
         self.teacher.eval().requires_grad_(False).to(self.dls.device)
         bank_of = id(self.teacher),id(self.dls.train.dataset)
         if self.teacher_view == 'clean' and self.bank_of != bank_of:
-            if self.bank is None or self.bank_of: self.bank = embed(self.teacher, self.dls.train.plain(), amp_dtype(self.learn))[0]
+            if self.bank is None or self.bank_of: self.bank = embed(self.teacher, self.dls.train.plain())[0]
             self.bank,self.bank_of = self.bank.to(self.dls.device),bank_of
             if len(self.bank) != (n := len(self.dls.train.dataset)): raise ValueError(f'a bank of {len(self.bank)} features for {n} base images')
 

@@ -10,7 +10,7 @@ from scipy.stats import ttest_1samp
 from . import transductive  # noqa: F401  (registers its classifiers)
 from .data import rows_by_class
 from .distributed import gathered, ranks, summed
-from .errors import UserError
+from .errors import UserError, first_line
 from .inference import get_classifier
 from .precision import amp
 
@@ -63,7 +63,6 @@ def sample_episodes(
     "Yield blocks of episodes: rows of the support (E, C, K) and of the query images (E, C, n_query), disjoint"
     y = np.asarray(y.cpu() if isinstance(y, torch.Tensor) else y)
     by_class,m = rows_by_class(y, n_way, k_shot, n_query),k_shot + n_query
-    if n_episodes < 1: raise UserError(f'{n_episodes} episodes are asked for: it must be at least 1')
     size = np.array([len(rows) for rows in by_class])
     table = np.stack([np.pad(rows, (0, size.max() - len(rows))) for rows in by_class])
     for block in range(-(-n_episodes // BLOCK)):
@@ -179,10 +178,35 @@ def compare(
     return pd.DataFrame(lines, columns=['row','versus','seed','difference','ci95','p','sd','clear'])
 
 
+def as_features(h):
+    "Features (N, D) of any kind, NumPy's and whole numbers too, as a floating-point tensor; half precision becomes float32"
+    try: h = torch.as_tensor(h)
+    except (TypeError, ValueError, RuntimeError) as e: raise UserError(f'the features are no numbers ({first_line(e)}): give a tensor or an array (N, D)') from None
+    if h.ndim < 2 or not len(h): raise UserError(f'the features have the shape {tuple(h.shape)}: give a row an image, (N, D)')
+    return h if h.dtype in (torch.float32, torch.float64) else h.float()
+
+def as_classes(y, n):
+    "Classes of `n` images, numbers or names, as a tensor of whole numbers"
+    y = np.asarray(y.cpu() if isinstance(y, torch.Tensor) else y)
+    if y.shape != (n,): raise UserError(f'{n} rows of features and classes of shape {y.shape}: give a class for each row')
+    if y.dtype.kind == 'f' and np.isfinite(y).all() and (y == np.floor(y)).all(): y = y.astype(np.int64)
+    if y.dtype.kind in 'iub': return torch.from_numpy(y.astype(np.int64))
+    if any(o is None or o != o for o in y.tolist()): raise UserError('a class is missing (None or NaN): give each row one, or leave the row out')
+    try: return torch.from_numpy(np.unique(y, return_inverse=True)[1].astype(np.int64))
+    except TypeError: raise UserError('the classes are of several kinds, such as text and numbers: give all of them as text') from None
+
+def correct(name, f, support, support_y, query, query_y):
+    "Whether the classifier `f` is right, for each query (E, NQ); UserError unless it gives finite logits of the shape it should"
+    logits,shape = f(support, support_y, query),(*query_y.shape, int(support_y.max()) + 1)
+    if not isinstance(logits, torch.Tensor) or logits.shape != shape:
+        raise UserError(f'{name} gives {tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__}: a classifier gives logits (E, NQ, C), here {shape}')
+    if not torch.isfinite(logits.sum()): raise UserError(f'{name} gives logits that are NaN or infinite: they cannot be compared')
+    return logits.argmax(-1) == query_y
+
 @torch.no_grad()
 def evaluate(
-    h, # features (N, D)
-    y, # classes (N)
+    h, # features (N, D), a tensor or an array
+    y, # classes (N), numbers or names
     n_way=5, # C, classes an episode
     k_shot=1, # K, support images a class
     n_query=15, # query images a class
@@ -197,7 +221,9 @@ def evaluate(
 
     Of several classifiers a dict of `Evaluation`s, all on the same episodes in one pass. Memory does not grow with the episodes.
     """
-    y = torch.as_tensor(y)
+    h = as_features(h)
+    y = as_classes(y, len(h))
+    if views is not None: views = as_features(views)
     if query_distribution not in QUERIES: raise UserError(f'the query distribution is {query_distribution!r}: it is one of {", ".join(QUERIES)}')
     for x in (h, *(views if views is not None else ())):
         if not torch.isfinite(torch.stack(x.aminmax())).all(): raise UserError('the features hold NaN or infinite values: the network diverged, lower its learning rate')
@@ -208,7 +234,9 @@ def evaluate(
     bank,V = (h, 1) if views is None else (views.flatten(0, 1), len(views))
     budget = CHUNK[h.device.type != 'cpu'] * max(getattr(getattr(f, 'func', f), 'at_once', 1) for f in of.values()) # a partial's, too
     size = max(1, budget // max(1, n_way*(V*k_shot + n_query)*h[0].numel()*h.element_size()))
-    accs,(rank,n) = [],ranks() if shared else (0, 1)
+    if n_episodes < 1: raise UserError(f'{n_episodes} episodes are asked for: it must be at least 1')
+    accs,(rank,n) = {k:np.zeros(n_episodes) for k in of},ranks() if shared else (0, 1) # one array a classifier: many small ones would fragment the memory
+    names = {k:k if isinstance(k, str) else getattr(k, '__name__', str(k)) for k in of}
     for block,(support,query,query_y) in enumerate(QUERIES[query_distribution](y, n_way, k_shot, n_query, n_episodes, seed)):
         if block % n != rank: continue
         for at in range(0, len(support), size):
@@ -216,13 +244,14 @@ def evaluate(
             s_y = torch.arange(n_way, device=h.device).repeat_interleave(k_shot).repeat(V).expand(len(s), -1)
             s = torch.cat([s + v*len(y) for v in range(V)], 1)
             z_s,z_q = (b.index_select(0, rows.flatten()).view(*rows.shape, -1) for b,rows in ((bank, s), (h, q)))
-            accs.append((block, at, {k:(f(z_s, s_y, z_q).argmax(-1) == q_y).float().mean(1).cpu().numpy() for k,f in of.items()}))
-    if n > 1: accs = sorted(gathered(accs), key=lambda o: o[:2])
-    classes = hashlib.sha256(y.long().cpu().numpy().tobytes()).hexdigest()[:8]
+            first = block*BLOCK + at
+            for k,f in of.items(): accs[k][first:first+len(s)] = 100 * correct(names[k], f, z_s, s_y, z_q, q_y).float().mean(1).cpu().numpy()
+    if n > 1: accs = {k:sum(gathered([a])) for k,a in accs.items()} # an episode is zero in all processes but one
+    classes = hashlib.sha256(y.numpy().tobytes()).hexdigest()[:8]
     drawn = f'{n_episodes} of {n_way} way {k_shot} shot {n_query} query, seed {seed}, {len(y)} images {classes}'
     if query_distribution != 'balanced': drawn += f', {query_distribution} queries'
     how = '' if V == 1 else f', support of {V} views'
-    made = {k:Evaluation(100 * np.concatenate([a[k] for *_,a in accs]).astype(np.float64), drawn, f'{k if isinstance(k, str) else getattr(k, "__name__", k)}{how}') for k in of}
+    made = {k:Evaluation(accs[k], drawn, names[k] + how) for k in of}
     return next(iter(made.values())) if one else made
 
 def _balanced(*args):

@@ -5,6 +5,7 @@ Shapes: E episodes, NS support and NQ query images, D features, C classes; suppo
 UserError for features that are not finite and for a class without support images. Inductive ones are here, the others, which look at
 all queries of an episode together, in `transductive`.
 """
+import inspect
 import warnings
 from functools import partial, wraps
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from .errors import UserError
 from .losses import full_precision
 
-__all__ = ['CLASSIFIERS', 'register_classifier', 'get_classifier', 'with_base_mean', 'prototypes', 'sum_of_cosines', 'nearest_centroid', 'nearest_centroid_cosine', 'simpleshot', 'nearest_neighbour', 'ridge',
+__all__ = ['CLASSIFIERS', 'register_classifier', 'get_classifier', 'check_settings_of', 'with_base_mean', 'prototypes', 'mean_cosine', 'nearest_centroid', 'nearest_centroid_cosine', 'simpleshot_l2n', 'simpleshot_cl2n', 'nearest_neighbour', 'ridge',
            'logistic_regression']
 
 CLASSIFIERS = {} # name -> function with `transductive` and `balanced`: whether it takes every class to have equally many queries
@@ -32,6 +33,8 @@ def register_classifier(name, transductive=False, balanced=False, at_once=1):
             if support.ndim != 3 or query.ndim != 3 or support_y.shape != support.shape[:2] or len(query) != len(support) or query.shape[2] != support.shape[2]:
                 raise UserError(f'{name} takes support (E, NS, D), support_y (E, NS) and query (E, NQ, D), not {tuple(support.shape)}, '
                                 f'{tuple(support_y.shape)} and {tuple(query.shape)}')
+            check_settings_of(checked, settings)
+            if support.dtype != query.dtype: support,query = (x.to(torch.promote_types(support.dtype, query.dtype)) for x in (support, query))
             logits = inner(support, support_y, query, **settings)
             if not torch.isfinite(logits.sum()): raise why_not_finite(name, support, support_y, query, logits)
             return logits
@@ -47,6 +50,15 @@ def why_not_finite(name, support, support_y, query, logits):
     if (n == 0).any(): return UserError(f'class {int((n == 0).nonzero()[0][1])} has no support image: give each class of an episode at least one')
     return UserError(f'{name} gives logits that are not finite: its settings do not suit features of this size, try normalised ones')
 
+def check_settings_of(classifier, settings):
+    "UserError for a setting that the classifier (its name, or a function) does not have"
+    f = get_classifier(classifier)
+    known = inspect.signature(f).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in known.values()): return
+    wrong = next((k for k in settings if k not in list(known)[3:]), None)
+    name = classifier if isinstance(classifier, str) else getattr(f, '__name__', 'the classifier')
+    if wrong: raise UserError(f'{name} has no setting {wrong!r}: ' + (f'its settings are {", ".join(list(known)[3:])}' if len(known) > 3 else 'it has none'))
+
 def get_classifier(name):
     "The classifier of that name, or a UserError that lists them; a function is returned as it is"
     if callable(name): return name
@@ -55,9 +67,9 @@ def get_classifier(name):
 
 
 def with_base_mean(names, base_features):
-    "name -> classifier, simpleshot centred by the mean of what `base_features()` gives (N, D), which is not asked for otherwise"
+    "name -> classifier; `simpleshot_cl2n` centres by the mean of what `base_features()` gives (N, D), which is not asked for otherwise"
     of = {name:get_classifier(name) for name in names}
-    if 'simpleshot' in of: of['simpleshot'] = partial(of['simpleshot'], mean=base_features().mean(0))
+    if 'simpleshot_cl2n' in of: of['simpleshot_cl2n'] = partial(of['simpleshot_cl2n'], mean=base_features().mean(0))
     return of
 
 
@@ -88,10 +100,13 @@ def squared_distances(a, b):
 # ---- inductive --------------------------------------------------------------------------------------------------------
 
 @register_classifier('cosine')
-def sum_of_cosines(support, support_y, query):
-    "The paper's: sigma, the sum of cosines with a class's support images (Eq. 14)"
+def mean_cosine(support, support_y, query):
+    """The paper's: sigma of Eq. 14, divided by the number of a class's support images
+
+    With as many images of each class that changes no prediction; without, a sum would go to the class with the most images.
+    """
     Y = one_hot(support_y, support)
-    return query @ (Y.mT @ (support / norms(support))).mT / norms(query) + no_support(Y)
+    return query @ ((Y.mT @ (support / norms(support))) / Y.sum(1).unsqueeze(-1)).mT / norms(query)
 
 @register_classifier('centroid')
 def nearest_centroid(support, support_y, query):
@@ -103,12 +118,17 @@ def nearest_centroid_cosine(support, support_y, query):
     "Cosine with the mean feature of each class"
     return cosines(query, prototypes(support, support_y))
 
-@register_classifier('simpleshot')
-def simpleshot(support, support_y, query,
-    mean=None, # mean feature of the base classes (D): CL2N; None leaves it out: L2N
+@register_classifier('simpleshot_cl2n')
+def simpleshot_cl2n(support, support_y, query,
+    mean=None, # mean feature of the base classes (D), which has to be given
 ):
-    "Nearest centroid of features centred by the base classes' mean and normalised (SimpleShot, arXiv 1911.04623)"
-    if mean is not None: support,query = support - mean,query - mean
+    "Nearest centroid of features centred by the base classes' mean and then normalised (SimpleShot's CL2N, arXiv 1911.04623)"
+    if mean is None: raise UserError('simpleshot_cl2n needs the mean feature of the base classes: give mean=, or take simpleshot_l2n')
+    return simpleshot_l2n(support - mean, support_y, query - mean)
+
+@register_classifier('simpleshot_l2n')
+def simpleshot_l2n(support, support_y, query):
+    "Nearest centroid of normalised features (SimpleShot's L2N, arXiv 1911.04623)"
     p = prototypes(F.normalize(support, dim=-1), support_y)
     return 2 * query @ p.mT / norms(query) - p.square().sum(-1).unsqueeze(1) - 1 # minus the squared distance to a query of length 1
 

@@ -1,6 +1,7 @@
 """fastai Learners of both stages, and the schedules the paper trains them with."""
 import copy
 import difflib
+import inspect
 import os
 from contextlib import contextmanager, suppress
 
@@ -122,7 +123,7 @@ class FewShotLearner(Learner):
         finally: self.first_epoch = 0
     def validate(self, *args, **kwargs): return L([self.few_shot_accuracy.measure().accuracy])
     @contextmanager
-    def distrib_ctx(self, sync_bn=False):
+    def distrib_ctx(self, sync_bn=True):
         "Fits inside train on all the processes joined by `processes`; fastai's by the same name cuts batches across episodes"
         if ranks()[1] == 1:
             if int(os.environ.get('WORLD_SIZE', 1)) > 1: raise UserError('this is one of several processes that have not joined: put the program inside `with processes():`')
@@ -208,6 +209,8 @@ def meta_learner(
     if not isinstance(e, EpisodicDL): raise ValueError('meta_learner trains on episodes: make dls with episodic_dls')
     model = create_backbone(student, 0, dls.one_batch()[0].shape[-1], seed) if isinstance(student, str) else copy.deepcopy(student)
     if hasattr(model, 'reset_classifier'): model.reset_classifier(0)
+    known = list(inspect.signature(RelatednessDistiller).parameters)[3:]
+    if wrong := next((k for k in distill or {} if k not in known), None): raise UserError(f'distill has no setting {wrong!r}: its settings are {", ".join(known)}')
     distiller = [] if teacher is None else [RelatednessDistiller(teacher, T=T, gamma=gamma, **(distill or {}))]
     return _learner(dls, model, EpisodicLoss(e.n_way, e.k_shot, e.n_query, scale, mean), distiller, seed, amp, keep_best,
                     {'k_shot':e.k_shot, **(valid or {})}, channels_last, compile, **kwargs)

@@ -9,13 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .errors import UserError
+
 __all__ = ['full_precision', 'relatedness', 'log_relatedness', 'kl_relatedness', 'class_relatedness', 'regularizer',
            'EpisodicLoss']
 
 
 def full_precision(f):
-    "Run `f` with autocast off and its floating-point tensors in float32 (a `.float()` alone is undone by autocast)"
-    def up(x): return x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+    "Run `f` with autocast off and its half-precision tensors in float32; a `.float()` alone is undone by autocast, and float64 stays"
+    def up(x): return x.float() if isinstance(x, torch.Tensor) and x.dtype in (torch.float16, torch.bfloat16) else x
     @wraps(f)
     def _f(x, *args, **kwargs):
         with torch.autocast(x.device.type, enabled=False):
@@ -43,6 +45,7 @@ def log_relatedness(
     decouple=True, # one softmax per support image (Eq. 11), else one over the whole matrix ('w/o RDD')
 ):
     "Eq. 11: log of the decoupled relatedness w, groups (E, NS, NQ), or of the whole matrix (E, 1, NS*NQ)"
+    if not 0 < T < float('inf'): raise UserError(f'the temperature T is {T}: it must be positive, since it divides the cosines')
     return F.log_softmax((R if decouple else R.flatten(1).unsqueeze(1)) / T, dim=-1)
 
 
@@ -89,6 +92,7 @@ class EpisodicLoss(nn.Module):
     "L_rt of a batch of episodes laid out as `EpisodicDL` does: training on it alone is the paper's CL+EL"
     def __init__(self, n_way=5, k_shot=1, n_query=15, scale=10., mean=True):
         super().__init__()
+        if not 0 < scale < float('inf'): raise UserError(f'the logit scale is {scale}: it must be positive')
         self.n_way,self.k_shot,self.n_query,self.scale,self.mean = n_way,k_shot,n_query,scale,mean
 
     def split(self, h):

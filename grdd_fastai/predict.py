@@ -1,19 +1,23 @@
 """A few labelled images a class to a classifier of others."""
+import io
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import timm
 import torch
+from fastai.learner import Learner
 from PIL import Image
 from torch import nn
 
+from .distributed import unwrapped
 from .errors import UserError
 from .evaluate import features
-from .inference import get_classifier
+from .inference import check_settings_of, get_classifier
 from .networks import images_of, load_network
-from .pack import upright_rgb
-from .prepare import IMAGES
+from .pack import LARGEST_SIDE, open_image, upright_rgb
+from .prepare import IMAGES, Folder
+from .storage import read_bytes
 
 __all__ = ['FewShotClassifier']
 
@@ -24,23 +28,28 @@ class FewShotClassifier:
     Images are PIL images, paths or arrays (H, W, 3) of uint8; transductive classifiers look at all images of a `predict` together.
     """
     def __init__(self,
-        network='convnet4.grdd_cifarfs', # timm model with its weights, or a name or path that `load_network` takes
+        network='convnet4.grdd_cifarfs', # a Learner of ours, a timm model with its weights, or a name or path that `load_network` takes
         classifier='cosine', # of `CLASSIFIERS`, or `(support, support_y, query) -> logits`
         bs=64, # images embedded at a time
-        px=None, stats=None, # side, and (mean, std), of its images (as its `pretrained_cfg` has them; a Learner's model: the data's)
+        px=None, stats=None, # side, and (mean, std), of its images (as its `pretrained_cfg` has them, where a Learner notes its data's)
+        allow_large=False, # also decode images of 89 to 179 megapixels
         **settings # of the classifier
     ):
-        self.net = (network if isinstance(network, nn.Module) else load_network(network)).eval()
+        if isinstance(network, Learner): network = getattr(unwrapped(network.model), 'backbone', unwrapped(network.model))
+        self.net,self.allow_large = (network if isinstance(network, nn.Module) else load_network(network)).eval(),allow_large
+        if px is not None and (not isinstance(px, int) or not 1 <= px <= LARGEST_SIDE): raise UserError(f'px is {px!r}: it must be from 1 to {LARGEST_SIDE}')
         side,mean,std = images_of(self.net)
         if px: side = px
         if stats: mean,std = stats
         config = timm.data.resolve_model_data_config(self.net) | dict(input_size=(3, side, side), mean=tuple(mean), std=tuple(std))
+        check_settings_of(classifier, settings)
         self.transform,self.classifier,self.bs,self.settings,self.vocab = timm.data.create_transform(**config),get_classifier(classifier),bs,settings,None
 
     @classmethod
     def from_folder(cls, path, *args, **kwargs):
         "Fitted on the images of a folder that has a folder for each class"
-        files = sorted(f for f in Path(path).expanduser().glob('*/*') if IMAGES.search(f.name))
+        if not (path := Path(path).expanduser()).is_dir(): raise UserError(f'there is no folder {path}: give one that has a folder of images for each class')
+        files = [path/f for f in Folder(path).files if f.count('/') == 1 and IMAGES.search(f)]
         if not files: raise UserError(f'{path} has no folders of images: make one for each class, named after it')
         return cls(*args, **kwargs).fit(files, [f.parent.name for f in files])
 
@@ -50,13 +59,15 @@ class FewShotClassifier:
         one,device = isinstance(images, (str, Path, Image.Image)) or getattr(images, 'ndim', 0) == 3,next(self.net.parameters()).device
         images = [images] if one else list(images)
         if not images: raise UserError('no image is given: give at least one')
-        return torch.cat([features(self.net, torch.stack([self.transform(opened(im)) for im in images[at:at+self.bs]]).to(device)).float()
+        return torch.cat([features(self.net, torch.stack([self.transform(opened(im, self.allow_large)) for im in images[at:at+self.bs]]).to(device)).float()
                           for at in range(0, len(images), self.bs)])
 
     def fit(self, images, labels):
         "Remember a few images of each class"
         images,labels = list(images),list(labels)
         if len(images) != len(labels): raise UserError(f'{len(images)} images and {len(labels)} labels: give a label for each image')
+        if any(o is None or o != o for o in labels): raise UserError('a label is missing (None or NaN): give each image one, or leave the image out')
+        if len({isinstance(o, str) for o in labels}) > 1: raise UserError('some labels are text and some are not: give all of them as text')
         self.vocab = sorted(set(labels))
         if len(self.vocab) < 2: raise UserError(f'all images are of {len(self.vocab)} class: give images of at least two')
         self.support = self.embed(images)
@@ -74,11 +85,12 @@ class FewShotClassifier:
         return self.logits(images).idxmax(axis=1).tolist()
 
 
-def opened(image):
-    "An upright RGB image of a path, an array or an image"
+def opened(image, allow_large=False):
+    "An upright RGB image of a path, an array or an image; `allow_large` as in `open_image`"
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3: raise UserError(f'an array of {image.dtype} {image.shape} is no image: give uint8 (H, W, 3)')
         image = Image.fromarray(image)
     if isinstance(image, Image.Image): return upright_rgb(image)
-    try: return upright_rgb(Image.open(image))
+    try: return upright_rgb(open_image(io.BytesIO(read_bytes(image)), allow_large))
+    except OSError as e: raise UserError(f'{image} cannot be read as an image ({e.strerror or e}): remove it or replace it') from None
     except Exception as e: raise UserError(f'{image} cannot be read as an image ({e}): remove it or replace it') from None

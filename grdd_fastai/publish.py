@@ -1,6 +1,8 @@
 """A trained network as a folder that timm loads: weights, config, what was measured, and a model card that says it."""
 import copy
-import json
+import queue
+import shlex
+import threading
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -11,12 +13,14 @@ from .errors import UserError, first_line
 from .evaluate import mean_ci95
 from .models import WEIGHTS
 from .networks import load_network
+from .run import command, public
 from .stages import READINGS, STAGE_ONE
-from .storage import atomic_write, on_cpu, write_json
+from .storage import atomic_write, on_cpu, output_folder, read_json, write_json
 from .study import EPISODIC, YOUNGER, Trained
 
 __all__ = ['load_trained', 'publish']
 
+MINUTES = 10 # that a push may take
 CHECK = 2000 # of the scored episodes, the first: what a quick test of the weights measures again
 LICENSE = 'apache-2.0'
 FILES = ['model.safetensors', 'config.json', 'measured.json', 'README.md']
@@ -28,8 +32,8 @@ tags: [timm, image-feature-extraction, few-shot-learning, grdd]
 # {name}
 
 {arch} ({parameters:,} parameters, {features} features) trained by {supervision} on the {n_classes} base classes of {dataset}, for few-shot
-classification of {px} px images: embed support and query images, and give a query the class whose support it has the largest sum of
-cosines with. The method is GRDD ([arXiv 2107.05583](https://arxiv.org/abs/2107.05583)) as grdd_fastai implements it.
+classification of {px} px images: embed support and query images, and give a query the class whose support it has the largest mean
+cosine with. The method is GRDD ([arXiv 2107.05583](https://arxiv.org/abs/2107.05583)) as grdd_fastai implements it.
 
 ```python
 import timm, grdd_fastai                     # importing the package registers its architectures in timm
@@ -41,7 +45,7 @@ h = net(transform(image)[None])              # (1, {features})
 
 ## Accuracy
 
-5-way, 15 queries a class, sum of cosines, no fine-tuning; mean % and 95% confidence interval over {n:,} episodes.
+5-way, 15 queries a class, mean of cosines, no fine-tuning; mean % and 95% confidence interval over {n:,} episodes.
 
 {table}
 
@@ -64,8 +68,8 @@ weights are under {license}.
 def load_trained(folder, fingerprint=None):
     "`Trained`, without its classifier, of a finished run's folder, as `Study` leaves it; UserError if it was trained on other data than `fingerprint`'s"
     folder = Path(folder).expanduser()
-    try: card,began = (json.loads((folder/f).read_text()) for f in ('net.json', 'settings.json'))
-    except (OSError, ValueError): raise UserError(f'{folder} holds no finished training (net.json, settings.json): give the folder of one') from None
+    try: card,began = (read_json(folder/f, keys=keys) for f,keys in (('net.json', dict(fingerprint=str)), ('settings.json', dict(settings=dict))))
+    except UserError as e: raise UserError(f'{folder} holds no finished training ({e}): give the folder of one') from None
     if fingerprint not in (None, card['fingerprint']): raise UserError(f'{folder} was trained on other data: give --data what it was trained on')
     return Trained(load_network(folder), folder, began['settings'])
 
@@ -86,7 +90,7 @@ def measured(trained, scores):
     return dict(
         scores=found, supervision='CL' if 'student' not in settings else 'CL+GR' if settings['teacher'] else 'CL+EL',
         settings=whole(settings), run=trained.folder.name, sha256=card['sha256'], stats=card['stats'], px=card['px'], classes=card['classes'],
-        fingerprint=card['fingerprint'], dataset=trained.read('data.json')['name'], trained={k:began.get(k) for k in ('command','commit','device','torch_threads','versions')})
+        fingerprint=card['fingerprint'], dataset=trained.read('data.json')['name'], trained={k:began.get(k) for k in ('commit','device','torch_threads','versions')} | dict(command=began.get('command') and command(shlex.split(began['command'])[1:])))
 
 
 def publish(
@@ -107,22 +111,29 @@ def publish(
     net.reset_classifier(0)
     mean,std = about['stats']
     cfg = dict(license=LICENSE, tag=name.partition('.')[2], input_size=(3, about['px'], about['px']))
-    try: folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise UserError(f'{folder} cannot be written ({e.strerror}): give --out another folder') from None
-    atomic_write(folder/'model.safetensors', save(on_cpu(net.state_dict()), metadata=dict(format='pt')))
-    save_config_for_hf(net, folder/'config.json', dict(pretrained_cfg=cfg), data_config=dict(mean=mean, std=std, crop_pct=1.))
-    write_json(folder/'measured.json', about)
-    atomic_write(folder/'README.md', model_card(net, about, name, f'hf-hub:{hub}' if hub else name if folder.resolve().parent == WEIGHTS else f'local-dir:{folder}', n_base))
+    with output_folder(folder):
+        atomic_write(folder/'model.safetensors', save(on_cpu(net.state_dict()), metadata=dict(format='pt')))
+        save_config_for_hf(net, folder/'config.json', dict(pretrained_cfg=cfg), data_config=dict(mean=mean, std=std, crop_pct=1.))
+        write_json(folder/'measured.json', about)
+        load = f'hf-hub:{hub}' if hub else name if folder.resolve().parent == WEIGHTS else f'local-dir:{public(str(folder))}'
+        atomic_write(folder/'README.md', model_card(net, about, name, load, n_base))
     if hub: push(folder, hub)
     return folder
 
 
-def push(folder, hub):
-    "Upload the folder to the Hugging Face repository `hub` (user/name), made if it is not there"
-    try:
-        HfApi(library_name='grdd_fastai').create_repo(hub, exist_ok=True)
-        HfApi(library_name='grdd_fastai').upload_folder(repo_id=hub, folder_path=folder, allow_patterns=FILES, commit_message='Weights, config and model card')
-    except Exception as e: raise UserError(f'{hub} was not pushed ({first_line(e)}): log in with hf auth login and push {folder} again') from None
+def push(folder, hub, minutes=MINUTES):
+    "Upload the folder to the Hugging Face repository `hub` (user/name), made if it is not there; UserError if that takes longer than `minutes`"
+    done = queue.Queue()
+    def upload():
+        try:
+            HfApi(library_name='grdd_fastai').create_repo(hub, exist_ok=True)
+            HfApi(library_name='grdd_fastai').upload_folder(repo_id=hub, folder_path=folder, allow_patterns=FILES, commit_message='Weights, config and model card')
+            done.put(None)
+        except BaseException as e: done.put(first_line(e))
+    threading.Thread(target=upload, daemon=True).start() # one that hangs ends with the process
+    try: error = done.get(timeout=60*minutes)
+    except queue.Empty: error = f'no answer in {minutes:g} minutes'
+    if error is not None: raise UserError(f'{hub} was not pushed ({error}): log in with hf auth login and push {folder} again')
 
 def model_card(net, about, name, load, n_base):
     "The model card's text"

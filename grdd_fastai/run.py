@@ -21,7 +21,19 @@ from . import __version__
 from .checkpoint import Checkpoint, Deadline, SkipBatches, StopOnNaN, load_checkpoint, previous
 from .distributed import ranks, replica, shared
 from .errors import UserError, first_line
-from .storage import Busy, atomic_write, digest, load_state, locked, on_cpu, output_folder, read_json, sweep, write_json
+from .storage import (
+    Busy,
+    atomic_write,
+    digest,
+    load_state,
+    locked,
+    on_cpu,
+    output_folder,
+    read_bytes,
+    read_json,
+    sweep,
+    write_json,
+)
 
 __all__ = ['Run', 'git_commit', 'device_name', 'save_weights', 'load_weights', 'deterministic']
 
@@ -70,9 +82,11 @@ def now(): return datetime.datetime.now(datetime.timezone.utc).isoformat(timespe
 def log_line(path, scoring):
     "Append a scoring of the novel classes to the JSON lines at `path`, if it is not there already"
     path,line = Path(path),json.dumps(scoring, sort_keys=True) + '\n'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and line in path.read_text().splitlines(keepends=True): return
-    with open(path, 'a') as f: f.write(line)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and line in read_bytes(path).decode().splitlines(keepends=True): return
+        with open(path, 'a') as f: f.write(line)
+    except OSError as e: raise UserError(f'{path} cannot be written ({e.strerror}): make room or give another folder') from None
 
 def save_weights(model, path, **card):
     "`model` as `path`.safetensors, the same bytes for the same weights, and `card` with their checksum as `path`.json"
@@ -132,7 +146,7 @@ class Run:
     """
     def __init__(self, out, settings, resume=False, max_minutes=None, plan=(), wait=False, overwrite=False):
         self.given,self.out,self.settings,self.stdout,self.plan,self.wait = out,Path(out).expanduser(),settings,sys.stdout,list(plan),wait
-        self.resume,self.overwrite = resume,overwrite
+        self.resumable,self.resume,self.overwrite = resume,resume,overwrite # allowed to go on, and whether there is something to go on with
         self.start,self.seconds_before,self.deadline,self.begun = time.monotonic(),0.,Deadline(max_minutes),False
         if resume and overwrite: raise UserError('--resume goes on with a run and --overwrite deletes it: give one of them')
 
@@ -159,7 +173,7 @@ class Run:
 
     def _finished(self):
         "The result of a run that is finished, which takes neither a lock nor a folder that can be written"
-        return self._look() if self.resume and str(self.given).strip() and self.out.is_dir() else None
+        return self._look() if self.resumable and str(self.given).strip() and self.out.is_dir() else None
 
     def _take(self):
         "The folder for this process alone"
@@ -189,7 +203,7 @@ class Run:
             raise UserError(f'{self.out/"settings.json"} is not a run\'s: give --out another folder')
         if there and not self.old: raise UserError(
             f'{self.out} holds {there[0]} but no settings.json to tell what it is of: bring that back from a copy, give --out another folder, or --overwrite')
-        if not self.resume:
+        if not self.resumable:
             if there: raise UserError(f'{self.out} holds {"a finished" if "result.json" in there else "an unfinished"} run: add --resume to ' +
                                       ('print its result' if 'result.json' in there else 'go on with it') + ', --overwrite to delete it, or give --out another folder')
             return None

@@ -2,8 +2,6 @@
 import hashlib
 import json
 import re
-import shlex
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -15,11 +13,11 @@ from .evaluate import QUERIES, compare, evaluate
 from .inference import CLASSIFIERS, get_classifier, with_base_mean
 from .networks import feature_bank, images_of, load_network
 from .pack import few_shot_data
-from .run import device_name, git_commit, log_line, now, versions
+from .run import command, device_name, git_commit, log_line, now, versions
 from .stages import check_settings
-from .storage import digest, write_json
+from .storage import atomic_write, digest, output_folder, write_json
 from .study import EPISODES_SEED, SPLITS
-from .tables import numbers, say
+from .tables import numbers, say, writable
 
 __all__ = ['score_networks']
 
@@ -31,16 +29,17 @@ def score_networks(
     ways:str='5', # classes an episode, separated by commas
     shots:str='1,5', # support images a class, separated by commas
     queries:str='15', # query images a class, separated by commas
-    classifiers:str='cosine', # separated by commas, or all: cosine, centroid, simpleshot, neighbour, ridge, logistic, tim_gd, tim_adm, ...
+    classifiers:str='cosine', # separated by commas, or all: cosine, centroid, simpleshot_l2n, neighbour, ridge, logistic, tim_gd, tim_adm, ...
     query_distribution:str='balanced', # or dirichlet: as many queries in all, unevenly over the classes
     support_views:int=0, # of each support image, augmented as in training, to be the support in its place (0: the image as it is)
     jitter:bool=True, # leave out the views' colour jitter
     test_episodes:int=10_000, # of each kind
     seed:int=None, # of the episodes and views (novel: 0, val: 1, which are not those that chose an epoch)
     px:int=None, # side of the images (the first network's)
-    out:str='runs/evaluation', # folder for evaluation.csv, pairs.csv and evaluation.json
+    out:str='runs/evaluation', # folder for the table, the paired differences and the record, in files named by what was asked for
     results:str=None, # folder that takes the record, too (the project's own: results)
     cache:str=None, # folder for decoded images and features (none: ~/.cache/grdd_fastai)
+    allow_large:bool=False, # also decode photos of 90 to 179 megapixels
 ):
     "Score networks with classifiers on the same episodes: the table and the paired differences with the first network, as DataFrames"
     if not networks: raise UserError('no network is given: name one, such as convnet4.grdd_cifarfs')
@@ -50,15 +49,13 @@ def score_networks(
     if support_views < 0: raise UserError(f'--support-views is {support_views}: it must be at least 0')
     names = list(CLASSIFIERS) if classifiers == 'all' else classifiers.split(',')
     for name in names: get_classifier(name)
+    writable(out, results)
     out,results,seed,split = Path(out).expanduser(),results and Path(results).expanduser(),EPISODES_SEED[score] if seed is None else seed,SPLITS[score]
-    for folder in [out, *([results] if results else [])]:
-        try: folder.mkdir(parents=True, exist_ok=True)
-        except OSError as e: raise UserError(f'{folder} cannot be written ({e.strerror}): give another folder') from None
     nets = {str(of):load_network(of) for of in networks}
     px = px or images_of(next(iter(nets.values())))[0]
     for of,net in nets.items():
         if (side := images_of(net)[0]) != px: say(f'note: {of} is made for images of {side} px and gets {px}')
-    data = few_shot_data(data, px, cache)
+    data = few_shot_data(data, px, cache, allow_large=allow_large)
     kinds = [(w, k, q) for w in numbers('ways', ways) for k in numbers('shots', shots) for q in numbers('queries', queries)]
     for w,k,q in kinds: check_episode(getattr(data, split), w, k, q if query_distribution == 'balanced' else w*q)
 
@@ -82,16 +79,18 @@ def score_networks(
 
     say('\n' + table.drop(columns='episodes').to_string(index=False))
     if len(pairs): say('\n' + pairs.to_string(index=False, float_format='{:.3g}'.format))
-    table.to_csv(out/'evaluation.csv', index=False)
-    if len(pairs): pairs.to_csv(out/'pairs.csv', index=False, float_format='%.5g')
     record = dict(split=score, queries=query_distribution, support_views=support_views, jitter=jitter, seed=seed, px=px, scores=rows, weights=weights, data=dict(name=data.name, fingerprint=data.fingerprint),
-                  command=shlex.join(['python', *sys.argv]), commit=git_commit(), device=device_name(), versions=versions(), time=now())
-    write_json(out/'evaluation.json', record)
+                  command=command(), commit=git_commit(), device=device_name(), versions=versions(), time=now())
+    asked = [weights, data.fingerprint, score, kinds, names, query_distribution, support_views, jitter, seed, test_episodes]
+    slug = re.sub('[^a-z0-9.]+', '-', '-'.join([*(Path(n).name for n in weights), score, query_distribution]).lower())[:100]
+    name = f'inference-{slug}-{hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:6]}'
+    with output_folder(out) as out:
+        atomic_write(out/f'{name}.csv', table.to_csv(index=False))
+        if len(pairs): atomic_write(out/f'{name}_pairs.csv', pairs.to_csv(index=False, float_format='%.5g'))
+        write_json(out/f'{name}.json', record)
     if results:
-        asked = [weights, data.fingerprint, score, kinds, names, query_distribution, support_views, jitter, seed, test_episodes]
-        slug = re.sub('[^a-z0-9.]+', '-', '-'.join([*(Path(n).name for n in weights), score, query_distribution]).lower())
-        write_json(results/f'inference-{slug}-{hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:6]}.json', record)
-    print(json.dumps(dict(csv=str(out/'evaluation.csv'), rows=len(table))))
+        with output_folder(results, '--results') as results: write_json(results/f'{name}.json', record)
+    print(json.dumps(dict(csv=str(out/f'{name}.csv'), record=str(out/f'{name}.json'), rows=len(table))))
     return table,pairs
 
 

@@ -37,12 +37,12 @@ def stage_two_settings(reading, labels_alone=False, **changes):
     return READINGS[reading] | (LABELS_ALONE.get(reading, {}) if labels_alone else {}) | {k:v for k,v in changes.items() if v is not None}
 
 BOUNDS = {**dict.fromkeys(('epochs','teacher_epochs','stage_one_epochs','meta_epochs','episodes','test_episodes','query','meta_query',
-                           'meta_way','per_step','bs','images','classes'), 'at least 1'),
+                           'per_step','bs','images','classes'), 'at least 1'), **dict.fromkeys(('way','meta_way'), 'at least 2'),
           **dict.fromkeys(('lr','meta_lr','T','scale','max_minutes'), 'positive'), 'gamma':'at least 0', 'smoothing':'at least 0 and below 1',
           **dict.fromkeys(('seed','stage_one_seed'), 'from 0 to 4294967295'),
           **dict.fromkeys(('schedule','meta_schedule'), f'one of {", ".join(SCHEDULES)}'), 'teacher_view':'same or clean', 'classifier':' or '.join(CATEGORY_CLASSIFIERS),
           'augment':' or '.join(AUGMENTATIONS), **dict.fromkeys(('opt','meta_opt'), ' or '.join(OPTIMISERS))}
-WITHIN = {'at least 1':lambda v: v >= 1, 'positive':lambda v: 0 < v < math.inf, 'at least 0':lambda v: 0 <= v < math.inf,
+WITHIN = {'at least 1':lambda v: v >= 1, 'at least 2':lambda v: v >= 2, 'positive':lambda v: 0 < v < math.inf, 'at least 0':lambda v: 0 <= v < math.inf,
           'from 0 to 4294967295':lambda v: 0 <= v < 2**32, BOUNDS['schedule']:lambda v: v in SCHEDULES,
           'same or clean':lambda v: v in ('same', 'clean'), BOUNDS['classifier']:lambda v: v in CATEGORY_CLASSIFIERS,
           BOUNDS['augment']:lambda v: v in AUGMENTATIONS, BOUNDS['opt']:lambda v: v in OPTIMISERS, 'at least 0 and below 1':lambda v: 0 <= v < 1}

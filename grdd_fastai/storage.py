@@ -232,7 +232,7 @@ def output_folder(path, flag='--out'):
                     f.write(bytes(2**16))
                     f.flush()
                     os.fsync(f.fileno())
-            finally: tmp.unlink()
+            finally: tmp.unlink(missing_ok=True) # whoever holds the folder's lock may have swept it
         except (OSError, ValueError) as e: raise UserError(f'the folder {folder} cannot be written ({getattr(e, "strerror", None) or e}): give {flag} another') from None
         yield folder
     finally:

@@ -16,7 +16,7 @@ from .learners import create_backbone
 from .networks import feature_bank
 from .run import Run, device_name, git_commit, log_line, now
 from .stages import STAGE_ONE, stage_one, stage_two
-from .storage import load_tensors, locked, save_tensors
+from .storage import load_tensors, locked, read_json, save_tensors
 
 __all__ = ['Study', 'Trained']
 
@@ -35,7 +35,7 @@ class Trained(NamedTuple):
     net: torch.nn.Module
     folder: Path
     settings: dict
-    def read(self, name): return json.loads((self.folder/name).read_text())
+    def read(self, name): return read_json(self.folder/name)
 
 
 class Study:

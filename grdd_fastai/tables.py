@@ -4,7 +4,6 @@ import hashlib
 import itertools
 import json
 import re
-import shlex
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -13,14 +12,14 @@ import pandas as pd
 
 from .checkpoint import Stopped
 from .data import check_episode
-from .distributed import processes, ranks
+from .distributed import processes, ranks, shared
 from .errors import UserError
 from .evaluate import compare
-from .learners import check_backbone
+from .learners import check_backbone, external_weights
 from .pack import few_shot_data
-from .run import device_name, git_commit, say, versions
+from .run import command, default_out, device_name, git_commit, say, versions
 from .stages import check_settings, stage_two_settings
-from .storage import write_json
+from .storage import atomic_write, output_folder, write_json
 from .study import SPLITS, VALID, Study
 
 __all__ = ['table', 'Table', 'CL', 'EL', 'GR']
@@ -45,6 +44,9 @@ class Table(NamedTuple):
     study: Study
     failed: list
     def path(self, name): return self.study.out/f'{name}_{self.scored.split.iloc[0]}.png'
+    def check(self):
+        "UserError if a row failed: everything else is there"
+        if self.failed: raise UserError(f'{len(self.failed)} of the rows failed, {self.failed[0]}')
 
 
 @processes()
@@ -53,7 +55,7 @@ def table(
     rows, # row name -> row: see `CL`, `EL`, `GR`; `versus` names the rows it is compared with, `paper` the paper's accuracies by (data set, phi, psi)
     keep:str=None, # the rows wanted, separated by commas (all); those they are compared with come along
     data:str=None, # raw data set in any layout of data/README.md (none: fetch CIFAR-FS)
-    out:str='runs/experiments', # folder for networks, tables and figures; networks there are used again
+    out:str=None, # folder for networks, tables and figures; networks there are used again (runs/experiments; demo: runs/experiments-demo)
     results:str=None, # folder that takes a record of each row as well (the project's own: results)
     seeds:str='0', # training seeds, separated by commas
     stage_one_seed:int=None, # one stage one for all of them, so that they are stage two's alone (each seed its own)
@@ -79,6 +81,7 @@ def table(
     episodes:int=None, # per epoch of stage two (the reading's; demo: 30)
     test_episodes:int=None, # to score (10000; demo: 1000)
     cache:str=None, # folder for decoded images (none: ~/.cache/grdd_fastai)
+    allow_large:bool=False, # also decode photos of 90 to 179 megapixels
     max_minutes:float=None, # stop after this long with everything saved; the same command goes on
     demo:bool=False, # small settings, and the embedded data set unless --data is given
 ):
@@ -90,9 +93,11 @@ def table(
     if score not in SPLITS: raise UserError(f'--score is {score}: it is one of {", ".join(SPLITS)}')
     for seed in seeds: check_settings(s | dict(seed=seed))
     for arch in {s['student'], s['teacher']}: check_backbone(arch, 32, pretrained)
+    if out is None: out = default_out('experiments', demo)
+    shared(lambda: writable(out, results))
     out = Path(out).expanduser()
     say(f'*** DEMO: small settings{"" if data else " on drawn characters"}; not a result about GRDD ***' if demo else f'{name}: {len(rows)} rows, seeds {seeds}')
-    data = few_shot_data('demo' if demo and data is None else data, 32, cache)
+    data = few_shot_data('demo' if demo and data is None else data, 32, cache, allow_large=allow_large)
     for split in (data.val, data.test):
         for shot in shots: check_episode(split, VALID['n_way'], shot, VALID['n_query'])
 
@@ -124,11 +129,12 @@ def table(
     if records and ranks()[0] == 0:
         say(f'\n{scored.to_string(index=False)}\n')
         if len(pairs): say(pairs.to_string(index=False, float_format='{:.3g}'.format) + '\n')
-        scored.to_csv(out/f'{name}_{score}.csv', index=False)
-        pairs.to_csv(out/f'{name}_{score}_pairs.csv', index=False, float_format='%.5g')
+        atomic_write(out/f'{name}_{score}.csv', scored.to_csv(index=False))
+        atomic_write(out/f'{name}_{score}_pairs.csv', pairs.to_csv(index=False, float_format='%.5g'))
     for r in records if results and ranks()[0] == 0 else []: write_record(results, r)
     if stop: say(f'stopped ({stop}) at {key}, seed {seed}{stop.where}: the same command goes on')
-    if ranks()[0] == 0: print(json.dumps(dict(experiment=name, csv=str(out/f'{name}_{score}.csv'), rows=len(scored), failed=failed, demo=demo, status='stopped' if stop else 'finished')))
+    status = 'stopped' if stop else 'failed' if failed else 'finished'
+    if ranks()[0] == 0: print(json.dumps(dict(experiment=name, csv=str(out/f'{name}_{score}.csv'), rows=len(scored), failed=failed, demo=demo, status=status)))
     if stop and stop.code: sys.exit(stop.code)
     return Table(scored, pairs, nets, study, failed)
 
@@ -169,7 +175,7 @@ def record(name, key, row, seed, start, split, shots, made, scores, data):
     def trained(t):
         began,card = t.read('settings.json'),t.read('net.json')
         return {k:began[k] for k in ('commit','device','torch_threads','versions')} | dict(
-            run=t.folder.name, arch=card['arch'], weights=card['sha256'], val_accuracy=round(card['val_accuracy'], 3),
+            run=t.folder.name, arch=card['arch'], initial_weights=external_weights(card['arch'], t.settings.get('pretrained', False)) or 'random', weights=card['sha256'], val_accuracy=round(card['val_accuracy'], 3),
             minutes=round(t.read('result.json')['seconds']/60, 1))
     networks = {k:trained(t) for k,t in made.items() if t}
     def difference(d): return dict(difference=round(d.mean, 3), ci95=round(d.ci95, 3), p=float(f'{d.p:.3g}'), clear=d.clear)
@@ -186,15 +192,17 @@ def record(name, key, row, seed, start, split, shots, made, scores, data):
         scores={f'{shot}-shot':dict(accuracy=round(e.accuracy, 3), ci95=round(e.ci95, 3), n=len(e.episodes), episodes=e.drawn)
                 for shot in shots for e in [scores[key, seed, shot]]},
         versus=versus, settings=net.settings, networks=networks, data=dict(name=data.name, fingerprint=data.fingerprint),
-        command=f'OMP_NUM_THREADS={networks["net"]["torch_threads"]} ' + shlex.join(['python', *sys.argv]),
+        command=f'OMP_NUM_THREADS={networks["net"]["torch_threads"]} {command()}',
         scored=dict(commit=git_commit(), device=device_name(), versions=versions(), date=datetime.date.today().isoformat()))
 
 def _no_seed(settings): return {k:_no_seed(v) if isinstance(v, dict) else v for k,v in settings.items() if k != 'seed'}
 
 def write_record(folder, r):
-    folder = Path(folder).expanduser()/r['experiment']
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder/r['file'], r)
+    with output_folder(Path(folder).expanduser()/r['experiment'], '--results') as folder: write_json(folder/r['file'], r)
+
+def writable(out, results):
+    "UserError, before any work is done for them, unless both folders take files; `results` may be none"
+    with output_folder(out), output_folder(out if results is None else results, '--results'): pass
 
 def frames(rows, records, scores):
     "Tidy DataFrames: a line per row, seed and shot; a line per comparison, seed and shot, and one over all seeds"

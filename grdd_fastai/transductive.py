@@ -52,10 +52,11 @@ def tim_gd(support, support_y, query,
 
 @register_classifier('alpha_tim', transductive=True)
 def alpha_tim(support, support_y, query,
-    alpha=7., # of both entropies of the queries; above 1 it allows them to be spread unevenly
+    alpha=None, # of both entropies of the queries, above 1 it allows them to be spread unevenly; None: 2, 5 from 2 support images a class, 7 from 5
     scale=15., ce_weight=1., marginal_weight=1., conditional_weight=1., lr=1e-4, steps=1000,
 ):
     "TIM with Tsallis' entropies, for queries that are not balanced (arXiv 2204.11181)"
+    if alpha is None: alpha = by_shot(support, support_y, 2., 5., 7.)
     return information_maximisation(support, support_y, query, scale, ce_weight, marginal_weight, conditional_weight, alpha, lr, steps)
 
 @register_classifier('tim_adm', transductive=True, balanced=True)
@@ -83,35 +84,56 @@ def tim_adm(support, support_y, query,
 # ---- rectified prototypes -----------------------------------------------------------------------------------------------
 
 def rectified_prototypes(support, support_y, query, scale):
-    "Prototypes (E, C, D) of the support and of the queries, each in the class it is nearest to, weighted by exp(scale * cos)"
-    p,Y = prototypes(support, support_y),one_hot(support_y, support)
-    query = query + (support.mean(1, keepdim=True) - query.mean(1, keepdim=True))
-    w_s,cos_q = Y * (scale*cosines(support, p)).exp(),cosines(query, p)
-    w_q = F.one_hot(cos_q.argmax(-1), p.shape[1]) * (scale*cos_q).exp()
-    return (w_s.mT @ support + w_q.mT @ query) / (w_s.sum(1) + w_q.sum(1)).unsqueeze(-1),query
+    """Rectified prototypes (E, C, D), and the queries shifted by the difference of the support's mean and theirs (E, NQ, D)
+
+    Every image, of the support too, belongs to the class whose prototype it is nearest to by cosine; a class's new prototype is the mean of
+    its images, each times its softmax over classes of scale * cosine. A class that no image is nearest to keeps its prototype.
+    """
+    p = prototypes(support, support_y)
+    shifted = query + (support.mean(1, keepdim=True) - query.mean(1, keepdim=True))
+    images = torch.cat([support, shifted], 1)
+    cos = cosines(images, p)
+    Y = F.one_hot(cos.argmax(-1), p.shape[1]).to(cos.dtype)
+    n = Y.sum(1).unsqueeze(-1)                                                             # (E, C, 1)
+    new = (Y * (scale*cos).softmax(-1)).mT @ images / n.clamp_min(1)
+    return torch.where(n > 0, new, p),shifted
+
+def by_shot(support, support_y, few, some, many):
+    "The setting for 1, 2 to 4, and 5 or more support images a class, as many as the classes have on average"
+    shots = support.shape[1] / (int(support_y.max()) + 1)
+    return few if shots < 2 else some if shots < 5 else many
 
 @register_classifier('bd_cspn', transductive=True)
 def bd_cspn(support, support_y, query,
     scale=10., # of the cosines in the weights of an image
-    shift=True, # classify the queries moved by the difference of the support's mean and theirs
+    normalize=True, # features to unit length first
+    shift=False, # classify the queries moved by the difference of the support's mean and theirs; the prototypes are made with them either way
 ):
-    "Prototypes rectified by the queries' own predictions, and the queries moved onto the support (BD-CSPN, arXiv 1911.10713)"
-    p,moved = rectified_prototypes(support, support_y, query, scale)
-    return cosines(moved if shift else query, p)
+    """Prototypes rectified by the queries' own predictions, and the squared distances to them (BD-CSPN, arXiv 1911.10713)
+
+    As in the comparison of arXiv 2204.11181, whose settings these are.
+    """
+    if normalize: support,query = F.normalize(support, dim=-1),F.normalize(query, dim=-1)
+    p,shifted = rectified_prototypes(support, support_y, query, scale)
+    return -squared_distances(shifted if shift else query, p)
 
 @register_classifier('laplacian_shot', transductive=True)
 def laplacian_shot(support, support_y, query,
-    weight=0.7, # lambda, of the neighbours' predictions
-    n_neighbours=3, # of a query among the queries
+    weight=None, # lambda, of the neighbours' predictions; None: 0.7, and 0.3 from 5 support images a class
+    n_neighbours=2, # of a query among the others (the authors' knn = 3 counts the query itself)
     steps=20,
     scale=10., # of the prototypes' rectification, as in `bd_cspn`
     normalize=True, # features to unit length first
-    shift=True, # as in `bd_cspn`
+    shift=False, # as in `bd_cspn`; the authors' own program does, which costs accuracy where the queries are not balanced
 ):
-    "Distances to rectified prototypes, smoothed over each query's nearest neighbours (LaplacianShot, arXiv 2006.15486)"
+    """Squared distances to rectified prototypes, smoothed over each query's nearest neighbours (LaplacianShot, arXiv 2006.15486)
+
+    As in the comparison of arXiv 2204.11181, whose settings these are.
+    """
+    if weight is None: weight = by_shot(support, support_y, 0.7, 0.7, 0.3)
     if normalize: support,query = F.normalize(support, dim=-1),F.normalize(query, dim=-1)
-    p,moved = rectified_prototypes(support, support_y, query, scale)
-    if shift: query = moved
+    p,shifted = rectified_prototypes(support, support_y, query, scale)
+    if shift: query = shifted
     unary = squared_distances(query, p)
     far = squared_distances(query, query)
     far.diagonal(dim1=1, dim2=2).fill_(torch.inf)
@@ -152,14 +174,12 @@ def pt_map(support, support_y, query,
     scale=10., # lambda, of the squared distances in the transport
     lr=0.2, # how far the prototypes move
     steps=20,
-    normalize=True, # features to unit length and each episode's mean to zero, after the power
+    normalize=True, # after the power: unit length, the mean of the support and that of the queries to zero, each by itself, and unit length again
     sinkhorn_steps=1000, tol=1e-6,
 ):
     "Prototypes moved by an optimal transport plan that gives each class equally many queries (PT-MAP, arXiv 2006.03806)"
     z_s,z_q = ((x.relu() + 1e-6).pow(power) for x in (support, query))
-    if normalize:
-        z = F.normalize(torch.cat([z_s, z_q], 1), dim=-1)
-        z_s,z_q = F.normalize(z - z.mean(1, keepdim=True), dim=-1).split([z_s.shape[1], z_q.shape[1]], 1)
+    if normalize: z_s,z_q = (F.normalize(z - z.mean(1, keepdim=True), dim=-1) for z in (F.normalize(z_s, dim=-1), F.normalize(z_q, dim=-1)))
     Y,p,log_v = one_hot(support_y, support),prototypes(z_s, support_y),None
     for step in range(steps + 1):
         logits,log_v = sinkhorn(squared_distances(z_q, p), scale, sinkhorn_steps, tol, log_v)

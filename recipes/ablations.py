@@ -38,3 +38,4 @@ def main(
     "Figure 4: the components of GRDD"
     made = table('ablations', ablations(stage_two_settings(reading)), rows, reading=reading, **kwargs)
     if len(made.scored): save_figure(plot_rows(made.scored, 'Components of GRDD'), made.path('ablations'))
+    made.check()

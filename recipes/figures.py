@@ -60,7 +60,7 @@ def main(
     check_settings(dict(classes=classes, images=images, seed=seed))
     if classes*images < 8: raise UserError(f'{classes} classes of {images} images are too few to show: give --classes or --images more')
     made = table('figures', ROWS, seeds=seed, **kwargs)
-    if len(made.scored) < len(ROWS): return # stopped
+    if len(made.scored) < len(ROWS): return made.check() # stopped, or a row failed
     nets,out,data = {k:made.nets[k, seed]['net'].net for k in ROWS},made.study.out,made.study.data
     points,y,names,tidy = tsne(nets, data, classes, images, seed)
     tidy.to_csv(out/'figure3.csv', index=False)
@@ -68,3 +68,4 @@ def main(
     panels,tidy = relatedness_over_T(made.nets['GRDD', seed]['teacher'].net, data, seed)
     tidy.to_csv(out/'figure5.csv', index=False)
     save_figure(plot_relatedness(panels), out/'figure5.png')
+    made.check()

@@ -23,10 +23,11 @@ def main(
     results:str=None, # folder whose log of every scoring of the novel classes takes these (the project's own: results)
     hub:str=None, # also push to this Hugging Face repository: user/name
     cache:str=None, # folder for decoded images (none: ~/.cache/grdd_fastai)
+    allow_large:bool=False, # also decode photos of 90 to 179 megapixels
 ):
     "Score a trained network and write it as a folder that timm loads"
     px = load_trained(run).read('net.json')['px']
-    data = few_shot_data(data, px, cache)
+    data = few_shot_data(data, px, cache, allow_large=allow_large)
     trained = load_trained(run, data.fingerprint)
     study = Study(data, trained.folder.parent, logs=[trained.folder.parent, *([results] if results else [])])
     scores = {(split, shot):study.score(trained, split, shot, test_episodes) for split in SPLITS for shot in numbers('shots', shots)}

@@ -136,3 +136,4 @@ def main(
     if stage_one_epochs % 4: raise UserError(f'--stage-one-epochs is {stage_one_epochs}: it must be a multiple of 4, a quarter is trained with rotation')
     made = table('readings', readings(images, stage_one_epochs), rows, demo=demo, **kwargs)
     if len(made.scored): save_figure(plot_rows(made.scored, 'Readings'), made.path('readings'))
+    made.check()

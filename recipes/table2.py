@@ -36,3 +36,4 @@ def main(
     "Table 2: category labels, episodic labels, global relatedness"
     made = table('table2', ROWS, rows, **kwargs)
     if len(made.scored): save_figure(plot_rows(made.scored, 'Table 2'), made.path('table2'))
+    made.check()

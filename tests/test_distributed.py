@@ -1,20 +1,25 @@
 """Several processes on one training: the steps and the numbers of one process alone, and rank 0's files."""
+import copy
 import json
 import os
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from grdd_fastai.data import category_dls, episodic_dls, plain_dl
-from grdd_fastai.distributed import effective, ranks
+from grdd_fastai.distributed import check_launch, effective, ranks, shared_batch_norm
 from grdd_fastai.errors import UserError
 from grdd_fastai.evaluate import embed, evaluate, mean_ci95
 from grdd_fastai.learners import create_backbone, global_learner, meta_learner
+from grdd_fastai.models import ResNet12
 from grdd_fastai.stages import STAGE_ONE, fitting
 
 WORDS = dict(n_way=3, n_query=5, n_episodes=1100)
@@ -55,26 +60,38 @@ def test_the_rate_goes_with_the_root_of_the_step(n, k, factor, monkeypatch):
 
 # ---- two processes (gloo) ---------------------------------------------------------------------------------------------
 
-def without_norm(net):
-    "BatchNorm sees a process's own images only: without it two processes do what one does"
-    for block in net.stages: block[1] = nn.Identity()
-    return net
-
 def steps(data):
     "Weights after both stages and a few steps, an embedded split and its accuracy, in as many processes as there are"
     valid = dict(n_way=3, k_shot=1, n_query=5, n_episodes=20)
     several = ranks()[1] > 1
-    one = global_learner(category_dls(data, bs=40), without_norm(create_backbone('convnet4', 6, 16)), valid=valid, amp=False, keep_best=False)
-    two = meta_learner(episodic_dls(data, 3, 1, 4, n_episodes=6, per_step=2), without_norm(create_backbone('convnet4', 0, 16, seed=1)),
-                       without_norm(create_backbone('convnet4', 0, 16, seed=2)), valid=valid, amp=False, keep_best=False)
+    one = global_learner(category_dls(data, bs=40), create_backbone('convnet4', 6, 16), valid=valid, amp=False, keep_best=False)
+    two = meta_learner(episodic_dls(data, 3, 1, 4, n_episodes=6, per_step=2), create_backbone('convnet4', 0, 16, seed=1), create_backbone('convnet4', 0, 16, seed=2), valid=valid, amp=False, keep_best=False)
     for learn in (one, two):
-        with learn.distrib_ctx(), learn.no_bar(), learn.no_logging(): learn.fit(2, .05)
+        with learn.distrib_ctx(), learn.no_bar(), learn.no_logging(): learn.fit(2, .005) # with larger ones float32's rounding grows
         assert ranks()[1] == 1 or not hasattr(learn, 'distributed')
     h,y = embed(two.model, plain_dl(data, 'test', bs=32), shared=several)
-    norm = create_backbone('convnet4', 6, 16) # with BatchNorm: all processes must end with the same network
-    with (learn := global_learner(category_dls(data, bs=40), norm, valid=valid, amp=False)).distrib_ctx(), learn.no_bar(), learn.no_logging(): learn.fit(1, .05)
-    return dict(one=one.model.state_dict(), two=two.model.state_dict(), h=h, y=y, norm=learn.model.state_dict(), lr=torch.tensor(one.opt.hypers[-1]['lr']),
+    apart = global_learner(category_dls(data, bs=40), create_backbone('convnet4', 6, 16), valid=valid, amp=False) # BatchNorm over a process's own images
+    with apart.distrib_ctx(sync_bn=False), apart.no_bar(), apart.no_logging(): apart.fit(1, .05)
+    assert all('forward' not in vars(m) for learn in (one, two, apart) for m in learn.model.modules())
+    return dict(one=one.model.state_dict(), two=two.model.state_dict(), h=h, y=y, norm=apart.model.state_dict(), lr=torch.tensor(one.opt.hypers[-1]['lr']),
                 accuracies=torch.from_numpy(evaluate(h, y, **WORDS, shared=several).episodes), shown=torch.tensor(list(one.recorder.values[-1])[:4]))
+
+def norm_gradients():
+    "A network's gradients and running statistics in float64, from 48 images in as many processes as there are, and by torch alone"
+    rank,n = ranks()
+    torch.manual_seed(0)
+    x,y,found = torch.randn(48, 3, 32, 32, dtype=torch.float64),torch.randint(6, (48,)),{}
+    for arch in ('resnet12', 'efficientnet_lite0'): # the second with timm's BatchNormAct2d
+        net = create_backbone(arch, 6, 32, drop_path_rate=0.) if arch != 'resnet12' else ResNet12(num_classes=6, widths=(4,8,8,8), block_drop_rate=0.)
+        net = net.double().train()
+        alone = copy.deepcopy(net)
+        F.cross_entropy(alone(x), y).backward()
+        for m in net.modules():
+            if isinstance(m, nn.modules.batchnorm._BatchNorm): m.forward = partial(shared_batch_norm, m)
+        mine,several = slice(rank*48//n, (rank + 1)*48//n),DistributedDataParallel(net, broadcast_buffers=False)
+        F.cross_entropy(several(x[mine]), y[mine]).backward()
+        found[arch] = [({k:p.grad for k,p in o.named_parameters()}, dict(o.named_buffers())) for o in (net, alone)]
+    return found
 
 WORKER = f'''
 import sys, torch
@@ -83,7 +100,7 @@ from pathlib import Path
 from grdd_fastai.distributed import agreed, processes, ranks, shared
 from grdd_fastai.errors import UserError
 from grdd_fastai.pack import few_shot_data
-from test_distributed import steps
+from test_distributed import norm_gradients, steps
 folder,cache,out = sys.argv[1:]
 with processes():
     rank = ranks()[0]
@@ -91,7 +108,7 @@ with processes():
     def fail(): raise UserError('rank 0 says no')
     try: shared(fail); raise AssertionError
     except UserError as e: assert str(e) == 'rank 0 says no'
-    torch.save(steps(few_shot_data(folder, px=16, cache=cache)), Path(out)/f'{{rank}}.pt')
+    torch.save(steps(few_shot_data(folder, px=16, cache=cache)) | dict(norms=norm_gradients()), Path(out)/f'{{rank}}.pt')
 '''
 
 def launch(*command, n=2):
@@ -116,8 +133,27 @@ def test_two_processes_take_the_steps_of_one(both, stage):
     alone,a,b = both
     start = create_backbone('convnet4', 6, 16).state_dict() if stage == 'one' else create_backbone('convnet4', 0, 16, seed=1).state_dict()
     for k,v in alone[stage].items():
-        assert torch.equal(a[stage][k], b[stage][k]) and torch.allclose(a[stage][k], v, atol=2e-5), k
+        assert torch.equal(a[stage][k], b[stage][k]) and torch.allclose(a[stage][k], v, rtol=1e-3, atol=2e-5), k
         if k.endswith('0.0.weight'): assert (v - start[k.removeprefix('backbone.')]).abs().max() > 1e-3 # far more than that
+
+@pytest.mark.parametrize('arch', ['resnet12', 'efficientnet_lite0'])
+def test_batch_norm_is_over_all_processes(both, arch):
+    (grads,buffers),(grads_alone,buffers_alone) = both[1]['norms'][arch]
+    scale = max(g.abs().max() for g in grads_alone.values())
+    for k,g in grads_alone.items(): assert torch.allclose(grads[k], g, rtol=1e-7, atol=1e-10*scale), k
+    for k,b in buffers_alone.items(): assert torch.allclose(buffers[k].double(), b.double(), rtol=1e-9), k
+
+@pytest.mark.parametrize('env, says', [
+    (dict(ACCELERATE_USE_CPU='True', MASTER_ADDR='127.0.0.1'), 'accelerate launch --cpu started one process'), (dict(OMPI_COMM_WORLD_SIZE='2'), 'mpirun started'),
+    (dict(ACCELERATE_USE_CPU='True'), None), (dict(ACCELERATE_USE_CPU='True', MASTER_ADDR='127.0.0.1', WORLD_SIZE='2'), None)])
+def test_a_launcher_that_does_not_start_what_it_says(env, says):
+    if says is None: return check_launch(env)
+    with pytest.raises(UserError, match=says): check_launch(env)
+
+def test_accelerate_launch_on_the_cpu_says_how(tmp_path):
+    done = subprocess.run([sys.executable, '-m', 'accelerate.commands.accelerate_cli', 'launch', '--cpu', '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no',
+                           '--dynamo_backend', 'no', str(RECIPE), '--demo', '--out', str(tmp_path/'run')], capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0 and '--multi_gpu --num_processes 2' in done.stderr and not (tmp_path/'run').exists()
 
 def test_two_processes_end_with_the_same_network_and_see_the_same_accuracy(both):
     _,a,b = both
@@ -131,7 +167,7 @@ def test_embedding_and_episodes_are_shared_and_gathered(both):
 
 
 def test_two_processes_reach_the_accuracy_of_one(both):
-    "Trained and scored in two, within the interval of one: BatchNorm apart, whose batches are smaller there"
+    "Trained and scored in two, within the interval of one"
     alone,a,_ = both
     assert abs(a['accuracies'].mean() - alone['accuracies'].mean()) <= mean_ci95(alone['accuracies'])[1] and 0 < alone['accuracies'].mean() < 100
 

@@ -35,7 +35,7 @@ def test_logits_by_hand(photos, net):
         x = torch.from_numpy(np.array(Image.open(path).convert('RGB').resize((32, 32), Image.BICUBIC))).permute(2, 0, 1)
         with torch.no_grad(): return torch.nn.functional.normalize(net.eval()(((x/255 - mean) / std)[None])[0], dim=0)
     q = h(photos/'more'/'red0.png')
-    sigma = {c:float(sum(h(f) @ q for f in (photos/'few'/c).iterdir())) for c in few.vocab}
+    sigma = {c:float(sum(h(f) @ q for f in (photos/'few'/c).iterdir())) / len(list((photos/'few'/c).iterdir())) for c in few.vocab}
     assert few.logits(photos/'more'/'red0.png').iloc[0].to_dict() == pytest.approx(sigma, abs=1e-2)
 
 def test_paths_arrays_and_images_are_the_same(photos, net):
@@ -51,7 +51,7 @@ def test_a_photo_is_turned_as_its_camera_says(photos, net, tmp_path):
     assert np.allclose(few.logits(tmp_path/'phone.png'), few.logits(upright), atol=1e-5) and not np.allclose(few.logits(upright.rotate(90)), few.logits(upright), atol=1e-5)
 
 @pytest.mark.parametrize('call, sentence', [
-    (lambda p, n: FewShotClassifier(n).predict(p/'more'/'red0.png'), 'no classes yet'), (lambda p, n: FewShotClassifier.from_folder(p/'nowhere', n), 'no folders of images'),
+    (lambda p, n: FewShotClassifier(n).predict(p/'more'/'red0.png'), 'no classes yet'), (lambda p, n: FewShotClassifier.from_folder(p/'nowhere', n), 'there is no folder'), (lambda p, n: FewShotClassifier.from_folder(p/'more', n), 'no folders of images'),
     (lambda p, n: FewShotClassifier(n).fit([p/'more'/'red0.png'], ['a', 'b']), '1 images and 2 labels'), (lambda p, n: FewShotClassifier(n).fit([p/'more'/'red0.png'], ['a']), 'at least two'),
     (lambda p, n: FewShotClassifier.from_folder(p/'few', n).predict([]), 'no image is given'), (lambda p, n: FewShotClassifier.from_folder(p/'few', n).predict(p/'x.png'), 'cannot be read as an image'),
     (lambda p, n: FewShotClassifier.from_folder(p/'few', n).predict(np.zeros((9, 9, 3))), 'is no image'),

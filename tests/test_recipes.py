@@ -41,9 +41,9 @@ def test_each_recipe_runs_and_fills_its_folder(csv_set, cache, tmp_path, name):
     assert [s['what'] for s in scorings] == ['untrained','cl','grdd'] and scorings[2]['accuracy'] == pytest.approx(r['accuracy'], abs=1e-3)
 
 def test_a_recipe_scores_with_several_classifiers(csv_set, cache, tmp_path):
-    r = recipe('cifarfs_5w1s')(data=str(csv_set), cache=str(cache), out=str(tmp_path/'run'), classifiers='tim_adm,cosine,simpleshot', **SMALL)
+    r = recipe('cifarfs_5w1s')(data=str(csv_set), cache=str(cache), out=str(tmp_path/'run'), classifiers='tim_adm,cosine,simpleshot_l2n', **SMALL)
     plain = recipe('cifarfs_5w1s')(data=str(csv_set), cache=str(cache), out=str(tmp_path/'plain'), **SMALL)
-    assert r['classifier'] == 'tim_adm' and list(r['others']) == ['cosine','simpleshot'] and plain['others'] == {}
+    assert r['classifier'] == 'tim_adm' and list(r['others']) == ['cosine','simpleshot_l2n'] and plain['others'] == {}
     assert (r['others']['cosine']['accuracy'], r['others']['cosine']['accuracy_cl']) == (plain['accuracy'], plain['accuracy_cl'])
     with pytest.raises(UserError, match="unknown classifier 'x'"): recipe('cifarfs_5w1s')(data=str(csv_set), out=str(tmp_path/'x'), classifiers='x', **SMALL)
 
@@ -121,7 +121,7 @@ def test_wrong_settings_are_one_sentence(csv_set, tmp_path):
     (tmp_path/'file').write_text('')
     assert 'no such file' in wrong(tmp_path, data=str(tmp_path/'x'))
     assert "unknown backbone 'resnet13'" in wrong(tmp_path, data=str(csv_set), teacher='resnet13')
-    assert 'output folder' in wrong(tmp_path, data=str(csv_set), out=str(tmp_path/'file'/'run'))
+    assert 'file/run cannot be written (Not a directory): give --out another' in wrong(tmp_path, data=str(csv_set), out=str(tmp_path/'file'/'run'))
     assert '20 images, too few for 1 support + 20 query' in wrong(tmp_path, data=str(csv_set), query=20)
     assert 'val split has 3 classes, too few for 5-way' in wrong(tmp_path, data=str(write_csv_set(tmp_path/'few', (6, 3, 6), 8)))
     for k,v,says in (('epochs',0,'--epochs is 0'), ('lr',float('nan'),'--lr is nan: it must be positive'), ('lr',-1,'--lr is -1'), ('T',0,'--t is 0'),
@@ -137,7 +137,7 @@ def test_a_folder_of_the_users_own_is_left_alone(csv_set, cache, tmp_path):
     main(data=str(csv_set), cache=str(cache), out=str(out), **SMALL)
     assert all((out/n).read_text() == 'precious' for n in ('package.json','my.safetensors','history_of_rome.csv'))
     before = (out/'result.json').read_bytes(),(out/'student_grdd.safetensors').read_bytes()
-    with pytest.raises(UserError, match='no such file'): main(data='/no/where', cache=str(cache), out=str(out), **SMALL)
+    with pytest.raises(UserError, match='no such file'): main(data='/no/where', cache=str(cache), out=str(out), overwrite=True, **SMALL)
     assert before == ((out/'result.json').read_bytes(), (out/'student_grdd.safetensors').read_bytes())
     (out/'settings.json').write_text('{}')
     (out/'settings.json').write_text('{"editor.fontSize": 12}')

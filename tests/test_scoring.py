@@ -1,5 +1,6 @@
 """Networks by name or path, features kept on disk, and the table made from them."""
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -40,7 +41,7 @@ def test_networks_load_by_every_name(two, faint_data):
         assert images_of(net) == (32, *faint_data.stats)
     assert torch.equal(load_network(two).stages[0][0].weight, net.stages[0][0].weight) # the folder of a run: its student
 
-@pytest.mark.parametrize('of, sentence', [('nothing_like_it', 'unknown backbone'), ('convnet4.nothing', 'cannot be had'), ('resnet12', 'cannot be had'),
+@pytest.mark.parametrize('of, sentence', [('nothing_like_it', 'unknown backbone'), ('convnet4.nothing', 'has no pretrained weights'), ('resnet12', 'has no pretrained weights'), ('convnet4.untrained', 'has no pretrained weights'),
                                           (str(ROOT/'docs'), 'holds no network')])
 def test_what_is_no_network_gets_a_sentence(of, sentence):
     with pytest.raises(UserError, match=sentence): load_network(of)
@@ -78,14 +79,15 @@ def test_views_are_training_augmentations_of_the_image(two, faint_data, tmp_path
 
 def test_the_table_is_what_evaluate_gives(two, faint, faint_data, cache, tmp_path, capsys):
     nets = [str(two/'student_cl'), str(two/'student_grdd')]
-    recipe('evaluate_weights')(*nets, data=str(faint), score='novel', ways='3,5', shots='1,2', queries='4', classifiers='cosine,simpleshot,tim_adm', test_episodes=50,
+    recipe('evaluate_weights')(*nets, data=str(faint), score='novel', ways='3,5', shots='1,2', queries='4', classifiers='cosine,simpleshot_cl2n,tim_adm', test_episodes=50,
                                out=str(tmp_path/'out'), results=str(tmp_path/'results'), cache=str(cache))
-    table,record = pd.read_csv(tmp_path/'out'/'evaluation.csv'),json.loads((tmp_path/'out'/'evaluation.json').read_text())
-    assert len(table) == 2*4*3 and json.loads(capsys.readouterr().out)['rows'] == 24 and len(record['scores']) == 24 and record['command'] and record['data']['fingerprint'] == faint_data.fingerprint
+    said = json.loads(capsys.readouterr().out)
+    table,record = pd.read_csv(said['csv']),json.loads(Path(said['record']).read_text())
+    assert len(table) == 2*4*3 and said['rows'] == 24 and len(record['scores']) == 24 and record['command'] and record['data']['fingerprint'] == faint_data.fingerprint
     h = [embed(load_network(n), plain_dl(faint_data, 'test')) for n in nets]
     of = table.set_index(['network','way','shot','classifier']).accuracy
     for n,(x,y) in zip(nets, h): assert of[n, 3, 2, 'cosine'] == pytest.approx(evaluate(x, y, 3, 2, 4, 50).accuracy, abs=1e-3)
-    pairs = pd.read_csv(tmp_path/'out'/'pairs.csv').set_index(['way','shot','classifier'])
+    pairs = pd.read_csv(said['csv'].replace('.csv', '_pairs.csv')).set_index(['way','shot','classifier'])
     assert pairs.difference[5, 1, 'cosine'] == pytest.approx(evaluate(*h[1], 5, 1, 4, 50).accuracy - evaluate(*h[0], 5, 1, 4, 50).accuracy, abs=1e-3)
     assert len((tmp_path/'results'/'novel_scorings.jsonl').read_text().splitlines()) == 24 and len(list((tmp_path/'results').glob('inference-*.json'))) == 1
 
