@@ -293,6 +293,7 @@ class Source:
         alike = {}
         for label,(s,) in splits.items(): alike.setdefault(unicodedata.normalize('NFKC', ' '.join(label.split())).casefold(), []).append((label, s))
         for of in alike.values():
+            of.sort(key=lambda o: SPLITS.index(o[1]))
             if len({s for _,s in of}) > 1: print(f'warning: {self.path}: the classes ' + ' and '.join(f'{label!r} ({s})' for label,s in of) +
                                                  ' differ in case, blanks or Unicode form alone: if they are one class, the splits are not disjoint', file=sys.stderr)
         again = df[df.duplicated('path')]

@@ -1,4 +1,8 @@
 """Episodes and their accuracy against loops, known answers and the laws of sampling."""
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -162,3 +166,50 @@ def test_augmented_views_are_the_support():
 
 def test_nan_features_are_one_sentence():
     with pytest.raises(UserError, match='NaN'): evaluate(torch.full((len(Y), 2), float('nan')), Y)
+
+
+# ---- what features and classes may be ---------------------------------------------------------------------------------
+
+def blobs(n=30, C=6, D=8):
+    y = np.repeat(np.arange(C), n)
+    g = np.random.default_rng(0)
+    return g.normal(size=(C, D))[y] + .8*g.normal(size=(len(y), D)),y
+
+WORDS = dict(n_way=3, n_query=5, n_episodes=40)
+
+@pytest.mark.parametrize('kind', ['array', 'float64', 'list of names', 'strings', 'float classes', 'half', 'int'])
+def test_features_and_classes_of_any_kind(kind):
+    h,y = blobs()
+    want = evaluate(torch.tensor(h).float(), torch.tensor(y), **WORDS)
+    names = np.array([f'class {c}' for c in y])
+    got = evaluate(**WORDS, **{'array':dict(h=h.astype(np.float32), y=y), 'float64':dict(h=torch.tensor(h), y=y), 'list of names':dict(h=h, y=list(names)), 'strings':dict(h=h, y=names), 'float classes':dict(h=h, y=y.astype(float)),
+                              'half':dict(h=torch.tensor(h).half(), y=y), 'int':dict(h=(100*h).astype(np.int64), y=y)}[kind])
+    assert got.drawn == want.drawn and got.accuracy == pytest.approx(want.accuracy, abs=2) and 40 < got.accuracy < 100
+
+@pytest.mark.parametrize('h, y, says', [
+    (np.zeros((100, 4)), np.zeros(50), r'100 rows of features and classes of shape \(50,\)'), (np.zeros(9), np.zeros(9), 'the features have the shape'), (['a'], [1], 'the features are no numbers'), (np.zeros((0, 4)), [], 'the features have the shape'),
+    (np.zeros((2, 4)), [1., np.nan], 'a class is missing'), (np.zeros((2, 4)), ['a', None], 'a class is missing'), (np.zeros((2, 4)), np.array(['a', 3], object), 'of several kinds')])
+def test_features_and_classes_that_cannot_be(h, y, says):
+    with pytest.raises(UserError, match=says): evaluate(h, y)
+
+@pytest.mark.parametrize('classifier, says', [
+    (lambda s, y, q: torch.full((*q.shape[:2], 3), torch.nan), 'gives logits that are NaN or infinite'), (lambda s, y, q: q, r'gives \(40, 15, 8\): a classifier gives logits \(E, NQ, C\), here \(40, 15, 3\)'),
+    (lambda s, y, q: q[0], r'a classifier gives logits'), (lambda s, y, q: None, 'gives NoneType')])
+def test_a_classifier_of_ones_own_that_is_wrong(classifier, says):
+    with pytest.raises(UserError, match=says): evaluate(*blobs(), classifier=classifier, **WORDS)
+
+def test_memory_does_not_grow_with_the_episodes():
+    "The most a process of its own takes for ten times the episodes, beside the accuracies themselves (8 bytes each)"
+    code = '''
+import resource, sys, torch
+from grdd_fastai.cpu import keep_freed_memory
+from grdd_fastai.evaluate import evaluate
+keep_freed_memory()
+torch.set_num_threads(1)
+h,y = torch.randn(600, 16),torch.arange(20).repeat_interleave(30)
+def peak(n): evaluate(h, y, 5, 1, 15, n); return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+print(peak(5_000), peak(50_000))
+'''
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, timeout=300, cwd=Path(__file__).parent.parent)
+    few,many = map(float, done.stdout.split())
+    assert many - few < 25, (few, many) # megabytes

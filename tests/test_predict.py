@@ -7,7 +7,11 @@ from conftest import write_images
 from PIL import Image
 
 import grdd_fastai  # noqa: F401
+from grdd_fastai.data import category_dls, episodic_dls
 from grdd_fastai.errors import UserError
+from grdd_fastai.evaluate import features
+from grdd_fastai.learners import global_learner, meta_learner
+from grdd_fastai.pack import few_shot_data
 from grdd_fastai.predict import FewShotClassifier
 
 
@@ -58,3 +62,29 @@ def test_a_photo_is_turned_as_its_camera_says(photos, net, tmp_path):
     (lambda p, n: FewShotClassifier('nothing_like_it'), 'unknown backbone'), (lambda p, n: FewShotClassifier(n, 'x'), "unknown classifier 'x'")])
 def test_what_cannot_be_gets_a_sentence(photos, net, call, sentence):
     with pytest.raises(UserError, match=sentence): call(photos, net)
+
+def test_a_learners_network_gets_the_images_it_was_trained_on(csv_set, cache):
+    "48 px and the data's mean and standard deviation, not those its architecture came with; the Learner and its network are the same"
+    data = few_shot_data(csv_set, 48, cache)
+    one = global_learner(category_dls(data, bs=40), 'convnet4', keep_best=False)
+    two = meta_learner(episodic_dls(data, 3, 1, 4, 2), one.model.backbone, keep_best=False)
+    for learn,net in ((one, one.model.backbone), (two, two.model)):
+        assert net.pretrained_cfg['input_size'] == (3, 48, 48)
+        for k,stat in zip(('mean', 'std'), data.stats): assert net.pretrained_cfg[k] == pytest.approx(stat, abs=1e-4)
+        image,label = data.train.images[:6:3],['a', 'b']
+        few,other = FewShotClassifier(learn).fit(list(image), label),FewShotClassifier(net).fit(list(image), label)
+        x = (torch.from_numpy(np.array(image)).movedim(-1, 1)/255 - torch.tensor(data.stats[0]).view(3, 1, 1)) / torch.tensor(data.stats[1]).view(3, 1, 1)
+        with torch.no_grad(): assert torch.allclose(few.support, net.eval()(x) if learn is two else features(net.eval(), x), atol=1e-4)
+        assert torch.equal(few.support, other.support)
+
+@pytest.mark.parametrize('labels, says', [(['a', float('nan')], 'a label is missing'), (['a', None], 'a label is missing'), (['a', 3], 'some labels are text')])
+def test_labels_that_are_none(photos, net, labels, says):
+    with pytest.raises(UserError, match=says): FewShotClassifier(net).fit([photos/'more'/'red0.png']*2, labels)
+
+@pytest.mark.parametrize('px', [0, -3, 10**6, 'x'])
+def test_sides_that_cannot_be(net, px):
+    with pytest.raises(UserError, match='px is'): FewShotClassifier(net, px=px)
+
+def test_settings_of_the_classifier_are_checked_at_once(net):
+    with pytest.raises(UserError, match="tim_adm has no setting 'tau'"): FewShotClassifier(net, 'tim_adm', tau=15.)
+    FewShotClassifier(net, 'tim_adm', scale=10.)
