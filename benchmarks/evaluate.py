@@ -26,11 +26,11 @@ from grdd_fastai.inference import CLASSIFIERS
 from grdd_fastai.precision import autocast_dtype
 
 WAY,SHOT,QUERY = 5,1,15
-# method -> easyfsl's class, our classifier with easyfsl's definitions, episodes timed of each
+# method -> easyfsl's class, our classifier, with easyfsl's definitions where it has settings for them, episodes timed of each
 SHARED = dict(
     SimpleShot=(methods.SimpleShot, 'simpleshot_l2n', {}, 300, 3000),
-    BDCSPN=(methods.BDCSPN, 'bd_cspn', dict(scale=1., shift=False), 300, 3000),
-    LaplacianShot=(methods.LaplacianShot, 'laplacian_shot', dict(scale=1., shift=False, n_neighbours=2), 200, 2000),
+    BDCSPN=(methods.BDCSPN, 'bd_cspn', {}, 300, 3000),
+    LaplacianShot=(methods.LaplacianShot, 'laplacian_shot', {}, 200, 2000),
     PTMAP=(methods.PTMAP, 'pt_map', dict(steps=10, normalize=False), 8, 300))
 OWN = dict(TIM_GD=('tim_gd', 100), TIM_ADM=('tim_adm', 500))
 

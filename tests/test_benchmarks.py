@@ -11,7 +11,10 @@ SMALL = dict(
     train_step=['--repeats', '1', '--archs', 'convnet4', '--sides', '16', '--step', '0.2'],
     data=['--repeats', '1', '--sides', '16'],
     scaling=['--images', '600', '--episodes', '200'],
-    peers=['--repeats', '1', '--episodes', '2'])
+    peers=['--repeats', '1', '--episodes', '2'],
+    processes=['--seeds', '2', '--epochs', '1', '--episodes', '4', '--test-episodes', '100'])
+
+pytestmark = pytest.mark.slow
 
 def lines(name, tmp_path):
     done = subprocess.run([sys.executable, ROOT/'benchmarks'/f'{name}.py', *SMALL[name], '--out', tmp_path/'out.json'], capture_output=True, text=True,
@@ -35,3 +38,8 @@ def test_scaling(tmp_path):
     assert [o['name'] for o in found] == ['prepare', 'train', 'embed'] + ['evaluate']*4 and all(50 < o['anonymous_mb'] < 4000 for o in found)
 
 def test_peers(tmp_path): assert [o['name'] for o in lines('peers', tmp_path)] == ['episode loaded', 'training step with loading']
+
+def test_processes(tmp_path):
+    found = lines('processes', tmp_path)
+    assert [(o['name'], o.get('processes', o.get('episodes_a_step'))) for o in found] == [('stage one', 1), ('stage one', 2)] + [('stage two', k) for k in (1, 2, 2, 2, 4, 4, 4)]
+    assert found[0]['difference'] == 0 and all(20 < o['accuracy'] < 100 and o['seeds'] == 2 for o in found)

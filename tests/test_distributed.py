@@ -185,6 +185,7 @@ def result(done):
     line, = done.stdout.strip().splitlines()[-1:]
     return json.loads(line)
 
+@pytest.mark.slow
 def test_a_recipe_in_two_processes_stops_resumes_and_writes_once(faint, cache, tmp_path):
     "Stopped at once and resumed, with the weights of a run undisturbed; rank 0's folder is the only one left"
     temporary = tmp_path/'tmp'

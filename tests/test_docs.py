@@ -70,6 +70,7 @@ def test_dependencies_are_listed_once():
     env = (ROOT/'environment.yml').read_text()
     assert '-e .[dev]' in env and 'torch' not in env
 
+@pytest.mark.slow
 def test_the_notebook_runs_top_to_bottom_and_is_stored_without_outputs(tmp_path, monkeypatch):
     from nbclient import NotebookClient
     nb = nbformat.read(ROOT/'notebooks'/'grdd_in_ten_cells.ipynb', as_version=4)

@@ -1,0 +1,89 @@
+"""Accuracy of several processes against one at the same number of images, over training seeds
+
+    python benchmarks/processes.py                              # half an hour on two cores
+    python benchmarks/processes.py --out benchmarks/processes.json   # what README.md here shows
+
+On the embedded data set, whose classes are far from solved after so short a training; 5-way 1-shot accuracy on 10,000 episodes of the
+validation classes, the same for all. Stage one: one process with batches of 50, and two with 25 images each. Stage two, which deals whole
+episodes out: one episode a step, and the steps of two and four episodes that as many processes would take, at the same rate, at the rate
+times the root of the step's size, which is what the recipes do, and times the size.
+"""
+import json
+import os
+import statistics
+import subprocess
+import sys
+
+import torch
+from common import say, write
+from fastcore.script import call_parse
+from scipy.stats import t
+
+from grdd_fastai.data import plain_dl
+from grdd_fastai.distributed import processes, ranks
+from grdd_fastai.evaluate import embed, evaluate
+from grdd_fastai.pack import few_shot_data
+from grdd_fastai.stages import READINGS, STAGE_ONE, stage_one, stage_two
+
+BS = 50
+RATES = {'same':lambda k: 1., 'root':lambda k: k**0.5, 'size':lambda k: float(k)}
+
+
+def accuracy(net, data, n_episodes): return evaluate(*embed(net, plain_dl(data, 'val')), n_episodes=n_episodes, seed=1).accuracy
+
+def first_stage(data, seed, epochs):
+    "The trained Learner, by as many processes as there are"
+    learn,fit = stage_one(data, STAGE_ONE | dict(arch='convnet4', epochs=epochs, bs=BS, seed=seed), keep_best=False)
+    with learn.distrib_ctx(), learn.no_bar(), learn.no_logging(): fit(learn)
+    return learn
+
+def second_stage(data, seed, start, per_step, factor, episodes):
+    s = READINGS['best'] | dict(epochs=1, episodes=episodes, per_step=per_step, lr=READINGS['best']['lr']*factor, seed=seed)
+    learn,fit = stage_two(data, s, start, start, keep_best=False)
+    with learn.no_bar(), learn.no_logging(): fit(learn)
+    return learn.model
+
+def in_processes(n, seed, epochs, test_episodes):
+    "Stage one's accuracy in `n` processes on this machine"
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(n), __file__, '--one', str(seed), '--epochs', str(epochs), '--test-episodes', str(test_episodes)],
+                          capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore'))
+    if done.returncode: raise RuntimeError(done.stderr[-2000:])
+    return json.loads(done.stdout.strip().splitlines()[-1])['accuracy']
+
+def over_seeds(values):
+    "Mean, and half-width of its 95% interval over the seeds (Student's t)"
+    n = len(values)
+    ci95 = t.ppf(.975, n - 1) * statistics.stdev(values) / n**0.5 if n > 1 else float('nan')
+    return dict(accuracy=round(statistics.mean(values), 2), ci95=round(float(ci95), 2), seeds=n)
+
+def difference(of, single):
+    "Paired differences from one process, seed by seed"
+    d = over_seeds([a - b for a,b in zip(of, single)])
+    return dict(difference=d['accuracy'], ci95_difference=d['ci95'])
+
+@call_parse
+def main(
+    seeds:int=4, # training seeds, from 0
+    epochs:int=2, # of stage one
+    episodes:int=400, # of stage two
+    test_episodes:int=10_000, # of the validation classes
+    one:int=None, # only stage one of this seed, in the processes that are there
+    out:str=None, # file that takes the lines with hardware, versions and commit, as JSON
+):
+    "Measure what more processes change"
+    if one is not None:
+        with processes():
+            learn = first_stage(few_shot_data('demo'), one, epochs)
+            if ranks()[0] == 0: print(json.dumps(dict(accuracy=accuracy(learn.model.backbone, few_shot_data('demo'), test_episodes))))
+        return
+    found = {n:[in_processes(n, seed, epochs, test_episodes) for seed in range(seeds)] for n in (1, 2)}
+    for n,of in found.items(): say(name='stage one', processes=n, images_each=BS//n, **over_seeds(of), **difference(of, found[1]))
+    torch.set_num_threads(1)
+    data = few_shot_data('demo')
+    starts = [first_stage(data, seed, epochs).model.backbone for seed in range(seeds)]
+    for k,rates in {1:['same'], 2:RATES, 4:RATES}.items():
+        for rate in rates:
+            of = [accuracy(second_stage(data, seed, start, k, RATES[rate](k), episodes), data, test_episodes) for seed,start in enumerate(starts)]
+            if k == 1: single = of
+            say(name='stage two', episodes_a_step=k, rate=rate, **over_seeds(of), **difference(of, single))
+    write(out)
