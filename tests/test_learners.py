@@ -359,3 +359,12 @@ def test_the_defaults_are_the_best_readings():
 def test_a_teacher_without_classifier_has_no_predictions(data):
     with pytest.raises(ValueError, match='needs a teacher with its classifier'): stage_two(data, net(5), distill=dict(teacher_output='logits'))
     with pytest.raises(ValueError, match='teacher_output is one of'): stage_two(data, net(5), distill=dict(teacher_output='softmax'))
+
+@pytest.mark.parametrize('settings, says', [
+    (dict(distill=dict(decuple=True)), "distill has no setting 'decuple': its settings are decouple, kl_weight"), (dict(T=-1.), 'the temperature T is -1.0'), (dict(T=float('nan')), 'the temperature T is nan'), (dict(gamma=-1.), 'gamma is -1.0'),
+    (dict(scale=0.), 'the logit scale is 0.0'), (dict(distill=dict(kl_weight=-1.)), 'kl_weight is -1.0'), (dict(distill=dict(reduction='max')), "reduction is 'max'")])
+def test_settings_of_stage_two_that_cannot_be(data, settings, says):
+    with pytest.raises(UserError, match=says): stage_two(data, net(5), **settings)
+
+def test_episodes_of_one_class_teach_nothing(data):
+    with pytest.raises(UserError, match='an episode of 1 way: it must be at least 2'): episodic_dls(data, 1, 1, 3, 2)
