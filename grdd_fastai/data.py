@@ -52,8 +52,8 @@ def check_episode(split, n_way, k_shot, n_query):
 
 def rows_by_class(y, n_way, k_shot, n_query, where='the data', vocab=None):
     "Rows of each class of `y`, or a UserError if they cannot fill an episode"
-    for name,v in dict(way=n_way, shot=k_shot, query=n_query).items():
-        if v < 1: raise UserError(f'an episode of {v} {name}: it must be at least 1')
+    for name,v,lowest in (('way', n_way, 2), ('shot', k_shot, 1), ('query', n_query, 1)):
+        if v < lowest: raise UserError(f'an episode of {v} {name}: it must be at least {lowest}')
     classes = np.unique(y)
     rows = [np.flatnonzero(y==c) for c in classes]
     if n_way > len(rows): raise UserError(f'{where} has {len(rows)} classes, too few for {n_way}-way episodes: lower the way or add classes')

@@ -63,6 +63,7 @@ def sample_episodes(
     "Yield blocks of episodes: rows of the support (E, C, K) and of the query images (E, C, n_query), disjoint"
     y = np.asarray(y.cpu() if isinstance(y, torch.Tensor) else y)
     by_class,m = rows_by_class(y, n_way, k_shot, n_query),k_shot + n_query
+    if n_episodes < 1: raise UserError(f'{n_episodes} episodes are asked for: it must be at least 1')
     size = np.array([len(rows) for rows in by_class])
     table = np.stack([np.pad(rows, (0, size.max() - len(rows))) for rows in by_class])
     for block in range(-(-n_episodes // BLOCK)):
@@ -234,8 +235,7 @@ def evaluate(
     bank,V = (h, 1) if views is None else (views.flatten(0, 1), len(views))
     budget = CHUNK[h.device.type != 'cpu'] * max(getattr(getattr(f, 'func', f), 'at_once', 1) for f in of.values()) # a partial's, too
     size = max(1, budget // max(1, n_way*(V*k_shot + n_query)*h[0].numel()*h.element_size()))
-    if n_episodes < 1: raise UserError(f'{n_episodes} episodes are asked for: it must be at least 1')
-    accs,(rank,n) = {k:np.zeros(n_episodes) for k in of},ranks() if shared else (0, 1) # one array a classifier: many small ones would fragment the memory
+    accs,(rank,n) = {k:np.zeros(max(n_episodes, 0)) for k in of},ranks() if shared else (0, 1) # one array a classifier: many small ones would fragment the memory
     names = {k:k if isinstance(k, str) else getattr(k, '__name__', str(k)) for k in of}
     for block,(support,query,query_y) in enumerate(QUERIES[query_distribution](y, n_way, k_shot, n_query, n_episodes, seed)):
         if block % n != rank: continue

@@ -81,9 +81,14 @@ def section(rows, split, root):
     return '\n'.join(lines)
 
 def described(s):
-    "Settings of a stage one in words"
-    words = [s['arch'], f"{s['epochs']} epochs", f"{s['schedule']} to {s['lr']}", s.get('opt', 'sgd'), f"batch {s['bs']}", f"{s.get('classifier', 'linear')} classifier"]
-    return ', '.join(words + (['rotation'] if s['rotation'] else ['no rotation']) + ([] if s.get('jitter', True) else ['no jitter']))
+    "Settings of a stage one in words: two that differ in any of them but the seed read differently"
+    external = ['from external weights'] if s.get('pretrained') or '.' in s['arch'] else []
+    rotation = 'no rotation' if not s['rotation'] else 'rotation' if s.get('rotation_from', 'logits') == 'logits' else 'rotation from probabilities'
+    words = [s['arch'], *external, f"{s['epochs']} epochs", f"{s['schedule']} to {s['lr']}", s.get('opt', 'sgd'), f"batch {s['bs']}", f"{s.get('classifier', 'linear')} classifier", rotation]
+    if s.get('smoothing'): words.append(f"label smoothing {s['smoothing']}")
+    if not s.get('jitter', True): words.append('no jitter')
+    if s.get('augment', 'albumentations') == 'albumentations': words.append('albumentations') # what there was before it could be chosen
+    return ', '.join(words)
 
 def by_start(rows):
     "The rows by the student's stage one, the longest first: (words on psi's and phi's stage one, rows); rows that compare stages one are together"

@@ -87,7 +87,7 @@ def test_impossible_episodes_are_one_sentence(kwargs, says):
 
 @pytest.mark.parametrize('kwargs', [dict(n_episodes=0), dict(k_shot=0), dict(n_query=0), dict(n_way=0)])
 def test_nothing_to_evaluate_is_one_sentence(kwargs):
-    with pytest.raises(UserError, match='at least 1'): evaluate(torch.eye(8)[Y], Y, **kwargs)
+    with pytest.raises(UserError, match='it must be at least [12]'): evaluate(torch.eye(8)[Y], Y, **kwargs)
 
 def test_wide_features_take_no_more_memory_and_change_nothing(monkeypatch):
     h = torch.randn(len(Y), 16, generator=torch.Generator().manual_seed(0))
@@ -95,7 +95,7 @@ def test_wide_features_take_no_more_memory_and_change_nothing(monkeypatch):
     monkeypatch.setattr('grdd_fastai.evaluate.CHUNK', [3*5*16*16*4]*2) # three episodes
     assert (evaluate(h, Y, n_episodes=200).episodes == whole.episodes).all()
 
-def test_memory_does_not_grow_with_the_episodes():
+def test_features_are_classified_in_chunks_of_a_size():
     "The most features a classifier is ever handed, of five times as many episodes, and within the budget"
     seen = []
     def noting(support, support_y, query):

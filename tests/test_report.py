@@ -10,6 +10,8 @@ from conftest import ROOT
 from fastcore.script import anno_parser
 from test_recipes import recipe
 
+from grdd_fastai.stages import STAGE_ONE
+
 RECORDS = sorted((ROOT/'results').glob('*/*.json'))
 
 START = dict(arch='convnet4', epochs=8, schedule='poly', lr=.1, bs=64, rotation=True)
@@ -101,3 +103,11 @@ def test_every_novel_record_is_in_the_log():
     accuracies = {a for _,a in logged}
     for r in map(lambda p: json.loads(p.read_text()), RECORDS):
         if r['split'] == 'novel': assert all(s['accuracy'] in accuracies for s in r['scores'].values()), r['file']
+
+def test_two_stages_one_that_differ_are_described_differently():
+    "In any setting but the seed"
+    described = runpy.run_path(str(ROOT/'recipes'/'report.py'))['described']
+    other = dict(arch='x', pretrained=True, epochs=1, schedule='step', lr=9., rotation=False, rotation_from='probabilities', classifier='cosine', smoothing=.5, jitter=False, augment='albumentations', opt='muon', bs=1)
+    assert other.keys() == STAGE_ONE.keys() - {'seed'} and all(STAGE_ONE[k] != v for k,v in other.items())
+    texts = [described(STAGE_ONE), *(described(STAGE_ONE | {k:v}) for k,v in other.items()), described(STAGE_ONE | dict(arch='resnet18.a1_in1k'))]
+    assert len(set(texts)) == len(texts) and all('external weights' in t for t in (texts[2], texts[-1]))
