@@ -195,14 +195,15 @@ class Run:
 
     def _look(self):
         "The finished run's result if this is to be resumed and there is one; UserError if the folder holds what must not be lost"
-        if self.overwrite: return None
-        self.old,result = (read_json(self.out/f'{k}.json', {}) for k in ('settings', 'result'))
-        there = [f for f in self._files() if f.endswith('.safetensors') or f.startswith('checkpoint_')]
-        if result.get('status') == 'finished': there.append('result.json')
+        self.old = read_json(self.out/'settings.json', {})
         if self.old and not (isinstance(self.old.get('settings'), dict) and isinstance(self.old.get('torch_threads'), int)):
             raise UserError(f'{self.out/"settings.json"} is not a run\'s: give --out another folder')
-        if there and not self.old: raise UserError(
-            f'{self.out} holds {there[0]} but no settings.json to tell what it is of: bring that back from a copy, give --out another folder, or --overwrite')
+        if not self.old and (files := self._files()): raise UserError(
+            f'{self.out} holds {files[0]} but no settings.json of a run that it could be of: bring that back from a copy, or give --out another folder')
+        if self.overwrite: return None
+        result = read_json(self.out/'result.json', {})
+        there = [f for f in self._files() if f.endswith('.safetensors') or f.startswith('checkpoint_')]
+        if result.get('status') == 'finished': there.append('result.json')
         if not self.resumable:
             if there: raise UserError(f'{self.out} holds {"a finished" if "result.json" in there else "an unfinished"} run: add --resume to ' +
                                       ('print its result' if 'result.json' in there else 'go on with it') + ', --overwrite to delete it, or give --out another folder')

@@ -1,10 +1,10 @@
 """Files that are whole or not there: atomic writes, tensors and memory-mapped arrays with a verified checksum, one run a folder."""
 import contextlib
 import errno
-import glob
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -27,6 +27,7 @@ __all__ = ['Busy', 'atomic_write', 'write_json', 'read_bytes', 'read_json', 'on_
 
 LARGEST = 2**28 # bytes of a file that is read at once
 NOFOLLOW,NONBLOCK = getattr(os, 'O_NOFOLLOW', 0),getattr(os, 'O_NONBLOCK', 0)
+HALF_WRITTEN = re.compile(r'\..+\.[0-9a-f]{16}\.part', re.DOTALL) # names of `part_name`
 
 
 class Busy(UserError):
@@ -46,7 +47,8 @@ def temporary(path):
 
 def sweep(folder, name=''):
     "Remove what killed processes left half written in `folder` (of the file or folder `name`); only for who holds its lock"
-    for f in folder.glob(f'.{glob.escape(name)}*.part'):
+    for f in folder.iterdir():
+        if not (f.name.startswith(f'.{name}') and HALF_WRITTEN.fullmatch(f.name)): continue
         if f.is_dir() and not f.is_symlink(): shutil.rmtree(f, ignore_errors=True)
         else: f.unlink(missing_ok=True)
 

@@ -137,6 +137,9 @@ def test_what_is_half_written_has_a_name_nobody_can_foretell(tmp_path, monkeypat
     (tmp_path/'.x.json.part').symlink_to('precious')
     for _ in range(2): atomic_write(tmp_path/'x.json', 'content')
     assert len(set(seen)) == 2 and (tmp_path/'precious').read_text() == 'mine' and (tmp_path/'x.json').read_text() == 'content'
+    for name in ('.x.json.0123456789abcdef.part', '.mine.part', '.other.0123456789abcdef.part'): (tmp_path/name).write_text('half')
+    storage.sweep(tmp_path, 'x.json')
+    assert {f.name for f in tmp_path.iterdir()} == {'precious', 'x.json', '.x.json.part', '.mine.part', '.other.0123456789abcdef.part'}
     umask = os.umask(0)
     os.umask(umask)
     assert (tmp_path/'x.json').stat().st_mode & 0o777 == 0o666 & ~umask
@@ -340,8 +343,16 @@ def test_settings_that_are_lost_are_not_made_up(finished, csv_set, cache, tmp_pa
     out = laid_out(finished, tmp_path/'run')
     (out/'settings.json').unlink()
     before = files_of(out)
-    for resume in (True, False): says(lambda resume=resume: recipe('cifarfs_5w1s')(out=str(out), resume=resume, **settings(csv_set, cache)), 'no settings.json')
+    for how in (dict(resume=True), {}, dict(overwrite=True)): says(lambda how=how: recipe('cifarfs_5w1s')(out=str(out), **how, **settings(csv_set, cache)), 'no settings.json')
     assert files_of(out) == before
+
+@pytest.mark.parametrize('name', ['net.json', 'data.json', 'teacher.safetensors', 'settings.json'])
+@pytest.mark.parametrize('overwrite', [False, True])
+def test_files_of_the_users_own_that_are_named_as_a_runs_are_never_deleted(csv_set, cache, tmp_path, name, overwrite):
+    (tmp_path/'run').mkdir()
+    (tmp_path/'run'/name).write_text('{"mine": 1}')
+    says(lambda: recipe('cifarfs_5w1s')(out=str(tmp_path/'run'), overwrite=overwrite, **settings(csv_set, cache)), name)
+    assert (tmp_path/'run'/name).read_text() == '{"mine": 1}'
 
 def test_a_finished_run_prints_its_result_from_a_disk_that_takes_no_writing(finished, csv_set, cache, tmp_path, monkeypatch, capsys):
     out,real = laid_out(finished, tmp_path/'run'),os.open
