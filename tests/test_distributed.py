@@ -150,6 +150,7 @@ def test_a_launcher_that_does_not_start_what_it_says(env, says):
     if says is None: return check_launch(env)
     with pytest.raises(UserError, match=says): check_launch(env)
 
+@pytest.mark.slow
 def test_accelerate_launch_on_the_cpu_says_how(tmp_path):
     done = subprocess.run([sys.executable, '-m', 'accelerate.commands.accelerate_cli', 'launch', '--cpu', '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no',
                            '--dynamo_backend', 'no', str(RECIPE), '--demo', '--out', str(tmp_path/'run')], capture_output=True, text=True, timeout=300)
@@ -204,6 +205,7 @@ def test_a_recipe_in_two_processes_stops_resumes_and_writes_once(faint, cache, t
     assert {f.name for f in (tmp_path/'a').iterdir()} == {f.name for f in (tmp_path/'b').iterdir()}
     assert len((tmp_path/'a'/'novel_scorings.jsonl').read_text().splitlines()) == 3
 
+@pytest.mark.slow
 def test_a_user_error_in_two_processes_is_one_sentence(tmp_path):
     done = launch(RECIPE, '--data', tmp_path/'nothing', '--out', tmp_path/'out')
     assert done.returncode != 0 and 'no such file or folder' in done.stderr

@@ -44,7 +44,7 @@ def test_a_gpu_without_bfloat16_gets_float16(monkeypatch, supported, dtype):
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: supported)
     assert autocast_dtype(torch.device('cuda')) is dtype and autocast_dtype(torch.device('meta')) is None
 
-@pytest.mark.parametrize('arch', ['convnet4', 'resnet12'])
+@pytest.mark.parametrize('arch', ['convnet4', pytest.param('resnet12', marks=pytest.mark.slow)])
 def test_a_compiled_network_takes_the_same_steps(data, arch):
     "By a backend that traces and runs as it is; the network is copied, saved and trained on as any other"
     plain,compiled = (fit(stage_one(data, arch=arch, compile=c, rotation=False, bs=60, keep_best=False), 1, .01) for c in (False, dict(backend='eager')))

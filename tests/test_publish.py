@@ -102,7 +102,7 @@ def test_a_wrong_tag_is_an_error():
     with pytest.raises(RuntimeError, match='tag'): timm.create_model('convnet4.grdd_nothing', pretrained=True)
 
 @pytest.mark.parametrize('name', SHIPPED)
-@pytest.mark.parametrize('how', ['our loader', "timm's transform"])
+@pytest.mark.parametrize('how', ['our loader', pytest.param("timm's transform", marks=pytest.mark.slow)])
 def test_shipped_weights_are_as_accurate_as_their_card_says(name, how, real):
     "The first 2,000 novel episodes of the recorded ones, of the real CIFAR-FS, within 0.05 points"
     said = json.loads((WEIGHTS/name/'measured.json').read_text())

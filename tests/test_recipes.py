@@ -74,6 +74,7 @@ def test_explicit_flags_win_over_the_demos(csv_set, cache, tmp_path):
     r = recipe('mini_5w1s')(demo=True, data=str(csv_set), cache=str(cache), out=str(tmp_path/'r'), **SMALL)
     assert r['demo'] and r['epochs'] == 1 and r['test_episodes'] == 50 and r['dataset'] == csv_set.name
 
+@pytest.mark.slow
 def test_it_learns_data_it_never_saw(tmp_path, cache):
     "Four epochs on a set of other names, counts, sizes and formats: at least five points above the untrained network"
     rng = np.random.default_rng(0)
