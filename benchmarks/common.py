@@ -1,8 +1,6 @@
 """What the benchmarks share: made-up data of any size, the clock, and lines that are printed and kept"""
 import json
-import shlex
 import statistics
-import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 
@@ -11,7 +9,7 @@ import pandas as pd
 import torch
 
 from grdd_fastai.pack import Split
-from grdd_fastai.run import device_name, git_commit, now, versions
+from grdd_fastai.run import command, device_name, git_commit, now, versions
 from grdd_fastai.storage import write_json
 
 LINES = []
@@ -27,7 +25,7 @@ def write(out, *packages):
         try: return version(k)
         except PackageNotFoundError: return None
     if out: write_json(out, dict(lines=LINES, device=device_name(), cores=torch.get_num_threads(), commit=git_commit(), time=now(),
-                                 versions=versions() | {k:v for k in packages if (v := of(k))}, command=shlex.join(['python', *sys.argv])))
+                                 versions=versions() | {k:v for k in packages if (v := of(k))}, command=command()))
 
 def wait(device):
     "The time, once `device` has nothing left to do"

@@ -11,7 +11,7 @@ from fastcore.foundation import L
 from .callbacks import LossTerm
 from .distributed import agreed, unwrapped
 from .errors import UserError, first_line
-from .storage import load_state, load_tensors, save_tensors
+from .storage import check_state, load_state, load_tensors, save_tensors
 
 __all__ = ['Stopped', 'Deadline', 'Checkpoint', 'SkipBatches', 'StopOnNaN', 'learner_state', 'load_learner_state',
            'load_checkpoint', 'previous']
@@ -20,8 +20,11 @@ MINUTES = 5 # between checkpoints inside an epoch
 FORMAT = 1 # of a checkpoint's tensors and meta; those of before it was written down are of the same
 
 
-class Stopped(Exception):
-    "The run was stopped, its state is saved; `code` is the exit code, `where` the place in the stage"
+class Stopped(BaseException):
+    """The run was stopped, its state is saved; `code` is the exit code, `where` the place in the stage
+
+    As KeyboardInterrupt it is no Exception, so that nobody who looks for a damaged file takes a signal for one.
+    """
     def __init__(self, why, code): super().__init__(why); self.why,self.code,self.where = why,code,''
     def __reduce__(self): return type(self),(self.why, self.code)
     def __str__(self): return self.why # fastai puts a callback's name into `args`
@@ -94,6 +97,7 @@ def load_learner_state(learn, tensors, meta, where='the checkpoint'):
     learn.recorder.values = [L(row) for row in meta['values']]
     learn.recorder.smooth_loss.val,learn.recorder.smooth_loss.count = torch.tensor(meta['smooth_loss'][0]),meta['smooth_loss'][1]
     if 'best' in meta:
+        check_state(unwrapped(learn.model), part(tensors, 'best/'), where)
         learn.keep_best.best,learn.keep_best.best_epoch = meta['best']
         learn.keep_best.best_state = {k:v.to(device) for k,v in part(tensors, 'best/').items()}
 
@@ -141,6 +145,12 @@ class Checkpoint(Callback):
             f'{self.path} has format {found} and this version of grdd_fastai reads {FORMAT}: go on with the version that wrote it, or give --out another folder')
         epoch,step,terms = meta.get('epoch'),meta.get('step'),[cb.name for cb in self.learn.cbs if isinstance(cb, LossTerm)]
         ok = meta.get('stage') == self.about().get('stage') and type(epoch) is int and type(step) is int and 0 <= epoch <= self.n_epoch and 0 <= step < len(self.dls.train) and (epoch < self.n_epoch or step == 0)
+        ok = ok and all(isinstance(meta.get(k), kind) for k,kind in dict(parts=dict, opt=dict, groups=list, smooth_loss=list, scaler=dict).items())
+        def numbers(v, n=None): return isinstance(v, list) and n in (None, len(v)) and all(isinstance(o, int | float) for o in v)
+        ok = ok and numbers(meta['smooth_loss'], 2) and all(isinstance(p, dict) and all(numbers(v, 2) for v in p.values()) for p in meta['parts'].values())
+        ok = ok and all(set(cb.parts) == set(meta['parts'].get(cb.name, ())) for cb in self.learn.cbs if isinstance(cb, LossTerm))
+        ok = ok and ('best' not in meta or numbers(meta['best'], 2)) and all(numbers(v) for v in meta.get('values') or [])
+        ok = ok and all(isinstance(g, dict) and all(v is None or isinstance(v, int | float | list) for v in g.values()) for g in meta['groups'])
         ok = ok and isinstance(meta.get('values'), list) and len(meta['values']) == epoch and isinstance(meta.get('parts'), dict) and sorted(meta['parts']) == sorted(terms)
         if not ok: raise UserError(f'{self.path} is not a checkpoint of this training (epoch {epoch}, step {step}, of {self.n_epoch} epochs): give --out another folder')
 

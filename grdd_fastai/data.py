@@ -14,6 +14,7 @@ from fasttransform import DisplayedTransform
 
 from .augment import seeded, train_augmentation
 from .errors import UserError
+from .prepare import SPLITS
 
 __all__ = ['PackedImage', 'PackedLabel', 'SeededDL', 'EpisodicDL', 'category_block', 'episode_block', 'category_dls',
            'episodic_dls', 'plain_dl', 'check_episode', 'rows_by_class']
@@ -53,7 +54,7 @@ def check_episode(split, n_way, k_shot, n_query):
 def rows_by_class(y, n_way, k_shot, n_query, where='the data', vocab=None):
     "Rows of each class of `y`, or a UserError if they cannot fill an episode"
     for name,v,lowest in (('way', n_way, 2), ('shot', k_shot, 1), ('query', n_query, 1)):
-        if v < lowest: raise UserError(f'an episode of {v} {name}: it must be at least {lowest}')
+        if not isinstance(v, int | np.integer) or v < lowest: raise UserError(f'an episode of {v!r} {name}: it must be a whole number, at least {lowest}')
     classes = np.unique(y)
     rows = [np.flatnonzero(y==c) for c in classes]
     if n_way > len(rows): raise UserError(f'{where} has {len(rows)} classes, too few for {n_way}-way episodes: lower the way or add classes')
@@ -75,6 +76,9 @@ class SeededDL(TfmdDL):
     read item by item, as ever. `share` is (rank, ranks): of each ranks * bs items the rank's bs.
     """
     def __init__(self, dataset, bs=64, seed=0, aug=None, share=(0, 1), **kwargs):
+        if not isinstance(bs, int | np.integer | type(None)) or (bs is not None and bs < 1): raise UserError(f'a batch of {bs!r} images: it must be at least 1')
+        if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63: raise UserError(f'the seed is {seed!r}: give a whole number, 0 or more')
+        if aug is not None and not callable(aug): raise UserError(f'aug is {aug!r}: give an albumentations Compose, a function or None')
         self.seed,self.epoch,self.aug,self.augment,self.share = seed,-1,aug,seeded(aug),share
         super().__init__(dataset, bs=bs, **kwargs)
 
@@ -144,6 +148,8 @@ class EpisodicDL(SeededDL):
     with a class's support before its queries: `split_episodes` takes it apart. Support and query are disjoint.
     """
     def __init__(self, dataset, n_way=5, k_shot=1, n_query=15, n_episodes=400, per_step=1, **kwargs):
+        for k,v,most in (('n_episodes', n_episodes, 100_000), ('per_step', per_step, 10_000)):
+            if not isinstance(v, int | np.integer) or not 1 <= v <= most: raise UserError(f'{k} is {v!r}: it must be from 1 to {most}')
         self.episode = dict(n_way=n_way, k_shot=k_shot, n_query=n_query, n_episodes=n_episodes, per_step=per_step)
         self.n_way,self.k_shot,self.n_query,self.n_item,self.n_episodes = n_way,k_shot,n_query,k_shot + n_query,n_episodes
         for k in ('bs','shuffle','drop_last','n'): kwargs.pop(k, None) # episodes fix them
@@ -251,5 +257,6 @@ def plain_dl(
     **kwargs # of `SeededDL`: an `aug` makes every pass another view
 ):
     "Every image of a split, in order, normalised and, without `aug`, not augmented"
+    if split not in SPLITS: raise UserError(f'there is no split {split!r}: it is one of {", ".join(SPLITS)}')
     block = _packed_block(stats or data.stats, (getattr(data, split),), SeededDL)
     return block.dataloaders(data, bs=bs, shuffle=False, drop_last=False, num_workers=0, **kwargs).train

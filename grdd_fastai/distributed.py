@@ -62,7 +62,7 @@ def shared(f):
     box = [None, None] # result and error
     if rank == 0:
         try: box[0] = f()
-        except Exception as e: box[1] = e
+        except BaseException as e: box[1] = e # a signal too: the others must not wait
     dist.broadcast_object_list(box, 0, group=_words())
     if box[1]: raise box[1]
     return box[0]

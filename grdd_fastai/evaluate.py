@@ -11,11 +11,12 @@ from . import transductive  # noqa: F401  (registers its classifiers)
 from .data import rows_by_class
 from .distributed import gathered, ranks, summed
 from .errors import UserError, first_line
-from .inference import get_classifier
+from .inference import check_scale, get_classifier
 from .precision import amp
 
 __all__ = ['Evaluation', 'Difference', 'over_seeds', 'compare', 'features', 'embed', 'sample_episodes', 'sample_unbalanced', 'evaluate', 'mean_ci95']
 
+MOST_EPISODES = 10**8 # that are evaluated at once
 BLOCK = 500 # episodes drawn at a time
 CHUNK = 2**21,2**28 # bytes of features classified at a time: what a CPU's cache holds, what fills a GPU
 
@@ -63,7 +64,8 @@ def sample_episodes(
     "Yield blocks of episodes: rows of the support (E, C, K) and of the query images (E, C, n_query), disjoint"
     y = np.asarray(y.cpu() if isinstance(y, torch.Tensor) else y)
     by_class,m = rows_by_class(y, n_way, k_shot, n_query),k_shot + n_query
-    if n_episodes < 1: raise UserError(f'{n_episodes} episodes are asked for: it must be at least 1')
+    if not isinstance(n_episodes, int | np.integer) or n_episodes < 1: raise UserError(f'{n_episodes!r} episodes are asked for: it must be at least 1')
+    if not isinstance(seed, int | np.integer) or seed < 0: raise UserError(f'the seed of the episodes is {seed!r}: give a whole number, 0 or more')
     size = np.array([len(rows) for rows in by_class])
     table = np.stack([np.pad(rows, (0, size.max() - len(rows))) for rows in by_class])
     for block in range(-(-n_episodes // BLOCK)):
@@ -183,7 +185,8 @@ def as_features(h):
     "Features (N, D) of any kind, NumPy's and whole numbers too, as a floating-point tensor; half precision becomes float32"
     try: h = torch.as_tensor(h)
     except (TypeError, ValueError, RuntimeError) as e: raise UserError(f'the features are no numbers ({first_line(e)}): give a tensor or an array (N, D)') from None
-    if h.ndim < 2 or not len(h): raise UserError(f'the features have the shape {tuple(h.shape)}: give a row an image, (N, D)')
+    if h.is_complex(): raise UserError('the features are complex numbers: give real ones')
+    if h.ndim < 2 or not h.numel(): raise UserError(f'the features have the shape {tuple(h.shape)}: give a row an image, (N, D)')
     return h if h.dtype in (torch.float32, torch.float64) else h.float()
 
 def as_classes(y, n):
@@ -192,17 +195,21 @@ def as_classes(y, n):
     if y.shape != (n,): raise UserError(f'{n} rows of features and classes of shape {y.shape}: give a class for each row')
     if y.dtype.kind == 'f' and np.isfinite(y).all() and (y == np.floor(y)).all(): y = y.astype(np.int64)
     if y.dtype.kind in 'iub': return torch.from_numpy(y.astype(np.int64))
-    if any(o is None or o != o for o in y.tolist()): raise UserError('a class is missing (None or NaN): give each row one, or leave the row out')
+    if any(is_missing(o) for o in y.tolist()): raise UserError('a class is missing (None or NaN): give each row one, or leave the row out')
     try: return torch.from_numpy(np.unique(y, return_inverse=True)[1].astype(np.int64))
     except TypeError: raise UserError('the classes are of several kinds, such as text and numbers: give all of them as text') from None
 
-def correct(name, f, support, support_y, query, query_y):
-    "Whether the classifier `f` is right, for each query (E, NQ); UserError unless it gives finite logits of the shape it should"
-    logits,shape = f(support, support_y, query),(*query_y.shape, int(support_y.max()) + 1)
+def is_missing(o):
+    "None, NaN and pandas' NA"
+    return o is None or (missing := pd.isna(o)) is True or (isinstance(missing, np.bool_) and bool(missing))
+
+def checked_logits(name, f, support, support_y, query):
+    "The logits of the classifier `f` (E, NQ, C); UserError unless they are finite and of the shape they should have"
+    logits,shape = f(support, support_y, query),(*query.shape[:2], int(support_y.max()) + 1)
     if not isinstance(logits, torch.Tensor) or logits.shape != shape:
         raise UserError(f'{name} gives {tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__}: a classifier gives logits (E, NQ, C), here {shape}')
     if not torch.isfinite(logits.sum()): raise UserError(f'{name} gives logits that are NaN or infinite: they cannot be compared')
-    return logits.argmax(-1) == query_y
+    return logits
 
 @torch.no_grad()
 def evaluate(
@@ -225,17 +232,18 @@ def evaluate(
     h = as_features(h)
     y = as_classes(y, len(h))
     if views is not None: views = as_features(views)
-    if query_distribution not in QUERIES: raise UserError(f'the query distribution is {query_distribution!r}: it is one of {", ".join(QUERIES)}')
-    for x in (h, *(views if views is not None else ())):
-        if not torch.isfinite(torch.stack(x.aminmax())).all(): raise UserError('the features hold NaN or infinite values: the network diverged, lower its learning rate')
+    if not isinstance(query_distribution, str) or query_distribution not in QUERIES: raise UserError(f'the query distribution is {query_distribution!r}: it is one of {", ".join(QUERIES)}')
+    for x in (h, *(views if views is not None else ())): check_scale(x)
     if views is not None and views.shape[1:] != h.shape: raise UserError(f'views of shape {tuple(views.shape)} are not those of features {tuple(h.shape)}')
     one = not isinstance(classifier, (dict, list, tuple))
     of = classifier if isinstance(classifier, dict) else {c:c for c in ([classifier] if one else classifier)}
     of = {k:get_classifier(f) for k,f in of.items()}
+    if not of: raise UserError('no classifier is given: name one, such as cosine')
+    if not isinstance(n_episodes, int | np.integer) or not 1 <= n_episodes <= MOST_EPISODES: raise UserError(f'{n_episodes!r} episodes are asked for: it must be at least 1 and at most {MOST_EPISODES}')
     bank,V = (h, 1) if views is None else (views.flatten(0, 1), len(views))
     budget = CHUNK[h.device.type != 'cpu'] * max(getattr(getattr(f, 'func', f), 'at_once', 1) for f in of.values()) # a partial's, too
     size = max(1, budget // max(1, n_way*(V*k_shot + n_query)*h[0].numel()*h.element_size()))
-    accs,(rank,n) = {k:np.zeros(max(n_episodes, 0)) for k in of},ranks() if shared else (0, 1) # one array a classifier: many small ones would fragment the memory
+    accs,(rank,n) = {k:np.zeros(n_episodes) for k in of},ranks() if shared else (0, 1) # one array a classifier: many small ones would fragment the memory
     names = {k:k if isinstance(k, str) else getattr(k, '__name__', str(k)) for k in of}
     for block,(support,query,query_y) in enumerate(QUERIES[query_distribution](y, n_way, k_shot, n_query, n_episodes, seed)):
         if block % n != rank: continue
@@ -245,7 +253,7 @@ def evaluate(
             s = torch.cat([s + v*len(y) for v in range(V)], 1)
             z_s,z_q = (b.index_select(0, rows.flatten()).view(*rows.shape, -1) for b,rows in ((bank, s), (h, q)))
             first = block*BLOCK + at
-            for k,f in of.items(): accs[k][first:first+len(s)] = 100 * correct(names[k], f, z_s, s_y, z_q, q_y).float().mean(1).cpu().numpy()
+            for k,f in of.items(): accs[k][first:first+len(s)] = 100 * (checked_logits(names[k], f, z_s, s_y, z_q).argmax(-1) == q_y).float().mean(1).cpu().numpy()
     if n > 1: accs = {k:sum(gathered([a])) for k,a in accs.items()} # an episode is zero in all processes but one
     classes = hashlib.sha256(y.numpy().tobytes()).hexdigest()[:8]
     drawn = f'{n_episodes} of {n_way} way {k_shot} shot {n_query} query, seed {seed}, {len(y)} images {classes}'

@@ -56,8 +56,23 @@ def check_settings_of(classifier, settings):
     known = inspect.signature(f).parameters
     if any(p.kind is p.VAR_KEYWORD for p in known.values()): return
     wrong = next((k for k in settings if k not in list(known)[3:]), None)
+    for k,v in settings.items():
+        default = known[k].default if k in known else None
+        if isinstance(default, bool) and not isinstance(v, bool): raise UserError(f'{k} is {v!r}: it is True or False')
+        number = isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v < float('inf')
+        if isinstance(default, int | float) and not isinstance(default, bool) and not number: raise UserError(f'{k} is {v!r}: it is a number, at least 0')
     name = classifier if isinstance(classifier, str) else getattr(f, '__name__', 'the classifier')
     if wrong: raise UserError(f'{name} has no setting {wrong!r}: ' + (f'its settings are {", ".join(list(known)[3:])}' if len(known) > 3 else 'it has none'))
+
+SCALE = 1e-9,1e15 # of features whose lengths float32 can hold
+
+def check_scale(h):
+    "Features as they are; UserError if they are not finite, all zero, or too large or small for their lengths to be"
+    low,high = h.aminmax()
+    if not (torch.isfinite(low) and torch.isfinite(high)): raise UserError('the features hold NaN or infinite values: the network diverged, lower its learning rate')
+    largest = max(-low.item(), high.item())
+    if not SCALE[0] <= largest <= SCALE[1]: raise UserError(f'the largest feature is {largest:.3g}, so that lengths and distances cannot be computed: rescale the features, or train the network')
+    return h
 
 def get_classifier(name):
     "The classifier of that name, or a UserError that lists them; a function is returned as it is"

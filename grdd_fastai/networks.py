@@ -3,6 +3,7 @@ import hashlib
 import inspect
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,6 @@ import timm
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from safetensors import safe_open
-from safetensors.torch import load_file
 
 from .augment import train_augmentation
 from .data import plain_dl
@@ -20,9 +19,20 @@ from .evaluate import embed, features
 from .learners import check_backbone, create_backbone
 from .pack import LARGEST_SIDE, default_cache
 from .run import whole_weights
-from .storage import check_state, digest, filled_array, load_array, load_state, locked, read_json, sweep
+from .storage import (
+    check_state,
+    digest,
+    filled_array,
+    load_array,
+    load_state,
+    locked,
+    read_json,
+    read_safetensors,
+    sweep,
+    user_path,
+)
 
-__all__ = ['load_network', 'images_of', 'feature_bank']
+__all__ = ['load_network', 'check_images', 'images_of', 'feature_bank']
 
 RUNS = ('net', 'student_grdd') # what a run leaves as its network
 PICKLES = ('.bin', '.pth', '.pt', '.ckpt', '.pkl', '.pickle', '.tar', '.npz', '.h5')
@@ -35,7 +45,7 @@ def load_network(of):
     Its `pretrained_cfg` has the side of its images, and the mean and std they are normalised with. A folder's weights are read from
     `model.safetensors` alone, and have to be exactly those of the network that its `config.json` describes. UserError if it is none of these.
     """
-    path = Path(str(of).removesuffix('.safetensors')).expanduser()
+    path = user_path(str(of).removesuffix('.safetensors'), 'the network')
     cards = [*(path/f'{name}.json' for name in RUNS), *([path.with_name(f'{path.name}.json')] if path.name else [])]
     if card := next((c for c in cards if c.is_file() and c.with_suffix('.safetensors').is_file()), None): return _of_a_run(card)
     if str(of).startswith('hf-hub:'): return _of_a_folder(_from_hub(str(of).removeprefix('hf-hub:')))
@@ -47,7 +57,7 @@ def _of_a_run(card):
     try:
         about = read_json(card, keys=dict(arch=str, px=int, stats=list))
         (mean,std),px = about['stats'],about['px']
-        config = _images(px, mean, std)
+        config = check_images(px, mean, std)
         check_backbone(about['arch'])
     except (UserError, TypeError, ValueError) as e: raise UserError(f'{card} is damaged or no network\'s ({first_line(e)}): give the folder of a run') from None
     return _with_weights(about['arch'], config, {}, card.with_suffix('.safetensors'), lambda: whole_weights(card.with_suffix(''))[1])
@@ -63,16 +73,16 @@ def _of_a_folder(folder):
         cfg = config.get('pretrained_cfg', config)
         c,*sides = cfg['input_size']
         if c != 3 or len(sides) != 2 or sides[0] != sides[1]: raise ValueError(f'its images are {c} x {" x ".join(map(str, sides))}, not RGB squares')
-        images = _images(sides[0], cfg['mean'], cfg['std'], cfg.get('crop_pct', 1.), cfg.get('interpolation', 'bicubic'))
+        images = check_images(sides[0], cfg['mean'], cfg['std'], cfg.get('crop_pct', 1.), cfg.get('interpolation', 'bicubic'))
         args = _arguments(config.get('model_args') or {})
     except (TypeError, ValueError, KeyError, AttributeError) as e: raise UserError(f'{folder/"config.json"} does not describe a network ({type(e).__name__}: {first_line(e)}): take it from a copy') from None
     check_backbone(config['architecture'])
     def tensors():
-        try: return load_file(weights)
+        try: return read_safetensors(weights)[0]
         except Exception as e: raise UserError(f'{weights} is damaged ({first_line(e)}): take it from a copy') from None
     return _with_weights(config['architecture'], images, args, weights, tensors)
 
-def _images(px, mean, std, crop_pct=1., interpolation='bicubic'):
+def check_images(px, mean, std, crop_pct=1., interpolation='bicubic'):
     "What a network's images are, as `pretrained_cfg` has it; ValueError for what none can be"
     def numbers(v): return isinstance(v, list | tuple) and len(v) == 3 and all(isinstance(n, int | float) and math.isfinite(n) for n in v)
     if type(px) is not int or not 1 <= px <= LARGEST_SIDE: raise ValueError(f'images of {px!r} px: from 1 to {LARGEST_SIDE} can be')
@@ -86,10 +96,12 @@ def _arguments(args):
     def small(v, depth=2):
         if isinstance(v, list): return depth and len(v) <= 64 and all(small(o, depth-1) for o in v)
         return v is None or isinstance(v, bool) or (isinstance(v, str) and len(v) <= 100) or (isinstance(v, int | float) and abs(v) <= 4096)
+    def total(v): return sum(map(total, v)) if isinstance(v, list) else v if isinstance(v, int) else 0
     own = [*inspect.signature(timm.create_model).parameters, 'features_only', 'out_indices', 'feature_cfg', 'num_classes', 'in_chans', 'img_size']
     for k,v in args.items():
         if (k in own or k.startswith('pretrained')) and k not in ('num_classes', 'in_chans', 'img_size'): raise ValueError(f'{k} is no argument of an architecture')
         if not small(v): raise ValueError(f'{k} is too large')
+        if re.search('depth|layer|block|repeat', k) and total(v) > 256: raise ValueError(f'{k} is too large')
     return {k:tuple(v) if isinstance(v, list) else v for k,v in args.items() if k not in own} # those left out follow from the images
 
 def _with_weights(arch, images, args, path, tensors):
@@ -104,7 +116,7 @@ def _with_weights(arch, images, args, path, tensors):
     prefixes = shape.pretrained_cfg.get('classifier') or ()
     prefixes = tuple(f'{p}.' for p in ([prefixes] if isinstance(prefixes, str) else prefixes))
     try:
-        with safe_open(path, 'pt') as f: sizes = {k:torch.empty(f.get_slice(k).get_shape(), device='meta') for k in f.keys()} # noqa: SIM118  (no mapping)
+        sizes,_ = read_safetensors(path, header_only=True)
     except Exception as e: raise UserError(f'{path} is damaged ({first_line(e)}): take it from a copy') from None
     def kept(of): return {k:v for k,v in of.items() if not k.startswith(prefixes)}
     check_state(shape, kept(sizes), path)
@@ -145,7 +157,7 @@ def feature_bank(
     of = dict(weights=digest(net.state_dict()), net=type(net).__name__, data=data.fingerprint, split=split, stats=stats)
     if views: of |= dict(views=views, jitter=jitter, augment='batch', seed=seed)
     key = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:16]
-    path = Path(cache or default_cache()).expanduser()/'features'/f'{key}.npy'
+    path = user_path(cache or default_cache(), '--cache')/'features'/f'{key}.npy'
     try: path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise UserError(f'{path.parent} cannot be written ({e.strerror}): give --cache another folder') from None
     with locked(path.with_suffix('.lock')):

@@ -18,11 +18,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from .demo import DemoSource
 from .errors import UserError
 from .prepare import SPLITS, open_source
-from .storage import locked, new_memmap, part_name, read_json, sweep
+from .storage import locked, new_memmap, part_name, read_json, sweep, user_path
 
 __all__ = ['Split', 'FewShotData', 'few_shot_data', 'default_cache', 'decode']
 
 BLOCK = 1024 # images decoded at a time
+FORMATS = ('PNG', 'JPEG', 'MPO', 'BMP', 'WEBP', 'GIF', 'TIFF', 'PPM', 'AVIF', 'JPEG2000') # that are decoded; others may run programs, as EPS does
 LARGEST_SIDE = 1024 # of packed images, and of those a network may ask for
 MEGAPIXELS = 89 # of an image that is decoded without being asked about
 
@@ -56,21 +57,24 @@ def open_image(file, allow_large=False):
     """
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', Image.DecompressionBombWarning) # the size is looked at here
-        im = Image.open(file)
+        Image.init()
+        im = Image.open(file, formats=[f for f in FORMATS if f in Image.OPEN])
     if not allow_large and im.width*im.height > MEGAPIXELS*10**6: raise ValueError(f'it has {im.width} x {im.height} pixels, more than {MEGAPIXELS} million: make it smaller or allow it by --allow-large')
     return im
 
 def upright_rgb(im):
     "A PIL image of any mode -> RGB, turned as its camera says"
     im = ImageOps.exif_transpose(im)
-    if im.mode[0] in 'IF': im = Image.fromarray(_to_8_bit(np.asarray(im, float), im.mode))
+    if im.mode[0] in 'IF': im = Image.fromarray(_to_8_bit(np.asarray(im), im.mode))
     return im.convert('RGB')
 
 def _to_8_bit(a, mode):
     "Deep grey levels by the range they use: [0, 1], 8 bit, 16 bit, or their own maximum"
     top = a.max() if a.size else 0
     full = 1 if mode == 'F' and top <= 1 else 255 if top <= 255 else 65535 if top <= 65535 else top
-    return (a * (255/full)).clip(0, 255).astype(np.uint8)
+    out = np.empty(a.shape, np.uint8)
+    for row,levels in zip(out, a): row[:] = (levels * (255/full)).clip(0, 255) # a row at a time: floating-point levels of a large image would fill the memory
+    return out
 
 
 class Split:
@@ -91,7 +95,10 @@ class FewShotData:
         self.name,self.px,self.fingerprint,self.stats = (meta[k] for k in ('name','px','fingerprint','stats'))
         self.shared = meta.get('shared', []) # images that two splits have: (split, filename, split before, filename)
         self.folder = folder
+        pair = np.array(self.stats, float)
+        if type(self.px) is not int or pair.shape != (2, 3) or not np.isfinite(pair).all() or pair[1].min() <= 0: raise ValueError('its meta.json is no data set\'s')
         for s in SPLITS:
+            if not all((folder/f'{s}.{kind}').is_file() for kind in ('csv', 'npy')): raise ValueError(f'{s}.csv or {s}.npy is no regular file')
             df = pd.read_csv(folder/f'{s}.csv', dtype=str, keep_default_na=False, encoding_errors='surrogateescape')
             images = np.load(folder/f'{s}.npy', mmap_mode='r')
             if len(images) != len(df): raise ValueError(f'{s}.csv has {len(df)} rows for {len(images)} images')
@@ -111,13 +118,14 @@ def few_shot_data(
 
     Warns of classes and images that two splits seem to share. UserError for data that cannot be read.
     """
-    if not isinstance(px, int | np.integer) or not 1 <= px <= LARGEST_SIDE: raise UserError(f'images of {px!r} px are asked for: px must be from 1 to {LARGEST_SIDE}')
+    if not isinstance(px, int | np.integer) or isinstance(px, bool) or not 1 <= px <= LARGEST_SIDE: raise UserError(f'images of {px!r} px are asked for: px must be from 1 to {LARGEST_SIDE}')
     source = DemoSource(seed) if data == 'demo' and not Path('demo').exists() else open_source(data, seed)
-    cache,stamp = Path(cache or default_cache()).expanduser().resolve(),source.stamp()
+    try: cache,stamp = user_path(cache or default_cache(), '--cache').resolve(),source.stamp()
+    except (OSError, RuntimeError) as e: raise UserError(f'the cache folder {cache} cannot be used ({getattr(e, "strerror", None) or e}): give --cache another') from None
     if cache.is_relative_to(Path(source.path).resolve()): raise UserError(f'the cache folder {cache} lies inside the data {source.path}: give --cache another')
     px = int(px)
     key = hashlib.sha256(f'{source.key} {px}'.encode(errors='surrogateescape')).hexdigest()[:12]
-    folder = cache/f'{source.name}-{px}-{key}'
+    folder = cache/f'{source.name[:60]}-{px}-{key}'
     try: cache.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise UserError(f'the cache folder {cache} cannot be written ({e.strerror}): give --cache another') from None
     with locked(cache/f'.{folder.name}.lock'): # of several processes one packs, the others wait

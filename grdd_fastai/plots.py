@@ -1,10 +1,14 @@
 """Figures of the experiments: arrays and DataFrames in, a matplotlib Figure out; legible in grey and for the colour-blind."""
+import io
+from pathlib import Path
+
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from .distributed import ranks
+from .storage import atomic_write
 
 __all__ = ['plot_rows', 'plot_sweep', 'plot_tsne', 'plot_relatedness', 'save_figure', 'COLORS', 'MARKERS']
 
@@ -96,7 +100,10 @@ def plot_relatedness(
 
 def save_figure(fig, path):
     "Write (where there are several processes the first does) and close a figure, and return its path"
-    if ranks()[0] == 0: fig.savefig(path, dpi=160)
+    if ranks()[0] == 0:
+        content = io.BytesIO()
+        fig.savefig(content, dpi=160, format=Path(path).suffix[1:])
+        atomic_write(path, content.getvalue())
     plt.close(fig)
     return path
 

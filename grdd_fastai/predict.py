@@ -1,5 +1,6 @@
 """A few labelled images a class to a classifier of others."""
 import io
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,12 @@ from torch import nn
 
 from .distributed import unwrapped
 from .errors import UserError
-from .evaluate import features
-from .inference import check_settings_of, get_classifier
-from .networks import images_of, load_network
+from .evaluate import checked_logits, features, is_missing
+from .inference import check_scale, check_settings_of, get_classifier
+from .networks import check_images, images_of, load_network
 from .pack import LARGEST_SIDE, open_image, upright_rgb
 from .prepare import IMAGES, Folder
-from .storage import read_bytes
+from .storage import read_bytes, user_path
 
 __all__ = ['FewShotClassifier']
 
@@ -37,10 +38,11 @@ class FewShotClassifier:
     ):
         if isinstance(network, Learner): network = getattr(unwrapped(network.model), 'backbone', unwrapped(network.model))
         self.net,self.allow_large = (network if isinstance(network, nn.Module) else load_network(network)).eval(),allow_large
-        if px is not None and (not isinstance(px, int) or not 1 <= px <= LARGEST_SIDE): raise UserError(f'px is {px!r}: it must be from 1 to {LARGEST_SIDE}')
+        if not isinstance(bs, int) or bs < 1: raise UserError(f'bs is {bs!r}: it must be at least 1')
+        if px is not None and (not isinstance(px, int) or isinstance(px, bool) or not 1 <= px <= LARGEST_SIDE): raise UserError(f'px is {px!r}: it must be from 1 to {LARGEST_SIDE}')
         side,mean,std = images_of(self.net)
         if px: side = px
-        if stats: mean,std = stats
+        if stats is not None: mean,std = pair_of(stats)
         config = timm.data.resolve_model_data_config(self.net) | dict(input_size=(3, side, side), mean=tuple(mean), std=tuple(std))
         check_settings_of(classifier, settings)
         self.transform,self.classifier,self.bs,self.settings,self.vocab = timm.data.create_transform(**config),get_classifier(classifier),bs,settings,None
@@ -48,7 +50,7 @@ class FewShotClassifier:
     @classmethod
     def from_folder(cls, path, *args, **kwargs):
         "Fitted on the images of a folder that has a folder for each class"
-        if not (path := Path(path).expanduser()).is_dir(): raise UserError(f'there is no folder {path}: give one that has a folder of images for each class')
+        if not (path := user_path(path)).is_dir(): raise UserError(f'there is no folder {path}: give one that has a folder of images for each class')
         files = [path/f for f in Folder(path).files if f.count('/') == 1 and IMAGES.search(f)]
         if not files: raise UserError(f'{path} has no folders of images: make one for each class, named after it')
         return cls(*args, **kwargs).fit(files, [f.parent.name for f in files])
@@ -64,20 +66,23 @@ class FewShotClassifier:
 
     def fit(self, images, labels):
         "Remember a few images of each class"
-        images,labels = list(images),list(labels)
+        try: images,labels = list(images),list(labels)
+        except TypeError: raise UserError('images and labels are no lists: give a list of each') from None
         if len(images) != len(labels): raise UserError(f'{len(images)} images and {len(labels)} labels: give a label for each image')
-        if any(o is None or o != o for o in labels): raise UserError('a label is missing (None or NaN): give each image one, or leave the image out')
+        if any(is_missing(o) for o in labels): raise UserError('a label is missing (None or NaN): give each image one, or leave the image out')
         if len({isinstance(o, str) for o in labels}) > 1: raise UserError('some labels are text and some are not: give all of them as text')
-        self.vocab = sorted(set(labels))
-        if len(self.vocab) < 2: raise UserError(f'all images are of {len(self.vocab)} class: give images of at least two')
-        self.support = self.embed(images)
-        self.support_y = torch.tensor([self.vocab.index(o) for o in labels], device=self.support.device)
+        vocab = sorted(set(labels))
+        if len(vocab) < 2: raise UserError(f'all images are of {len(vocab)} class: give images of at least two')
+        support = check_scale(self.embed(images))
+        self.vocab,self.support = vocab,support # only now, so that a fit that fails changes nothing
+        self.support_y = torch.tensor([vocab.index(o) for o in labels], device=support.device)
         return self
 
     def logits(self, images):
         "The classifier's logits, a row an image and a column a class"
         if self.vocab is None: raise UserError('there are no classes yet: call fit with a few images of each first')
-        out = self.classifier(self.support[None], self.support_y[None], self.embed(images)[None], **self.settings)[0]
+        f = partial(self.classifier, **self.settings)
+        out = checked_logits('the classifier', f, self.support[None], self.support_y[None], check_scale(self.embed(images))[None])[0]
         return pd.DataFrame(out.cpu().numpy(), columns=self.vocab)
 
     def predict(self, images):
@@ -85,12 +90,21 @@ class FewShotClassifier:
         return self.logits(images).idxmax(axis=1).tolist()
 
 
+def pair_of(stats):
+    "Mean and std, three numbers each, or a UserError"
+    try:
+        mean,std = stats
+        check_images(1, list(mean), list(std))
+    except (TypeError, ValueError): raise UserError(f'stats is {stats!r}: give (mean, std), three numbers each, those of std positive') from None
+    return mean,std
+
 def opened(image, allow_large=False):
     "An upright RGB image of a path, an array or an image; `allow_large` as in `open_image`"
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3: raise UserError(f'an array of {image.dtype} {image.shape} is no image: give uint8 (H, W, 3)')
         image = Image.fromarray(image)
     if isinstance(image, Image.Image): return upright_rgb(image)
+    if not isinstance(image, str | Path): raise UserError(f'a {type(image).__name__} is no image: give a path, a PIL image or an array')
     try: return upright_rgb(open_image(io.BytesIO(read_bytes(image)), allow_large))
     except OSError as e: raise UserError(f'{image} cannot be read as an image ({e.strerror or e}): remove it or replace it') from None
     except Exception as e: raise UserError(f'{image} cannot be read as an image ({e}): remove it or replace it') from None

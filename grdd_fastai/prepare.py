@@ -13,6 +13,7 @@ import tempfile
 import unicodedata
 import zipfile
 import zlib
+from collections import Counter
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -26,6 +27,8 @@ from .storage import read_bytes
 __all__ = ['SPLITS', 'Source', 'open_source', 'prepare', 'class_list']
 
 SPLITS = ('train', 'val', 'test') # base, validation and novel classes
+LINKS = 4 # to one folder that are followed
+LONGEST = 2**20 # characters in a line of a text file
 LARGEST = 2**28 # bytes a member of an archive may unpack to
 ALIASES = dict(train='train', base='train', val='val', valid='val', validation='val', test='test', novel='test')
 IMAGES = re.compile(r'(^|/)[^./][^/]*\.(png|jpe?g|bmp|webp|gif|tiff?|ppm|pgm)$', re.IGNORECASE)
@@ -48,7 +51,7 @@ def class_list(name):
 class Folder:
     """Regular files below a folder by relative path; a link is followed where it stays inside the folder
 
-    Links that lead out or nowhere, pipes and devices are left out, which is said once.
+    Links that lead out, nowhere or in a circle, pipes and devices are left out, which is said once.
     """
     def __init__(self, path):
         self.path,self.root = Path(path),Path(path).resolve()
@@ -56,12 +59,14 @@ class Folder:
     @cached_property
     def files(self):
         found,self.left_out = [],[]
-        self._walk('', {self.root}, found)
-        if self.left_out: print(f'{self.path}: {len(self.left_out)} links that lead out of the folder or nowhere, pipes and devices are left out, '
+        folders,visits = [''],Counter()
+        while folders: folders += self._entries(folders.pop(), visits, found)
+        if self.left_out: print(f'{self.path}: {len(self.left_out)} links that lead out of the folder, nowhere or in a circle, pipes and devices are left out, '
                                 f'{min(self.left_out)} the first', file=sys.stderr)
         return sorted(found)
-    def _walk(self, below, above, found):
-        "Append the files in the folder `below`; `above` are the real folders that it lies in, so that a circle of links ends"
+    def _entries(self, below, visits, found):
+        "Append the files in the folder `below` to `found` and return its folders; links lead to each folder a few times at most, so that a circle ends"
+        inner = []
         try: entries = list(os.scandir(self.root/below))
         except OSError as e: raise UserError(f'{self.path/below} cannot be read ({e.strerror}): mend it or remove it') from None
         for e in entries:
@@ -69,10 +74,13 @@ class Folder:
             real = self._inside(f) if e.is_symlink() else self.root/f
             if real is None: self.left_out.append(f)
             elif e.is_dir():
-                real = real.resolve()
-                if real not in above: self._walk(f'{f}/', above | {real}, found)
+                if e.is_symlink():
+                    if self.root.joinpath(below).resolve().is_relative_to(real) or visits[real] >= LINKS: self.left_out.append(f); continue
+                    visits[real] += 1
+                inner.append(f'{f}/')
             elif e.is_file(): found.append(f)
             else: self.left_out.append(f)
+        return inner
     def _inside(self, f):
         "Where the file `f` really lies, None outside of the folder or nowhere"
         try: real = (self.root/f).resolve(strict=True)
@@ -100,11 +108,15 @@ class Zip:
     def files(self): return sorted(self.infos)
     def has(self, f): return f in self.infos
     def read(self, f):
-        if self.infos[f].file_size > LARGEST: raise UserError(f'{self.path}: {f} would unpack to {self.infos[f].file_size >> 20} MiB: remove it, no file of a data set is so large')
+        self._check_size(f)
         try: return self.zip.read(self.infos[f])
         except Exception as e: raise UserError(f'{self.path}: {f} cannot be read from the archive ({e}): fetch it again') from None
+    def _check_size(self, f):
+        size = self.infos[f].file_size
+        if size > LARGEST: raise UserError(f'{self.path}: {f} would unpack to {size >> 20} MiB: remove it, no file of a data set is so large')
     def lines(self, f):
         "The text of a member, unpacked as it is read"
+        self._check_size(f)
         try: return io.TextIOWrapper(self.zip.open(self.infos[f]), 'utf-8-sig', newline='')
         except Exception as e: raise UserError(f'{self.path}: {f} cannot be read from the archive ({e}): fetch it again') from None
     def stamp(self, f): return self.infos[f].file_size,self.infos[f].CRC
@@ -131,8 +143,10 @@ class CifarPickles:
         try:
             names,self.images = tables['meta']['fine_label_names'],{}
             for part in ('train','test'):
-                images = np.asarray(tables[part]['data'], np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-                for i,(image,y) in enumerate(zip(images, tables[part]['fine_labels'])):
+                images,labels = tables[part]['data'],tables[part]['fine_labels']
+                if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or not isinstance(labels, list) or len(labels) != len(images): raise ValueError('no array of images')
+                images = images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+                for i,(image,y) in enumerate(zip(images, labels)):
                     self.images[f'{names[y]}/{part}_{i:05d}.png'] = image
         except Exception as e: raise UserError(f'{path}: not the CIFAR-100 archive ({e!r}): fetch it again') from None
         self.files = sorted(self.images)
@@ -150,13 +164,14 @@ def png(image):
 
 def _open_tree(path):
     try: there = (path := Path(path).expanduser()).exists()
-    except (OSError, RuntimeError, ValueError): there = False
+    except (OSError, RuntimeError, ValueError, TypeError): there = False
     if not there: raise UserError(f"no such file or folder: {path}; give --data a folder, a zip or CIFAR-100's archive")
     if path.is_dir():
         tree = Folder(path)
         for prefix in ('', 'cifar-100-python/'):
             if all(tree.has(prefix+f) for f in ('train','test','meta')): return CifarPickles(path, tree.read, prefix)
         return tree
+    if not path.is_file(): raise UserError(f'{path} is neither a folder nor a regular file: unpack the data and give its folder')
     if zipfile.is_zipfile(path):
         tree = Zip(path)
         prefix = next((f.removesuffix('meta') for f in tree.files if f.endswith('cifar-100-python/meta')), None)
@@ -164,10 +179,10 @@ def _open_tree(path):
     try:
         if not tarfile.is_tarfile(path): raise UserError(f'{path} is neither a folder, a zip nor a tar archive: unpack it and give its folder')
         with tarfile.open(path) as tar:
-            members = {m.name:m for m in tar.getmembers() if m.isfile() and m.size <= LARGEST}
+            members = {posixpath.normpath(m.name):m for m in tar.getmembers() if m.isfile() and m.size <= LARGEST}
             metas = [f for f in members if posixpath.basename(f) == 'meta']
             if not metas: raise UserError(f"{path} is not CIFAR-100's python archive: unpack it and give its folder")
-            parts = {f:tar.extractfile(m).read() for f,m in members.items() if posixpath.basename(f) in ('meta','train','test')}
+            parts = {f:tar.extractfile(members[f]).read() for f in (posixpath.join(posixpath.dirname(metas[0]), part) for part in ('meta','train','test')) if f in members}
             while tar.fileobj.read(2**20): pass # the archive's own checksum stands at its end
         return CifarPickles(path, parts.__getitem__, metas[0].removesuffix('meta'))
     except (EOFError, tarfile.TarError, zlib.error, OSError) as e: raise UserError(f'{path} is not a whole archive ({e}): fetch it again') from None
@@ -188,22 +203,24 @@ def _split_csvs(tree, seed):
 
 def _read_csv(tree, name):
     "The rows of a CSV, read one by one: what is wrong with one ends the reading there"
-    where,base,found = f'{tree.path}, {name}',name.rpartition('/')[0],[]
+    where,base,found,seen = f'{tree.path}, {name}',name.rpartition('/')[0],[],set()
     def image(n, filename, label):
         row = f'{where}, row {n}'
         if not filename or not label: raise UserError(f'{row}: the {"label" if filename else "filename"} is empty: fill it in or remove the row')
         f = posixpath.normpath(filename)
         if f.startswith(('/', '../')) or f == '..': raise UserError(f'{row}: {filename} lies outside the data folder: give a path relative to images/ or to the CSV')
         path = next((p for p in (posixpath.join(base, 'images', f), posixpath.join(base, f)) if tree.has(p)), None)
+        if path in seen: raise UserError(f'{row}: {filename} is listed twice: an image may be in one row only')
+        seen.add(path)
         if path is None: raise UserError(f'{row}: {filename} is neither in images/ beside the CSV nor beside it, or is a link out of the folder: add the image or remove the row')
         return filename,label,path
     try:
         with tree.lines(name) as lines:
-            rows = csv.reader(lines, strict=True)
+            rows = csv.reader(whole_lines(lines), strict=True)
             header = next(rows, None)
             if not header: raise UserError(f'{where} is empty: it needs the columns filename,label and a row an image')
             missing = [c for c in ('filename','label') if c not in header]
-            if missing: raise UserError(f'{where} lacks the column{"s"[:len(missing)-1]} {", ".join(missing)}: it has {", ".join(header)}')
+            if missing: raise UserError(f'{where} lacks the column{"s"[:len(missing)-1]} {", ".join(missing)}: it has {", ".join(header[:20])}')
             twice = next((c for c in ('filename','label') if header.count(c) > 1), None)
             if twice: raise UserError(f'{where} has {header.count(twice)} columns {twice}: leave one of them')
             columns = header.index('filename'),header.index('label')
@@ -217,6 +234,12 @@ def _read_csv(tree, name):
     if not found: raise UserError(f'{where} has no rows: it needs a row (filename,label) an image')
     return pd.DataFrame(found, columns=['filename','label','path'])
 
+def whole_lines(f):
+    "The lines of an open text file one by one, ValueError for one that is too long to be a row"
+    while line := f.readline(LONGEST):
+        if len(line) == LONGEST: raise ValueError(f'a line has more than {LONGEST} characters')
+        yield line
+
 def _official_cifar_fs(tree, seed):
     "data/<class>/*.png with splits/bertinetto/{train,val,test}.txt"
     roots = [f.removesuffix('splits/bertinetto/train.txt') for f in tree.files if f.endswith('splits/bertinetto/train.txt')]
@@ -225,7 +248,10 @@ def _official_cifar_fs(tree, seed):
     for split in SPLITS:
         f = f'{roots[0]}splits/bertinetto/{split}.txt'
         if not tree.has(f): raise UserError(f'{tree.path} lacks {f}: fetch CIFAR-FS again')
-        for c in tree.read(f).decode(errors='surrogateescape').split():
+        try:
+            with tree.lines(f) as lines: names = {c for line in whole_lines(lines) for c in line.split()}
+        except (UnicodeDecodeError, ValueError) as e: raise UserError(f'{tree.path}, {f} is no list of classes ({e}): fetch CIFAR-FS again') from None
+        for c in sorted(names):
             if c in split_of: raise UserError(f'{tree.path}: class {c} is in both {split_of[c]} and {split}: the classes of the splits must be disjoint')
             split_of[c] = split
     df = _images(tree, roots[0]+'data/')
@@ -269,6 +295,8 @@ def _images(tree, prefix=''):
     "Every image below `prefix`, labelled with its folder's name"
     paths = [f for f in tree.files if f.startswith(prefix) and '/' in f and IMAGES.search(f)]
     if not paths: raise UserError(f'{tree.path}: no split CSVs and no images in class folders found: see data/README.md for the layouts that are read')
+    nameless = next((f for f in paths if not f.split('/')[-2].strip()), None)
+    if nameless is not None: raise UserError(f'{tree.path}: {nameless} lies in a class folder without a name: give it one')
     return pd.DataFrame(dict(filename=[f.removeprefix(prefix) for f in paths], label=[f.split('/')[-2] for f in paths], path=paths))
 
 LAYOUTS = (_split_csvs, _official_cifar_fs, _split_folders, _known_classes, _class_folders)
@@ -344,7 +372,12 @@ def prepare(
         with tempfile.TemporaryDirectory(prefix=f'.{out.name}-', dir=out.parent) as tmp:
             whole = Path(tmp)/'whole'
             for split,df in source.frames.items():
-                names = [f'{split}/{path.lstrip("/").replace("..", "_")}' for path in df.path]
+                names = ['/'.join([split, *(p for p in path.split('/') if p not in ('', '.', '..'))]) for path in df.path]
+                again = next((p for p,n in zip(df.path, Counter(names).values()) if n > 1), None) if len(set(names)) < len(names) else None
+                if again: raise UserError(f'{source.path}: {again} and another image would become one file: rename one of them')
+                for text in (*names, *df.label.unique()):
+                    try: text.encode()
+                    except UnicodeEncodeError: raise UserError(f'{source.path}: the name {text!r} is not UTF-8: rename it') from None
                 for path,name in zip(df.path, names):
                     target = whole/'images'/name
                     target.parent.mkdir(parents=True, exist_ok=True)

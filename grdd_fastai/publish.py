@@ -1,7 +1,9 @@
 """A trained network as a folder that timm loads: weights, config, what was measured, and a model card that says it."""
 import copy
+import os
 import queue
 import shlex
+import tempfile
 import threading
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from .models import WEIGHTS
 from .networks import load_network
 from .run import command, public
 from .stages import READINGS, STAGE_ONE
-from .storage import atomic_write, on_cpu, output_folder, read_json, write_json
+from .storage import atomic_write, on_cpu, output_folder, read_json, user_path, write_json
 from .study import EPISODIC, YOUNGER, Trained
 
 __all__ = ['load_trained', 'publish']
@@ -67,11 +69,15 @@ weights are under {license}.
 
 def load_trained(folder, fingerprint=None):
     "`Trained`, without its classifier, of a finished run's folder, as `Study` leaves it; UserError if it was trained on other data than `fingerprint`'s"
-    folder = Path(folder).expanduser()
+    folder = user_path(folder)
     try: card,began = (read_json(folder/f, keys=keys) for f,keys in (('net.json', dict(fingerprint=str)), ('settings.json', dict(settings=dict))))
     except UserError as e: raise UserError(f'{folder} holds no finished training ({e}): give the folder of one') from None
     if fingerprint not in (None, card['fingerprint']): raise UserError(f'{folder} was trained on other data: give --data what it was trained on')
-    return Trained(load_network(folder), folder, began['settings'])
+    trained = Trained(load_network(folder), folder, began['settings'])
+    try: measured(trained, {})
+    except UserError: raise
+    except Exception as e: raise UserError(f'{folder}: its files do not say how the network was trained ({type(e).__name__}: {first_line(e)}): take them from a copy') from None
+    return trained
 
 
 def measured(trained, scores):
@@ -105,21 +111,29 @@ def publish(
 
     `timm.create_model('local-dir:<folder>')` loads it, and once pushed `timm.create_model('hf-hub:user/name')`.
     """
-    folder = Path(folder).expanduser()
+    folder = user_path(folder, '--out')
     name = name or folder.name
     net = copy.deepcopy(net).cpu().eval()
     net.reset_classifier(0)
     mean,std = about['stats']
     cfg = dict(license=LICENSE, tag=name.partition('.')[2], input_size=(3, about['px'], about['px']))
-    with output_folder(folder):
+    check_own(folder, about)
+    with output_folder(folder), tempfile.TemporaryDirectory() as tmp:
         atomic_write(folder/'model.safetensors', save(on_cpu(net.state_dict()), metadata=dict(format='pt')))
-        save_config_for_hf(net, folder/'config.json', dict(pretrained_cfg=cfg), data_config=dict(mean=mean, std=std, crop_pct=1.))
+        save_config_for_hf(net, Path(tmp)/'config.json', dict(pretrained_cfg=cfg), data_config=dict(mean=mean, std=std, crop_pct=1.))
+        atomic_write(folder/'config.json', (Path(tmp)/'config.json').read_bytes())
         write_json(folder/'measured.json', about)
         load = f'hf-hub:{hub}' if hub else name if folder.resolve().parent == WEIGHTS else f'local-dir:{public(str(folder))}'
         atomic_write(folder/'README.md', model_card(net, about, name, load, n_base))
     if hub: push(folder, hub)
     return folder
 
+
+def check_own(folder, about):
+    "UserError if the folder holds files by the names of those that are written, unless they are of the very same weights"
+    there = [f for f in FILES if os.path.lexists(folder/f)]
+    if there and read_json(folder/'measured.json', dict(sha256='')).get('sha256') != about.get('sha256'):
+        raise UserError(f'{folder} holds {there[0]} of something else: give --out another folder, or remove it')
 
 def push(folder, hub, minutes=MINUTES):
     "Upload the folder to the Hugging Face repository `hub` (user/name), made if it is not there; UserError if that takes longer than `minutes`"

@@ -5,6 +5,8 @@ import json
 import math
 import os
 import platform
+import posixpath
+import re
 import shlex
 import subprocess
 import sys
@@ -15,13 +17,14 @@ from pathlib import Path
 
 import torch
 from fastai.callback.core import Callback
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 from . import __version__
 from .checkpoint import Checkpoint, Deadline, SkipBatches, StopOnNaN, load_checkpoint, previous
 from .distributed import ranks, replica, shared
 from .errors import UserError, first_line
 from .storage import (
+    NOFOLLOW,
     Busy,
     atomic_write,
     digest,
@@ -31,7 +34,9 @@ from .storage import (
     output_folder,
     read_bytes,
     read_json,
+    read_safetensors,
     sweep,
+    user_path,
     write_json,
 )
 
@@ -71,11 +76,14 @@ def command(words=None):
     return shlex.join(['python', *map(public, sys.argv if words is None else words)])
 
 def public(word):
-    "A word of a command line without what only this machine has: of an absolute path the name, of a recipe's with its folder"
+    "A word of a command line without what only this machine has: of a path that leads out of the folder the name, of a recipe's with its folder"
     flag,eq,value = word.partition('=') if word.startswith('--') else ('', '', word)
-    path = Path(value)
-    if path.is_absolute() or value.startswith(('~', '..')): value = f'recipes/{path.name}' if path.parent.name == 'recipes' else path.name
-    return flag + eq + value
+    def shown(piece):
+        path = posixpath.normpath(piece.replace('\\', '/')) if re.search(r'[/\\]|^~', piece) else ''
+        if not re.match(r'/|\.\.(/|$)|~|[A-Za-z][A-Za-z0-9+.-]*:', path): return piece
+        folder,_,name = path.rpartition('/')
+        return f'{folder.rpartition("/")[2]}/{name}' if folder.endswith(('/recipes', '/benchmarks')) else name
+    return flag + eq + ','.join(map(shown, value.split(',')))
 
 def now(): return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')
 
@@ -84,8 +92,8 @@ def log_line(path, scoring):
     path,line = Path(path),json.dumps(scoring, sort_keys=True) + '\n'
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and line in read_bytes(path).decode().splitlines(keepends=True): return
-        with open(path, 'a') as f: f.write(line)
+        if path.exists() and line in read_bytes(path).decode(errors='replace').splitlines(keepends=True): return
+        with open(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | NOFOLLOW, 0o666), 'a') as f: f.write(line)
     except OSError as e: raise UserError(f'{path} cannot be written ({e.strerror}): make room or give another folder') from None
 
 def save_weights(model, path, **card):
@@ -96,16 +104,15 @@ def save_weights(model, path, **card):
 
 def load_weights(model, path):
     "Load `save_weights`' files into `model` and return their card; UserError unless they are whole and fit"
-    card,tensors = whole_weights(path)
+    card,tensors = whole_weights(path, dict(val_accuracy=(int, float)))
     load_state(model, tensors, f'{path}.safetensors')
     return card
 
-def whole_weights(path):
-    "The card and the tensors of `save_weights`; UserError unless the checksum is right"
-    card = read_json(f'{path}.json', keys=dict(sha256=str))
+def whole_weights(path, keys=None):
+    "The card, which has `keys`, and the tensors of `save_weights`; UserError unless the checksum is right"
+    card = read_json(f'{path}.json', keys=dict(sha256=str) | (keys or {}))
     try:
-        if not Path(f'{path}.safetensors').is_file(): raise ValueError('the weights are not there')
-        tensors = load_file(f'{path}.safetensors')
+        tensors,_ = read_safetensors(f'{path}.safetensors')
         if card['sha256'] != digest(tensors): raise ValueError('the checksum is wrong')
     except Exception as e: raise UserError(f'{path}.safetensors and its .json cannot be used ({first_line(e)}): remove both, or take them from a copy') from None
     return card,tensors
@@ -145,7 +152,7 @@ class Run:
     the first has the folder, and each of the others a copy.
     """
     def __init__(self, out, settings, resume=False, max_minutes=None, plan=(), wait=False, overwrite=False):
-        self.given,self.out,self.settings,self.stdout,self.plan,self.wait = out,Path(out).expanduser(),settings,sys.stdout,list(plan),wait
+        self.given,self.out,self.settings,self.stdout,self.plan,self.wait = out,user_path(out, '--out'),settings,sys.stdout,list(plan),wait
         self.resumable,self.resume,self.overwrite = resume,resume,overwrite # allowed to go on, and whether there is something to go on with
         self.start,self.seconds_before,self.deadline,self.begun = time.monotonic(),0.,Deadline(max_minutes),False
         if resume and overwrite: raise UserError('--resume goes on with a run and --overwrite deletes it: give one of them')
@@ -190,8 +197,8 @@ class Run:
 
     def _files(self):
         "Names of the run's own files that are in the folder"
-        names = ['settings.json', 'data.json', 'result.json', *(f for s in STAGES for f in (f'{s}.safetensors', f'{s}.json', f'history_{s}.csv'))]
-        return [f for f in names if (self.out/f).exists()] + sorted(f.name for f in self.out.glob('checkpoint_*'))
+        of_stages = (f for s in STAGES for f in (f'{s}.safetensors', f'{s}.json', f'history_{s}.csv', f'checkpoint_{s}.safetensors', f'checkpoint_{s}.previous'))
+        return [f for f in ('settings.json', 'data.json', 'result.json', *of_stages) if os.path.lexists(self.out/f) and not (self.out/f).is_dir()]
 
     def _look(self):
         "The finished run's result if this is to be resumed and there is one; UserError if the folder holds what must not be lost"
@@ -220,11 +227,12 @@ class Run:
 
     def _verified(self, result):
         "A finished result whose weights are whole and those it names"
-        weights = result.get('weights') or {}
+        versions,weights = self.old.get('versions'),result.get('weights')
+        named = isinstance(versions, dict) and 'grdd_fastai' in versions # results of before did not name their weights
         for name in self.plan:
             if name not in STAGES: continue
             card,_ = whole_weights(self.out/name)
-            if isinstance(weights, dict) and weights.get(name, card['sha256']) == card['sha256']: continue
+            if not named or (isinstance(weights, dict) and weights.get(name) == card['sha256']): continue
             raise UserError(f'{self.out/"result.json"} is of other weights than {name}.safetensors: take both from a copy, or give --out another folder')
         return result
 

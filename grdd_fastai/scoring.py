@@ -15,7 +15,7 @@ from .networks import feature_bank, images_of, load_network
 from .pack import few_shot_data
 from .run import command, device_name, git_commit, log_line, now, versions
 from .stages import check_settings
-from .storage import atomic_write, digest, output_folder, write_json
+from .storage import atomic_write, digest, output_folder, user_path, write_json
 from .study import EPISODES_SEED, SPLITS
 from .tables import numbers, say, writable
 
@@ -50,9 +50,9 @@ def score_networks(
     names = list(CLASSIFIERS) if classifiers == 'all' else classifiers.split(',')
     for name in names: get_classifier(name)
     writable(out, results)
-    out,results,seed,split = Path(out).expanduser(),results and Path(results).expanduser(),EPISODES_SEED[score] if seed is None else seed,SPLITS[score]
+    out,results,seed,split = user_path(out),results and user_path(results),EPISODES_SEED[score] if seed is None else seed,SPLITS[score]
     nets = {str(of):load_network(of) for of in networks}
-    px = px or images_of(next(iter(nets.values())))[0]
+    if px is None: px = images_of(next(iter(nets.values())))[0]
     for of,net in nets.items():
         if (side := images_of(net)[0]) != px: say(f'note: {of} is made for images of {side} px and gets {px}')
     data = few_shot_data(data, px, cache, allow_large=allow_large)

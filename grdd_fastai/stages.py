@@ -36,21 +36,25 @@ def stage_two_settings(reading, labels_alone=False, **changes):
     if reading not in READINGS: raise UserError(f'unknown reading {reading!r}: it is one of {", ".join(READINGS)}')
     return READINGS[reading] | (LABELS_ALONE.get(reading, {}) if labels_alone else {}) | {k:v for k,v in changes.items() if v is not None}
 
-BOUNDS = {**dict.fromkeys(('epochs','teacher_epochs','stage_one_epochs','meta_epochs','episodes','test_episodes','query','meta_query',
+BOUNDS = {'test_episodes':'from 1 to 100000000', 'episodes':'from 1 to 100000', **dict.fromkeys(('epochs','teacher_epochs','stage_one_epochs','meta_epochs','query','meta_query',
                            'per_step','bs','images','classes'), 'at least 1'), **dict.fromkeys(('way','meta_way'), 'at least 2'),
           **dict.fromkeys(('lr','meta_lr','T','scale','max_minutes'), 'positive'), 'gamma':'at least 0', 'smoothing':'at least 0 and below 1',
           **dict.fromkeys(('seed','stage_one_seed'), 'from 0 to 4294967295'),
           **dict.fromkeys(('schedule','meta_schedule'), f'one of {", ".join(SCHEDULES)}'), 'teacher_view':'same or clean', 'classifier':' or '.join(CATEGORY_CLASSIFIERS),
           'augment':' or '.join(AUGMENTATIONS), **dict.fromkeys(('opt','meta_opt'), ' or '.join(OPTIMISERS))}
-WITHIN = {'at least 1':lambda v: v >= 1, 'at least 2':lambda v: v >= 2, 'positive':lambda v: 0 < v < math.inf, 'at least 0':lambda v: 0 <= v < math.inf,
+WITHIN = {'at least 1':lambda v: 1 <= v <= 10**6, 'from 1 to 100000000':lambda v: 1 <= v <= 10**8, 'from 1 to 100000':lambda v: 1 <= v <= 10**5, 'at least 2':lambda v: v >= 2, 'positive':lambda v: 0 < v < math.inf, 'at least 0':lambda v: 0 <= v < math.inf,
           'from 0 to 4294967295':lambda v: 0 <= v < 2**32, BOUNDS['schedule']:lambda v: v in SCHEDULES,
           'same or clean':lambda v: v in ('same', 'clean'), BOUNDS['classifier']:lambda v: v in CATEGORY_CLASSIFIERS,
           BOUNDS['augment']:lambda v: v in AUGMENTATIONS, BOUNDS['opt']:lambda v: v in OPTIMISERS, 'at least 0 and below 1':lambda v: 0 <= v < 1}
 
+WHOLE = [k for k,bound in BOUNDS.items() if bound.startswith(('at least 1', 'at least 2', 'from'))]
+
 def check_settings(settings):
     "UserError for a setting, by the name of its flag, that no run can have; None is not given"
     for k,bound in BOUNDS.items():
-        if (v := settings.get(k)) is not None and not WITHIN[bound](v): raise UserError(f'--{k.replace("_", "-").lower()} is {v}: it must be {bound}')
+        try: ok = (v := settings.get(k)) is None or (WITHIN[bound](v) and not (k in WHOLE and v != int(v)))
+        except TypeError: ok = False # text in place of a number
+        if not ok: raise UserError(f'--{k.replace("_", "-").lower()} is {v}: it must be {bound}')
 
 def fitting(s, k):
     """The fit of settings `s` with `k` images or episodes a step: a function of the Learner

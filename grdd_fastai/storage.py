@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 
 from .errors import UserError, first_line
 
@@ -22,7 +21,7 @@ try:
 except ImportError: # Windows: no locks
     fcntl = None
 
-__all__ = ['Busy', 'atomic_write', 'write_json', 'read_bytes', 'read_json', 'on_cpu', 'digest', 'save_tensors', 'load_tensors', 'check_state', 'load_state',
+__all__ = ['Busy', 'atomic_write', 'write_json', 'read_bytes', 'read_json', 'read_safetensors', 'user_path', 'on_cpu', 'digest', 'save_tensors', 'load_tensors', 'check_state', 'load_state',
            'new_memmap', 'filled_array', 'load_array', 'locked', 'output_folder']
 
 LARGEST = 2**28 # bytes of a file that is read at once
@@ -32,6 +31,16 @@ HALF_WRITTEN = re.compile(r'\..+\.[0-9a-f]{16}\.part', re.DOTALL) # names of `pa
 
 class Busy(UserError):
     "Another process holds a lock"
+
+
+def user_path(path, what='the path'):
+    "A path a user gave, with ~ as the home folder; UserError for what no file can be named"
+    try:
+        path = Path(path).expanduser()
+        os.path.lexists(path)
+        path.exists()
+        return path
+    except (RuntimeError, ValueError, OSError, TypeError) as e: raise UserError(f'{what} {path!r} cannot be used ({getattr(e, "strerror", None) or e}): give another') from None
 
 
 # ---- reading and writing ----------------------------------------------------------------------------------------------
@@ -79,8 +88,8 @@ def sync_folder(folder):
 def write_json(path, obj): atomic_write(path, json.dumps(obj, indent=1, default=str) + '\n')
 
 
-def read_bytes(path, limit=LARGEST):
-    """The content of a regular file of at most `limit` bytes
+def read_bytes(path, limit=LARGEST, first=-1):
+    """The content of a regular file of at most `limit` bytes, or its `first` bytes
 
     OSError for anything else that has a name: a pipe or a device would never end, and neither is waited for.
     """
@@ -89,7 +98,7 @@ def read_bytes(path, limit=LARGEST):
         about = os.fstat(fd)
         if not stat.S_ISREG(about.st_mode): raise OSError(errno.EINVAL, 'it is a folder' if stat.S_ISDIR(about.st_mode) else 'it is not a regular file')
         if about.st_size > limit: raise OSError(errno.EFBIG, f'it has {about.st_size >> 20} MiB, more than the {limit >> 20} that are read')
-        return f.read()
+        return f.read(first)
 
 def read_json(path, default=None, keys=None):
     """The JSON object in the file at `path`, as a dict; `default` where there is no such file
@@ -111,6 +120,18 @@ def read_json(path, default=None, keys=None):
     except ValueError as e: why = first_line(e)
     raise UserError(f'{path} is damaged ({why}): remove it, or take it from a copy')
 
+
+def read_safetensors(path, header_only=False):
+    """(tensors, metadata) of a safetensors file; with `header_only` the tensors have shapes but no memory
+
+    Read by us, since the library does not open a file whose name is not UTF-8. OSError or ValueError for what is no such file.
+    """
+    size = 8 + int.from_bytes(read_bytes(path, 2**40, 8), 'little')
+    if size > 2**26: raise ValueError('its header is too long')
+    header = json.loads(read_bytes(path, 2**40, size)[8:])
+    metadata = header.pop('__metadata__', {})
+    if header_only: return {k:torch.empty(v['shape'], dtype=torch.float32 if v['dtype'].startswith(('F', 'BF')) else torch.int64, device='meta') for k,v in header.items()},metadata
+    return load(read_bytes(path, 2**40)),metadata
 
 def on_cpu(tensors): return {k:v.detach().cpu().contiguous() for k,v in tensors.items()}
 
@@ -134,12 +155,12 @@ def load_tensors(path):
     path = Path(path)
     if not path.is_file(): raise UserError(f'no such file: {path}')
     try:
-        with safe_open(path, 'pt') as f:
-            header = json.loads((f.metadata() or {})['grdd'])
-            tensors = {k:f.get_tensor(k) for k in f.keys()} # noqa: SIM118  (no mapping)
+        tensors,metadata = read_safetensors(path)
+        header = json.loads(metadata['grdd'])
         text,sha256 = header['meta'],header['sha256']
         if digest(tensors, text) != sha256: raise ValueError('its checksum is wrong')
-        return tensors,json.loads(text)
+        if not isinstance(meta := json.loads(text), dict): raise ValueError('it has no meta')
+        return tensors,meta
     except Exception as e: raise UserError(f'{path} is damaged or not ours ({first_line(e)}): remove it or take it from a copy') from None
 
 
@@ -147,7 +168,8 @@ def check_state(model, tensors, where):
     "UserError, naming the file `where`, unless `tensors` are exactly those of `model` by name and shape"
     own = model.state_dict()
     wrong = ([f'{k} is missing' for k in own if k not in tensors] + [f'{k} is none of its tensors' for k in tensors if k not in own] +
-             [f'{k} has the shape {tuple(tensors[k].shape)}, not {tuple(v.shape)}' for k,v in own.items() if k in tensors and tensors[k].shape != v.shape])
+             [f'{k} has the shape {tuple(tensors[k].shape)}, not {tuple(v.shape)}' for k,v in own.items() if k in tensors and tensors[k].shape != v.shape] +
+             [f'{k} holds {tensors[k].dtype}, not {v.dtype}' for k,v in own.items() if k in tensors and tensors[k].is_floating_point() != v.is_floating_point()])
     if wrong: raise UserError(f'{where} does not fit the network ({wrong[0]}' + (f', and {len(wrong)-1} more' if wrong[1:] else '') + '): it is of another, take the right file')
 
 def load_state(model, tensors, where):
@@ -223,7 +245,7 @@ def output_folder(path, flag='--out'):
     What was made goes again at the end if nothing was written there. UserError where nothing can be written.
     """
     if not str(path).strip(): raise UserError(f'{flag} is empty: give it the name of a folder')
-    folder = Path(path).expanduser()
+    folder = user_path(path, f'{flag}')
     made = [f for f in (folder, *folder.parents) if not os.path.lexists(f)]
     try:
         try:

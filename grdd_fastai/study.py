@@ -3,7 +3,7 @@ import hashlib
 import json
 import sys
 import time
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ import torch
 
 from .data import plain_dl
 from .distributed import ranks
+from .errors import UserError
 from .evaluate import Evaluation, embed, evaluate
 from .learners import create_backbone
 from .networks import feature_bank
@@ -101,8 +102,9 @@ class Study:
         "`Evaluation`, and when and by which commit it was made"
         path,weights = trained.folder/f'{split}_{shot}shot_{n}.safetensors',trained.read('net.json')['sha256']
         if path.exists():
-            tensors,meta = load_tensors(path)
-            if meta['weights'] == weights and 'about' in meta: return Evaluation(tensors['episodes'].numpy(), meta['drawn']),meta['about']
+            with suppress(UserError, KeyError): # a score that is damaged, or none, is made again
+                tensors,meta = load_tensors(path)
+                if meta['weights'] == weights and 'about' in meta: return Evaluation(tensors['episodes'].numpy(), meta['drawn']),meta['about']
         if self.embedded[0] != (of := (weights, split)): self.embedded = of,self.embed(trained.net, SPLITS[split]) # of the shot before, mostly
         scored = evaluate(*self.embedded[1], VALID['n_way'], shot, VALID['n_query'], n, EPISODES_SEED[split])
         scored.drawn += f', {split} classes of {self.data.fingerprint[:8]}'

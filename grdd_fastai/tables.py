@@ -19,7 +19,7 @@ from .learners import check_backbone, external_weights
 from .pack import few_shot_data
 from .run import command, default_out, device_name, git_commit, say, versions
 from .stages import check_settings, stage_two_settings
-from .storage import atomic_write, output_folder, write_json
+from .storage import atomic_write, output_folder, user_path, write_json
 from .study import SPLITS, VALID, Study
 
 __all__ = ['table', 'Table', 'CL', 'EL', 'GR']
@@ -95,7 +95,7 @@ def table(
     for arch in {s['student'], s['teacher']}: check_backbone(arch, 32, pretrained)
     if out is None: out = default_out('experiments', demo)
     shared(lambda: writable(out, results))
-    out = Path(out).expanduser()
+    out = user_path(out, '--out')
     say(f'*** DEMO: small settings{"" if data else " on drawn characters"}; not a result about GRDD ***' if demo else f'{name}: {len(rows)} rows, seeds {seeds}')
     data = few_shot_data('demo' if demo and data is None else data, 32, cache, allow_large=allow_large)
     for split in (data.val, data.test):
@@ -174,7 +174,7 @@ def record(name, key, row, seed, start, split, shots, made, scores, data):
     seed_of = net.settings['seed']
     def trained(t):
         began,card = t.read('settings.json'),t.read('net.json')
-        return {k:began[k] for k in ('commit','device','torch_threads','versions')} | dict(
+        return {k:began.get(k) for k in ('commit','device','torch_threads','versions')} | dict(
             run=t.folder.name, arch=card['arch'], initial_weights=external_weights(card['arch'], t.settings.get('pretrained', False)) or 'random', weights=card['sha256'], val_accuracy=round(card['val_accuracy'], 3),
             minutes=round(t.read('result.json')['seconds']/60, 1))
     networks = {k:trained(t) for k,t in made.items() if t}

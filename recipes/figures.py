@@ -19,6 +19,7 @@ from grdd_fastai.evaluate import embed, sample_episodes
 from grdd_fastai.losses import log_relatedness, relatedness
 from grdd_fastai.plots import plot_relatedness, plot_tsne, save_figure
 from grdd_fastai.stages import check_settings
+from grdd_fastai.storage import atomic_write
 from grdd_fastai.tables import CL, EL, GR, table
 
 ROWS = {'CL': CL, 'CL+EL': EL, 'GRDD': GR}
@@ -63,9 +64,9 @@ def main(
     if len(made.scored) < len(ROWS): return made.check() # stopped, or a row failed
     nets,out,data = {k:made.nets[k, seed]['net'].net for k in ROWS},made.study.out,made.study.data
     points,y,names,tidy = tsne(nets, data, classes, images, seed)
-    tidy.to_csv(out/'figure3.csv', index=False)
+    atomic_write(out/'figure3.csv', tidy.to_csv(index=False))
     save_figure(plot_tsne(points, y, names), out/'figure3.png')
     panels,tidy = relatedness_over_T(made.nets['GRDD', seed]['teacher'].net, data, seed)
-    tidy.to_csv(out/'figure5.csv', index=False)
+    atomic_write(out/'figure5.csv', tidy.to_csv(index=False))
     save_figure(plot_relatedness(panels), out/'figure5.png')
     made.check()

@@ -9,8 +9,9 @@ from fastcore.script import call_parse
 
 from grdd_fastai.pack import few_shot_data
 from grdd_fastai.publish import load_trained, measured, publish
+from grdd_fastai.storage import user_path
 from grdd_fastai.study import SPLITS, Study
-from grdd_fastai.tables import numbers, say
+from grdd_fastai.tables import numbers, say, writable
 
 
 @call_parse
@@ -26,6 +27,7 @@ def main(
     allow_large:bool=False, # also decode photos of 90 to 179 megapixels
 ):
     "Score a trained network and write it as a folder that timm loads"
+    writable(out or user_path(run)/'published', results)
     px = load_trained(run).read('net.json')['px']
     data = few_shot_data(data, px, cache, allow_large=allow_large)
     trained = load_trained(run, data.fingerprint)

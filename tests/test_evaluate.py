@@ -87,7 +87,7 @@ def test_impossible_episodes_are_one_sentence(kwargs, says):
 
 @pytest.mark.parametrize('kwargs', [dict(n_episodes=0), dict(k_shot=0), dict(n_query=0), dict(n_way=0)])
 def test_nothing_to_evaluate_is_one_sentence(kwargs):
-    with pytest.raises(UserError, match='it must be at least [12]'): evaluate(torch.eye(8)[Y], Y, **kwargs)
+    with pytest.raises(UserError, match='at least [12]'): evaluate(torch.eye(8)[Y], Y, **kwargs)
 
 def test_wide_features_take_no_more_memory_and_change_nothing(monkeypatch):
     h = torch.randn(len(Y), 16, generator=torch.Generator().manual_seed(0))

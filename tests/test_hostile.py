@@ -78,7 +78,7 @@ def test_pipes_devices_and_links_that_lead_out_are_left_out_and_said(folders, tm
         source = open_source(folders)
         assert {s:len(df) for s,df in source.frames.items()} == n | dict(train=n['train'] + 1)
         said = capfd.readouterr().err
-        assert '7 links that lead out of the folder or nowhere, pipes and devices are left out, train/train0/gone.png the first' in said
+        assert '8 links that lead out of the folder, nowhere or in a circle, pipes and devices are left out, train/loop the first' in said
         out = prepare(folders, tmp_path/'prepared')
     assert not any(f.is_symlink() for f in out.rglob('*')) and b'root:' not in b''.join(f.read_bytes() for f in out.rglob('*.png'))
 
