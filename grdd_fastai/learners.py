@@ -9,6 +9,7 @@ import timm
 import torch
 from fastai.callback.core import CancelEpochException
 from fastai.callback.schedule import ParamScheduler
+from fastai.data.core import DataLoaders
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
@@ -97,8 +98,8 @@ class GlobalNet(nn.Module):
     """
     def __init__(self, backbone, rotation=True, rotation_from='logits', classifier='linear'):
         super().__init__()
-        if rotation_from not in ('logits', 'probabilities'): raise ValueError(f"rotation_from is 'logits' or 'probabilities', not {rotation_from!r}")
-        if classifier not in CATEGORY_CLASSIFIERS: raise ValueError(f"classifier is 'linear' or 'cosine', not {classifier!r}")
+        if rotation_from not in ('logits', 'probabilities'): raise UserError(f"rotation_from is 'logits' or 'probabilities', not {rotation_from!r}")
+        if classifier not in CATEGORY_CLASSIFIERS: raise UserError(f"classifier is 'linear' or 'cosine', not {classifier!r}")
         self.backbone,self.rotation_from,n_classes = backbone,rotation_from,backbone.num_classes
         self.rotation_head = nn.Linear(n_classes, 4) if rotation else None
         self.classifier = CosineClassifier(getattr(backbone, 'head_hidden_size', None) or backbone.num_features, n_classes) if classifier == 'cosine' else None
@@ -147,6 +148,9 @@ def image_config(dls):
     norm = next((f for f in dls.train.after_batch.fs if isinstance(f, Normalize)), None)
     return cfg if norm is None else cfg | {k:tuple(v.flatten().tolist()) for k,v in dict(mean=norm.mean, std=norm.std).items()}
 
+def check_dls(dls):
+    if not isinstance(dls, DataLoaders): raise UserError(f'the data is a {type(dls).__name__}: make DataLoaders with category_dls or episodic_dls')
+
 def _learner(dls, model, loss_func, stage_cbs, seed, amp, keep_best, valid, channels_last, compile, opt_func=sgd, wd=5e-4, cbs=None, **kwargs):
     if torch.device(dls.device).type == 'cpu': keep_freed_memory()
     net = getattr(model, 'backbone', model)
@@ -154,6 +158,8 @@ def _learner(dls, model, loss_func, stage_cbs, seed, amp, keep_best, valid, chan
     if channels_last: model.to(memory_format=torch.channels_last)
     if compile:
         for part in net.children(): part.compile(**(compile if isinstance(compile, dict) else {})) # in place: names and hooks stay
+    known = list(inspect.signature(FewShotAccuracy).parameters)
+    if wrong := next((k for k in valid if k not in known), None): raise UserError(f'valid has no setting {wrong!r}: its settings are {", ".join(known)}')
     cbs = [Seeded(seed), LightRecorder(), *([Autocast()] if amp else []), *stage_cbs, FewShotAccuracy(**valid),
            *([KeepBest()] if keep_best else []), *L(cbs)]
     learn = FewShotLearner(dls, model, loss_func=loss_func, opt_func=opt_func, wd=wd, cbs=cbs, **kwargs)
@@ -179,6 +185,10 @@ def global_learner(
     **kwargs # of fastai's `Learner`
 ) -> Learner:
     "Stage one: a Learner of the global learner phi; `learn.model.backbone` is the network"
+    check_dls(dls)
+    if isinstance(arch, Learner): arch = getattr(arch.model, 'backbone', arch.model)
+    if not isinstance(arch, str | nn.Module): raise UserError(f'the backbone is a {type(arch).__name__}: give the name of a timm model, or one')
+    if not isinstance(smoothing, int | float) or not 0 <= smoothing < 1: raise UserError(f'smoothing is {smoothing!r}: it must be at least 0 and below 1')
     backbone = create_backbone(arch, dls.c, dls.one_batch()[0].shape[-1], seed, pretrained) if isinstance(arch, str) else arch
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -205,10 +215,16 @@ def meta_learner(
     **kwargs # of fastai's `Learner`
 ) -> Learner:
     "Stage two: a Learner of the meta-learner psi; `learn.model` is the network"
+    check_dls(dls)
     e = dls.train
-    if not isinstance(e, EpisodicDL): raise ValueError('meta_learner trains on episodes: make dls with episodic_dls')
+    if not isinstance(e, EpisodicDL): raise UserError('meta_learner trains on episodes: make dls with episodic_dls')
     model = create_backbone(student, 0, dls.one_batch()[0].shape[-1], seed) if isinstance(student, str) else copy.deepcopy(student)
     if hasattr(model, 'reset_classifier'): model.reset_classifier(0)
+    if teacher is None and distill: raise UserError('distill is given without a teacher: give both, or neither for episodic labels alone')
+    if isinstance(teacher, Learner): teacher = getattr(teacher.model, 'backbone', teacher.model)
+    if isinstance(student, Learner): student = getattr(student.model, 'backbone', student.model)
+    if not isinstance(student, str | nn.Module): raise UserError(f'the student is a {type(student).__name__}: give a network, a Learner of one, or the name of a timm model')
+    if distill is not None and not isinstance(distill, dict): raise UserError(f'distill is {distill!r}: give a dict of settings')
     known = list(inspect.signature(RelatednessDistiller).parameters)[3:]
     if wrong := next((k for k in distill or {} if k not in known), None): raise UserError(f'distill has no setting {wrong!r}: its settings are {", ".join(known)}')
     distiller = [] if teacher is None else [RelatednessDistiller(teacher, T=T, gamma=gamma, **(distill or {}))]

@@ -92,7 +92,8 @@ class EpisodicLoss(nn.Module):
     "L_rt of a batch of episodes laid out as `EpisodicDL` does: training on it alone is the paper's CL+EL"
     def __init__(self, n_way=5, k_shot=1, n_query=15, scale=10., mean=True):
         super().__init__()
-        if not 0 < scale < float('inf'): raise UserError(f'the logit scale is {scale}: it must be positive')
+        if not isinstance(mean, bool): raise UserError(f'mean is {mean!r}: it is True or False')
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < float('inf'): raise UserError(f'the logit scale is {scale!r}: it must be positive')
         self.n_way,self.k_shot,self.n_query,self.scale,self.mean = n_way,k_shot,n_query,scale,mean
 
     def split(self, h):

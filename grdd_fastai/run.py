@@ -80,7 +80,7 @@ def public(word):
     flag,eq,value = word.partition('=') if word.startswith('--') else ('', '', word)
     def shown(piece):
         path = posixpath.normpath(piece.replace('\\', '/')) if re.search(r'[/\\]|^~', piece) else ''
-        if not re.match(r'/|\.\.(/|$)|~|[A-Za-z][A-Za-z0-9+.-]*:', path): return piece
+        if not re.match(r'/|\.\.(/|$)|~|file:|[A-Za-z]:', path): return piece
         folder,_,name = path.rpartition('/')
         return f'{folder.rpartition("/")[2]}/{name}' if folder.endswith(('/recipes', '/benchmarks')) else name
     return flag + eq + ','.join(map(shown, value.split(',')))

@@ -36,10 +36,10 @@ class Busy(UserError):
 def user_path(path, what='the path'):
     "A path a user gave, with ~ as the home folder; UserError for what no file can be named"
     try:
-        path = Path(path).expanduser()
-        os.path.lexists(path)
-        path.exists()
-        return path
+        if '\0' in str(path): raise ValueError('it holds a null character')
+        found = Path(path).expanduser()
+        found.exists() # OSError for a name that is too long
+        return found
     except (RuntimeError, ValueError, OSError, TypeError) as e: raise UserError(f'{what} {path!r} cannot be used ({getattr(e, "strerror", None) or e}): give another') from None
 
 

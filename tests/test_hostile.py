@@ -19,6 +19,7 @@ from test_resume import settings, stopped
 
 from grdd_fastai import storage
 from grdd_fastai.errors import UserError
+from grdd_fastai.evaluate import evaluate
 from grdd_fastai.learners import create_backbone
 from grdd_fastai.networks import load_network
 from grdd_fastai.pack import decode, few_shot_data
@@ -233,6 +234,7 @@ def test_a_csv_of_blank_lines_takes_no_memory(root, tmp_path):
 import resource
 from grdd_fastai.prepare import open_source
 from grdd_fastai.errors import UserError
+from grdd_fastai.evaluate import evaluate
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try: open_source({str(tmp_path/'set.zip')!r})
 except UserError as e: print(e)
@@ -491,3 +493,179 @@ def test_a_tag_starts_from_its_weights_and_the_result_says_so(csv_set, cache, tm
 def test_a_tag_without_weights_is_refused(csv_set, cache, tmp_path, name, word):
     says(lambda: recipe('cifarfs_5w1s')(out=str(tmp_path/'run'), **settings(csv_set, cache, student=name)), word)
     assert np.array_equal(os.listdir(tmp_path), [])
+
+
+# ---- what a second drill found ----------------------------------------------------------------------------------------
+
+def test_a_fit_that_fails_changes_no_classifier(tmp_path):
+    images = [np.full((9, 9, 3), v, np.uint8) for v in (0, 10, 240, 250)]
+    few = FewShotClassifier(create_backbone('convnet4', 0)).fit(images, ['dark', 'dark', 'light', 'light'])
+    says(lambda: few.fit([tmp_path/'gone.png']*2, ['x', 'y']), 'gone.png')
+    assert few.vocab == ['dark', 'light'] and set(few.predict(images)) <= {'dark', 'light'}
+
+@pytest.mark.parametrize('where', ['grdd_fastai.storage.digest', 'grdd_fastai.run.digest', 'grdd_fastai.pack._fingerprint'])
+def test_a_signal_is_never_taken_for_a_damaged_file(finished, csv_set, cache, tmp_path, monkeypatch, where):
+    "It ends the program with its code, and no file is refused or made anew"
+    out = stopped(csv_set, cache, tmp_path/'run', 2) if 'storage' in where else laid_out({k:v for k,v in finished.items() if 'grdd' not in k and k != 'result.json'}, tmp_path/'run')
+    before = {k:v for k,v in files_of(out).items() if k != 'result.json'}
+    def hit(*_): os.kill(os.getpid(), signal.SIGTERM); raise AssertionError('it goes on')
+    monkeypatch.setattr(where, hit)
+    with pytest.raises(SystemExit) as e: recipe('cifarfs_5w1s')(out=str(out), resume=True, **settings(csv_set, cache))
+    assert e.value.code == 143 and {k:v for k,v in files_of(out).items() if k != 'result.json'} == before
+
+@posix
+def test_a_folder_by_a_name_that_is_no_utf8(csv_set, cache, tmp_path):
+    out = os.fsdecode(os.fsencode(tmp_path) + b'/caf\xe9')
+    for _ in range(2): recipe('cifarfs_5w1s')(out=out, resume=True, max_minutes=1e-9, **settings(csv_set, cache))
+    r = recipe('cifarfs_5w1s')(out=out, resume=True, **settings(csv_set, cache))
+    assert recipe('cifarfs_5w1s')(out=out, resume=True, **settings(csv_set, cache)) == r and load_network(out).num_classes == 0
+
+@pytest.mark.parametrize('bad', [dict(test_episodes=10**13), dict(episodes=10**8), dict(epochs=10**9), dict(epochs=1.5), dict(epochs='3'), dict(lr='x'), dict(query=2.5)])
+def test_numbers_that_no_run_can_have(csv_set, cache, tmp_path, bad):
+    says(lambda: recipe('cifarfs_5w1s')(**dict(out=str(tmp_path/'x'), **settings(csv_set, cache)) | bad), f'--{next(iter(bad)).replace("_", "-")} is')
+    assert not list(tmp_path.iterdir())
+
+@pytest.mark.parametrize('change', ['a..b', 'latin1', 'nameless'])
+def test_prepared_names_are_the_images_own(tmp_path, change):
+    for s,c in (('train', 'a..b'), ('train', 'a_b'), ('val', 'v'), ('test', 't')): write_images_of(tmp_path/'set'/s/c)
+    if change == 'a..b':
+        out = prepare(tmp_path/'set', tmp_path/'out')
+        assert sorted(f.relative_to(out).as_posix() for f in out.rglob('*.png'))[1:3] == ['images/train/train/a..b/0.png', 'images/train/train/a_b/0.png'] and len(open_source(out).frames['train']) == 2
+    if change == 'latin1':
+        (tmp_path/'set'/'train'/'a_b').rename(os.fsdecode(os.fsencode(tmp_path/'set'/'train') + b'/caf\xe9'))
+        says(lambda: prepare(tmp_path/'set', tmp_path/'out'), 'is not UTF-8')
+    if change == 'nameless':
+        with zipfile.ZipFile(tmp_path/'x.zip', 'w') as z:
+            for f in sorted((tmp_path/'set').rglob('*.png')): z.writestr(str(f.relative_to(tmp_path/'set')).replace('a_b/', '/'), f.read_bytes())
+        says(lambda: prepare(tmp_path/'x.zip', tmp_path/'out'), 'a class folder without a name')
+
+def write_images_of(folder):
+    folder.mkdir(parents=True)
+    Image.fromarray(np.random.default_rng(hash_of(folder)).integers(0, 255, (8, 8, 3), np.uint8)).save(folder/'0.png')
+def hash_of(folder): return sum(map(ord, folder.name))
+
+@pytest.mark.parametrize('classifier', ['cosine', 'centroid', 'ridge', 'logistic', 'simpleshot_l2n', 'tim_adm'])
+@pytest.mark.parametrize('factor', [1e25, 1e-25, 0.])
+def test_features_whose_lengths_cannot_be_computed(classifier, factor):
+    h = torch.eye(6).repeat_interleave(20, 0)
+    says(lambda: evaluate(h*factor, torch.arange(6).repeat_interleave(20), n_episodes=10, classifier=classifier), 'the largest feature is')
+
+def test_overwrite_deletes_by_name(finished, csv_set, cache, tmp_path):
+    out = laid_out(finished, tmp_path/'run')
+    (out/'checkpoint_mine.pth').write_text('mine')
+    (out/'checkpoint_old').mkdir()
+    recipe('cifarfs_5w1s')(out=str(out), overwrite=True, **settings(csv_set, cache, epochs=1))
+    assert (out/'checkpoint_mine.pth').read_text() == 'mine' and (out/'checkpoint_old').is_dir()
+
+def test_publish_replaces_nothing_that_is_not_its_own(tmp_path):
+    (tmp_path/'mine').mkdir()
+    (tmp_path/'mine'/'README.md').write_text('mine')
+    says(lambda: publish(create_backbone('convnet4', 0), ABOUT, tmp_path/'mine'), 'holds README.md of something else')
+    assert (tmp_path/'mine'/'README.md').read_text() == 'mine'
+    publish(create_backbone('convnet4', 0), ABOUT | dict(sha256='a'), tmp_path/'other')
+    says(lambda: publish(create_backbone('convnet4', 0), ABOUT | dict(sha256='b'), tmp_path/'other'), 'of something else')
+    publish(create_backbone('convnet4', 0), ABOUT | dict(sha256='a'), tmp_path/'other')
+
+@posix
+def test_links_that_multiply_come_to_an_end(folders):
+    a = folders/'train'/'train0'
+    for i in range(24):
+        (folders/f'd{i}').mkdir()
+        if i:
+            for name in 'xy': (folders/f'd{i-1}'/name).symlink_to(f'../d{i}')
+    (a/'deep').mkdir()
+    with no_hang(): assert len(open_source(folders).frames['train']) == 18
+    deep = folders/'train'/'deep'
+    for _ in range(300): deep = deep/'d'
+    deep.mkdir(parents=True)
+    with no_hang(): open_source(folders)
+
+@posix
+@pytest.mark.parametrize('what', ['fifo', '/dev/zero', '/dev/urandom'])
+def test_data_that_is_no_file(tmp_path, what):
+    if what == 'fifo': os.mkfifo(what := tmp_path/'fifo')
+    for call in (lambda: few_shot_data(what, cache=tmp_path/'c'), lambda: prepare(what, tmp_path/'out')): says(call, 'neither a folder nor a regular file')
+
+def test_an_image_that_is_a_program_is_not_run(folders, tmp_path, monkeypatch):
+    (tmp_path/'bin').mkdir()
+    (tmp_path/'bin'/'gs').write_text(f'#!/bin/sh\ntouch {tmp_path}/ran\n')
+    (tmp_path/'bin'/'gs').chmod(0o755)
+    monkeypatch.setenv('PATH', f'{tmp_path/"bin"}:{os.environ["PATH"]}')
+    (folders/'train'/'train0'/'00.png').write_bytes(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n{ } loop\n')
+    says(lambda: few_shot_data(folders, px=8, cache=tmp_path/'c'), '00.png does not decode')
+    assert not (tmp_path/'ran').exists()
+
+@pytest.mark.parametrize('line, member, word', [('filename,label\n' + 'train0/00.png,train0\n'*3, 'train.csv', 'is listed twice'), (','*(2**21), 'train.csv', 'characters'), ('x'*(2**21), 'train.csv', 'characters')])
+def test_texts_that_unpack_to_much(root, tmp_path, line, member, word):
+    with zipfile.ZipFile(tmp_path/'set.zip', 'w', zipfile.ZIP_DEFLATED) as z:
+        for f in sorted(root.rglob('*')):
+            if f.is_file() and f.name != member: z.write(f, f.relative_to(root))
+        z.writestr(member, line)
+    says(lambda: open_source(tmp_path/'set.zip'), member, word)
+
+@pytest.mark.parametrize('args', [dict(architecture='vit_tiny_patch16_224', model_args=dict(depth=4096)), dict(architecture='resnet18', model_args=dict(layers=[4096]*4)), dict(architecture='convnext_tiny', model_args=dict(depths=[200]*4))])
+def test_networks_that_would_take_minutes_to_build(tmp_path, args): says(lambda: load_network(forged(tmp_path/'convnet4.mine', args)), 'too large')
+
+@pytest.mark.parametrize('path', ['~nobody9/x', 'x'*300, 'a\0b', '/dev/null/x'])
+def test_paths_that_cannot_be(csv_set, cache, tmp_path, path):
+    for call in (lambda: recipe('cifarfs_5w1s')(out=path, **settings(csv_set, cache)), lambda: recipe('cifarfs_5w1s')(out=path, resume=True, **settings(csv_set, cache)), lambda: table('a', ROWS, out=path, data=str(csv_set)),
+                 lambda: few_shot_data(csv_set, px=8, cache=path), lambda: load_network(path), lambda: FewShotClassifier.from_folder(path), lambda: open_source(path)): says(call)
+
+@pytest.mark.parametrize('change', [dict(parts={'rotation':5}), dict(parts={'rotation':{}}), dict(parts={'rotation':{'L_c':[1., 'x'], 'L_r':[1., 2]}}), dict(smooth_loss=[1., 'x']), dict(smooth_loss=5), dict(groups=[5]), dict(groups=[dict(weight_decay='x')]),
+                                    dict(values=['x']), dict(best=['x', 'y']), dict(scaler=5)])
+def test_more_forged_checkpoints(csv_set, cache, tmp_path, change):
+    out = stopped(csv_set, cache, tmp_path/'run')
+    path = out/'checkpoint_student_cl.safetensors'
+    tensors,meta = load_tensors(path)
+    save_tensors(path, tensors, meta | change)
+    says(lambda: stopped(csv_set, cache, out), 'checkpoint_student_cl.safetensors')
+
+def test_a_checkpoint_of_whole_numbers(csv_set, cache, tmp_path):
+    out = stopped(csv_set, cache, tmp_path/'run')
+    path = out/'checkpoint_student_cl.safetensors'
+    tensors,meta = load_tensors(path)
+    save_tensors(path, {k:v.to(torch.int8) if k.startswith('model/') else v for k,v in tensors.items()}, meta)
+    says(lambda: stopped(csv_set, cache, out), 'holds torch.int8')
+
+@pytest.mark.parametrize('value', ['x', None, [1]])
+def test_a_card_without_its_accuracy(finished, csv_set, cache, tmp_path, value):
+    out = laid_out({k:v for k,v in finished.items() if k != 'result.json'}, tmp_path/'run')
+    card = json.loads((out/'student_cl.json').read_text()) | dict(val_accuracy=value)
+    (out/'student_cl.json').write_text(json.dumps(card))
+    says(lambda: stopped(csv_set, cache, out), 'student_cl.json is damaged (val_accuracy')
+
+def test_a_finished_result_has_to_name_its_weights(finished, csv_set, cache, tmp_path):
+    out = laid_out(finished, tmp_path/'run')
+    for forged_ in (dict(status='finished'), dict(status='finished', weights={}, accuracy=99.)):
+        (out/'result.json').write_text(json.dumps(forged_))
+        says(lambda: stopped(csv_set, cache, out), 'is of other weights')
+
+@pytest.mark.parametrize('logits', [lambda s, y, q: torch.full((*q.shape[:2], 2), torch.nan), lambda s, y, q: q, lambda s, y, q: None])
+def test_a_classifier_of_ones_own_on_photos(logits):
+    images = [np.full((9, 9, 3), v, np.uint8) for v in (0, 240)]
+    says(lambda: FewShotClassifier(create_backbone('convnet4', 0), logits).fit(images, ['a', 'b']).predict(images), 'the classifier gives')
+
+@pytest.mark.parametrize('images', [torch.zeros(2, 3, 8, 8), [5, 5], None, 7])
+def test_images_that_are_none(images): says(lambda: FewShotClassifier(create_backbone('convnet4', 0)).fit(images, ['a', 'b']))
+
+def test_a_sentence_is_one_line_whatever_it_quotes(root):
+    (root/'train.csv').write_text('"file\nname\x1b[31m",' + ','.join(f'c{i}' for i in range(5000)) + '\n1,2\n')
+    with pytest.raises(UserError) as e: open_source(root)
+    assert str(e.value).isprintable() and len(str(e.value)) < 700
+
+@pytest.mark.parametrize('word, shown', [('./../../home/alice/x.zip', 'x.zip'), ('a/../../../home/alice/x', 'x'), ('--data=./../alice/x', '--data=x'), ('file:///home/alice/x', 'x'), ('runs/a,/home/alice/b', 'runs/a,b'), (r'C:\Users\alice\x', 'x'), ('1,5', '1,5'),
+                                         ('hf-hub:user/name', 'hf-hub:user/name')])
+def test_more_paths_of_a_machine(word, shown): assert public(word) == shown
+
+def test_publish_says_what_it_cannot_write_before_it_scores(tmp_path):
+    says(lambda: recipe('publish')(run=str(tmp_path), results='/proc/x'), '--results')
+
+@posix
+def test_a_log_that_is_a_link_is_not_followed(tmp_path):
+    from grdd_fastai.run import log_line
+    (tmp_path/'novel_scorings.jsonl').symlink_to('made')
+    says(lambda: log_line(tmp_path/'novel_scorings.jsonl', dict(a=1)), 'cannot be written')
+    assert not (tmp_path/'made').exists()
+    (tmp_path/'log.jsonl').write_bytes(b'\xff\xfe\n')
+    log_line(tmp_path/'log.jsonl', dict(a=1))
+    assert (tmp_path/'log.jsonl').read_bytes() == b'\xff\xfe\n{"a": 1}\n'

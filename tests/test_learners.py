@@ -367,4 +367,4 @@ def test_settings_of_stage_two_that_cannot_be(data, settings, says):
     with pytest.raises(UserError, match=says): stage_two(data, net(5), **settings)
 
 def test_episodes_of_one_class_teach_nothing(data):
-    with pytest.raises(UserError, match='an episode of 1 way: it must be at least 2'): episodic_dls(data, 1, 1, 3, 2)
+    with pytest.raises(UserError, match='an episode of 1 way: it must be a whole number, at least 2'): episodic_dls(data, 1, 1, 3, 2)
