@@ -1,11 +1,13 @@
 """Few-shot backbones registered in timm: ConvNet-4 and ResNet-12 in the variants papers use."""
 import json
 from pathlib import Path
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
-from timm.layers import SelectAdaptivePool2d, to_2tuple
+from timm.layers import SelectAdaptivePool2d, register_notrace_module, to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -13,10 +15,13 @@ __all__ = ['ConvNet4', 'ResNet12', 'ScheduledDropBlock']
 
 
 class FewShotBackbone(nn.Module):
-    "timm's model contract over `stages` and a pooled or flattened head; subclasses set `stages` and `feature_info`"
+    """timm's model contract over `stages` and a head; subclasses set `stages` and `feature_info`
+
+    `global_pool` is one of timm's pooling types, `'flat'` for a flattened feature map, or `''` for the feature map as it is.
+    """
 
     def _make_head(self, in_chans, num_classes, global_pool, drop_rate, map_size):
-        "`map_size`: side of the last feature map, needed only when it is flattened (`global_pool=''`)"
+        "`map_size`: side of the last feature map, which decides the number of features of a flattened head"
         self.in_chans,self.drop_rate,self.map_size,self.grad_checkpointing = in_chans,drop_rate,map_size,False
         self.reset_classifier(num_classes, global_pool)
 
@@ -35,29 +40,66 @@ class FewShotBackbone(nn.Module):
     @torch.jit.ignore
     def get_classifier(self): return self.head
 
-    def reset_classifier(self, num_classes, global_pool=None):
-        "Replace the classifier; `num_classes=0` leaves the features h"
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None):
+        "Replace the classifier; `num_classes=0` leaves the features h, and with `global_pool=''` the last feature map"
         if global_pool is not None:
-            self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
-            mult = self.global_pool.feat_mult() if global_pool else self.map_size**2
-            self.num_features = self.head_hidden_size = self.feature_info[-1]['num_chs'] * mult
+            flat = global_pool == 'flat'
+            self.global_pool = nn.Flatten(1) if flat else SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+            mult = self.map_size**2 if flat else self.global_pool.feat_mult() if global_pool else 1
+            self.num_features = self.head_hidden_size = self._map_channels() * mult
+            self.pooled = bool(global_pool)
+        if num_classes > 0 and not self.pooled: raise ValueError("a classifier needs pooled or flattened features: give global_pool='avg'")
         self.num_classes = num_classes
         device = next(self.stages.parameters()).device
         self.head = nn.Linear(self.num_features, num_classes, device=device) if num_classes > 0 else nn.Identity()
 
+    @torch.jit.ignore
+    def _map_channels(self): return self.feature_info[-1]['num_chs']
+
     def forward_features(self, x):
         "Images (B, in_chans, H, W) -> last feature map (B, C, H', W')"
-        if not self.grad_checkpointing or torch.jit.is_scripting(): return self.stages(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting(): return self._checkpointed(x)
+        return self.stages(x)
+
+    @torch.jit.ignore
+    def _checkpointed(self, x):
         for stage in self.stages: x = checkpoint(stage, x, use_reentrant=False)
         return x
 
-    def forward_head(self, x, pre_logits=False):
+    def forward_head(self, x, pre_logits: bool = False):
         "Feature map -> features h (B, num_features), or logits (B, num_classes)"
-        x = self.global_pool(x).flatten(1)
+        x = self.global_pool(x)
         x = F.dropout(x, p=self.drop_rate, training=self.training)
         return x if pre_logits else self.head(x)
 
     def forward(self, x): return self.forward_head(self.forward_features(x))
+
+    @torch.jit.ignore
+    def forward_intermediates(
+        self,
+        x, # images (B, in_chans, H, W)
+        indices=None, # of the stages: the last n for a number, all for None
+        norm=False, # there is no norm after the last stage, whatever this says
+        stop_early=False, # leave out the stages after the last wanted one
+        output_fmt='NCHW', # no other is known
+        intermediates_only=False, # leave out the last feature map
+    ):
+        "The last feature map and a list of the feature maps of some stages, as timm's backbones give them"
+        if output_fmt != 'NCHW': raise ValueError(f"output_fmt is {output_fmt!r}: feature maps are 'NCHW'")
+        wanted,last = feature_take_indices(len(self.stages), indices)
+        maps = []
+        for i,stage in enumerate(self.stages[:last+1] if stop_early else self.stages):
+            x = stage(x)
+            if i in wanted: maps.append(x)
+        return maps if intermediates_only else (x, maps)
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(self, indices=1, prune_norm=False, prune_head=True):
+        "Drop the stages after the last of `indices` and, with `prune_head`, pooling and classifier; return the indices kept"
+        wanted,last = feature_take_indices(len(self.stages), indices)
+        self.stages,self.feature_info = self.stages[:last+1],self.feature_info[:last+1]
+        if prune_head: self.reset_classifier(0, '')
+        return wanted
 
 
 # ---- ConvNet-4 ------------------------------------------------------------------------------------------------------
@@ -69,7 +111,7 @@ def conv_block(n_in, n_out, pool=True, bias=True):
 
 
 class ConvNet4(FewShotBackbone):
-    "Four convolution blocks; max-pools after the first `n_pool`; pooled (`global_pool='avg'`) or flattened (`''`) head"
+    "Four convolution blocks, with max-pools after the first `n_pool`"
     def __init__(self, num_classes=64, in_chans=3, global_pool='avg', drop_rate=0., widths=(64,64,64,64), n_pool=3,
                  img_size=32):
         super().__init__()
@@ -86,10 +128,9 @@ class R2D2Net(FewShotBackbone):
 
     The features are the maps of blocks 3 and 4, flattened and concatenated: 8192-d at 32 px.
     """
-    def __init__(self, num_classes=64, in_chans=3, global_pool='', drop_rate=0., widths=(96,192,384,512), img_size=32):
+    def __init__(self, num_classes=64, in_chans=3, global_pool='flat', drop_rate=0., widths=(96,192,384,512), img_size=32):
         super().__init__()
-        if global_pool: raise ValueError("convnet4_r2d2 concatenates two flattened maps: global_pool must be ''")
-        chs,img_size = (in_chans, *widths),to_2tuple(img_size)[0]
+        chs,self.img_size = (in_chans, *widths),to_2tuple(img_size)[0]
         def block(i, *tail): return nn.Sequential(
             nn.Conv2d(chs[i], chs[i+1], 3, padding=1), nn.BatchNorm2d(chs[i+1]), nn.MaxPool2d(2), *tail)
         act = lambda: nn.LeakyReLU(0.1)
@@ -97,23 +138,37 @@ class R2D2Net(FewShotBackbone):
                                     block(2, act(), nn.Dropout(.3)), block(3, nn.Dropout(.3)))
         self.feature_info = [dict(num_chs=w, reduction=2**(i+1), module=f'stages.{i}') for i,w in enumerate(widths)]
         self._init_weights('leaky_relu', a=0.1)
-        self._make_head(in_chans, num_classes, global_pool, drop_rate, img_size // 16)
-        self.num_features = self.head_hidden_size = widths[2]*(img_size//8)**2 + widths[3]*(img_size//16)**2
-        self.reset_classifier(num_classes)
+        self._make_head(in_chans, num_classes, global_pool, drop_rate, 1)
 
-    def reset_classifier(self, num_classes, global_pool=None):
-        if global_pool: raise ValueError("convnet4_r2d2 concatenates two flattened maps: global_pool must be ''")
-        super().reset_classifier(num_classes, global_pool)
+    @torch.jit.ignore
+    def _map_channels(self):
+        third,fourth = (info['num_chs'] for info in self.feature_info[2:])
+        return third*(self.img_size//8)**2 + fourth*(self.img_size//16)**2
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable=True):
+        if enable: raise NotImplementedError('convnet4_r2d2 has no gradient checkpointing')
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(self, indices=1, prune_norm=False, prune_head=True):
+        if not prune_head: raise ValueError('the features of convnet4_r2d2 need all of its stages: give prune_head=True')
+        wanted,last = feature_take_indices(len(self.stages), indices)
+        self.reset_classifier(0, '')
+        self.stages = self.stages[:last+1]
+        return wanted
 
     def forward_features(self, x):
         "Images -> the maps of blocks 3 and 4, flattened and concatenated (B, num_features, 1, 1)"
-        if self.grad_checkpointing: raise NotImplementedError('convnet4_r2d2 has no gradient checkpointing')
-        x3 = self.stages[:3](x)
-        return torch.cat([x3.flatten(1), self.stages[3](x3).flatten(1)], 1)[..., None, None]
+        maps = []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x.flatten(1))
+        return torch.cat(maps[-2:], 1).unsqueeze(-1).unsqueeze(-1)
 
 
 # ---- ResNet-12 ------------------------------------------------------------------------------------------------------
 
+@register_notrace_module
 class ScheduledDropBlock(nn.Module):
     """DropBlock (arXiv 1810.12890) whose rate climbs linearly from 0 to `drop_prob` over `n_steps` training batches
 
@@ -184,10 +239,9 @@ class ResNet12(FewShotBackbone):
         self._init_weights('leaky_relu', a=0.1)
         self._make_head(in_chans, num_classes, global_pool, drop_rate, img_size // 16)
 
-    def forward_features(self, x):
-        "Images (B, in_chans, H, W) -> last feature map (B, C, H', W')"
-        if not self.grad_checkpointing or torch.jit.is_scripting(): return self.stages(x)
-        # the dropout stays outside of what is computed again in the backward pass: it counts its steps and draws once
+    @torch.jit.ignore
+    def _checkpointed(self, x):
+        "The dropout stays outside of what is computed again in the backward pass: it counts its steps and draws once"
         for block in self.stages: x = block.drop(checkpoint(block.residual, x, use_reentrant=False))
         return x
 
@@ -212,7 +266,7 @@ default_cfgs = generate_default_cfgs(_weights() | {
     'convnet4_flat.untrained': _cfg(_conv, (2,2)),
     'convnet4_128.untrained':  _cfg(_conv, (4,4)),
     'convnet4_256.untrained':  _cfg(_conv, (4,4)),
-    'convnet4_r2d2.untrained': _cfg(_conv, (2,2)),
+    'convnet4_r2d2.untrained': _cfg(_conv, (1,1)),
     'resnet12.untrained':      _cfg((_res, 'stages.0.downsample.0'), (2,2)),
     'resnet12_512.untrained':  _cfg((_res, 'stages.0.downsample.0'), (2,2)),
     'resnet12_320.untrained':  _cfg((_res, 'stages.0.downsample.0'), (2,2)),
@@ -230,7 +284,7 @@ def convnet4(pretrained=False, **kwargs):
 @register_model
 def convnet4_flat(pretrained=False, **kwargs):
     "4 x 64, four pools, flattened: 256-d at 32 px, 1600-d at 84 px (`img_size`)"
-    return _create(ConvNet4, 'convnet4_flat', pretrained, **dict(dict(n_pool=4, global_pool=''), **kwargs))
+    return _create(ConvNet4, 'convnet4_flat', pretrained, **dict(dict(n_pool=4, global_pool='flat'), **kwargs))
 
 @register_model
 def convnet4_128(pretrained=False, **kwargs):

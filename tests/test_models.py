@@ -2,6 +2,7 @@
 import pytest
 import timm
 import torch
+from timm.models import create_feature_extractor
 from torch import nn
 
 import grdd_fastai  # noqa: F401
@@ -52,6 +53,51 @@ def _stage_inputs(net, x):
     for stage in net.stages:
         yield x
         x = stage(x)
+
+@pytest.mark.parametrize('name', BACKBONES)
+def test_torchscript_gives_the_same(name):
+    net,x = timm.create_model(name, num_classes=5).eval(), torch.randn(2, 3, 32, 32)
+    script = torch.jit.script(net)
+    with torch.no_grad():
+        assert torch.allclose(script(x), net(x), atol=1e-5)
+        scripted,ours = (n.forward_head(n.forward_features(x), pre_logits=True) for n in (script, net))
+        assert torch.allclose(scripted, ours, atol=1e-5)
+
+@pytest.mark.parametrize('name', BACKBONES)
+def test_intermediates_are_the_stages_outputs(name):
+    net,x = timm.create_model(name).eval(), torch.randn(2, 3, 32, 32)
+    maps = []
+    for stage in net.stages: maps.append(stage(x if not maps else maps[-1]))
+    last,all_maps = net.forward_intermediates(x)
+    some = net.forward_intermediates(x, indices=[0, 2], stop_early=True, intermediates_only=True)
+    assert torch.equal(last, maps[-1]) and all(map(torch.equal, all_maps, maps)) and all(map(torch.equal, some, [maps[0], maps[2]]))
+    assert len(all_maps) == 4 and len(some) == 2
+    with pytest.raises(ValueError, match='NCHW'): net.forward_intermediates(x, output_fmt='NLC')
+    if name == 'convnet4_r2d2': return # its features need two stages
+    assert net.prune_intermediate_layers([1]) == [1] and torch.equal(net(x), maps[1])
+
+@pytest.mark.parametrize('name', BACKBONES)
+def test_without_pooling_the_output_is_the_feature_map(name):
+    for net in (timm.create_model(name), timm.create_model(name, num_classes=0, global_pool='')):
+        net.eval().reset_classifier(0, '')
+        out = net(x := torch.randn(2, 3, 32, 32))
+        assert out.shape == (2, net.num_features, *net.pretrained_cfg['pool_size']) and torch.equal(out, net.forward_features(x))
+    with pytest.raises(ValueError, match='a classifier needs pooled'): net.reset_classifier(5)
+    net.reset_classifier(5, 'max')
+    assert net(x).shape == (2, 5)
+
+@pytest.mark.parametrize('name', BACKBONES)
+def test_fx_extracts_features(name):
+    net,x = timm.create_model(name, num_classes=5).eval(), torch.randn(2, 3, 32, 32)
+    out = create_feature_extractor(net, ['head'])(x)
+    assert torch.allclose(out['head'], net(x), atol=1e-5)
+
+@pytest.mark.parametrize('train', [False, True])
+@pytest.mark.parametrize('name', ['convnet4', 'convnet4_flat', 'convnet4_r2d2', 'resnet12_320'])
+def test_export(name, train):
+    net,x = timm.create_model(name, num_classes=5).train(train), torch.randn(2, 3, 32, 32)
+    exported = torch.export.export(net, (x,)).module()
+    if not train: assert torch.allclose(exported(x), net(x), atol=1e-5)
 
 @pytest.mark.parametrize('name', ['convnet4', 'resnet12'])
 def test_features_only_gives_the_stages(name):
