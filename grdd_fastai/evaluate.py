@@ -183,8 +183,9 @@ def compare(
 
 def as_features(h):
     "Features (N, D) of any kind, NumPy's and whole numbers too, as a floating-point tensor; half precision becomes float32"
-    try: h = torch.as_tensor(h)
+    try: h = h if isinstance(h, torch.Tensor) else torch.as_tensor(np.asarray(h))
     except (TypeError, ValueError, RuntimeError) as e: raise UserError(f'the features are no numbers ({first_line(e)}): give a tensor or an array (N, D)') from None
+    if h.is_meta or h.layout != torch.strided: raise UserError('the features are a tensor without values or a sparse one: give a dense one')
     if h.is_complex(): raise UserError('the features are complex numbers: give real ones')
     if h.ndim < 2 or not h.numel(): raise UserError(f'the features have the shape {tuple(h.shape)}: give a row an image, (N, D)')
     return h if h.dtype in (torch.float32, torch.float64) else h.float()
@@ -208,6 +209,7 @@ def checked_logits(name, f, support, support_y, query):
     logits,shape = f(support, support_y, query),(*query.shape[:2], int(support_y.max()) + 1)
     if not isinstance(logits, torch.Tensor) or logits.shape != shape:
         raise UserError(f'{name} gives {tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__}: a classifier gives logits (E, NQ, C), here {shape}')
+    if not logits.is_floating_point(): raise UserError(f'{name} gives {logits.dtype}: logits are floating-point numbers')
     if not torch.isfinite(logits.sum()): raise UserError(f'{name} gives logits that are NaN or infinite: they cannot be compared')
     return logits
 
@@ -235,11 +237,13 @@ def evaluate(
     if not isinstance(query_distribution, str) or query_distribution not in QUERIES: raise UserError(f'the query distribution is {query_distribution!r}: it is one of {", ".join(QUERIES)}')
     for x in (h, *(views if views is not None else ())): check_scale(x)
     if views is not None and views.shape[1:] != h.shape: raise UserError(f'views of shape {tuple(views.shape)} are not those of features {tuple(h.shape)}')
+    for k,v in dict(n_way=n_way, k_shot=k_shot, n_query=n_query).items():
+        if not isinstance(v, int | np.integer) or isinstance(v, bool): raise UserError(f'{k} is {v!r}: give a whole number')
     one = not isinstance(classifier, (dict, list, tuple))
     of = classifier if isinstance(classifier, dict) else {c:c for c in ([classifier] if one else classifier)}
     of = {k:get_classifier(f) for k,f in of.items()}
     if not of: raise UserError('no classifier is given: name one, such as cosine')
-    if not isinstance(n_episodes, int | np.integer) or not 1 <= n_episodes <= MOST_EPISODES: raise UserError(f'{n_episodes!r} episodes are asked for: it must be at least 1 and at most {MOST_EPISODES}')
+    if not isinstance(n_episodes, int | np.integer) or isinstance(n_episodes, bool) or not 1 <= n_episodes <= MOST_EPISODES: raise UserError(f'{n_episodes!r} episodes are asked for: it must be at least 1 and at most {MOST_EPISODES}')
     bank,V = (h, 1) if views is None else (views.flatten(0, 1), len(views))
     budget = CHUNK[h.device.type != 'cpu'] * max(getattr(getattr(f, 'func', f), 'at_once', 1) for f in of.values()) # a partial's, too
     size = max(1, budget // max(1, n_way*(V*k_shot + n_query)*h[0].numel()*h.element_size()))

@@ -77,7 +77,7 @@ def check_scale(h):
 def get_classifier(name):
     "The classifier of that name, or a UserError that lists them; a function is returned as it is"
     if callable(name): return name
-    if name not in CLASSIFIERS: raise UserError(f'unknown classifier {name!r}: it is one of {", ".join(CLASSIFIERS)}')
+    if not isinstance(name, str) or name not in CLASSIFIERS: raise UserError(f'unknown classifier {name!r}: it is one of {", ".join(CLASSIFIERS)}')
     return CLASSIFIERS[name]
 
 
@@ -139,6 +139,8 @@ def simpleshot_cl2n(support, support_y, query,
 ):
     "Nearest centroid of features centred by the base classes' mean and then normalised (SimpleShot's CL2N, arXiv 1911.04623)"
     if mean is None: raise UserError('simpleshot_cl2n needs the mean feature of the base classes: give mean=, or take simpleshot_l2n')
+    mean = torch.as_tensor(mean, device=support.device)
+    if mean.ndim and mean.shape[-1] != support.shape[-1]: raise UserError(f'the mean has {mean.shape[-1]} features and the images {support.shape[-1]}: take it of the same network')
     return simpleshot_l2n(support - mean, support_y, query - mean)
 
 @register_classifier('simpleshot_l2n')

@@ -136,7 +136,9 @@ def _from_hub(repo):
 
 def images_of(net):
     "Side, mean and std of the images that a timm network takes, as its `pretrained_cfg` has them"
-    cfg = net.pretrained_cfg
+    cfg = getattr(net, 'pretrained_cfg', None)
+    if not cfg or not {'input_size', 'mean', 'std'} <= cfg.keys(): raise UserError(
+        f'a {type(net).__name__} does not say what images it takes (pretrained_cfg): give a timm model, or set input_size, mean and std there')
     return cfg['input_size'][1],list(cfg['mean']),list(cfg['std'])
 
 

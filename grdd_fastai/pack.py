@@ -119,7 +119,8 @@ def few_shot_data(
     Warns of classes and images that two splits seem to share. UserError for data that cannot be read.
     """
     if not isinstance(px, int | np.integer) or isinstance(px, bool) or not 1 <= px <= LARGEST_SIDE: raise UserError(f'images of {px!r} px are asked for: px must be from 1 to {LARGEST_SIDE}')
-    source = DemoSource(seed) if data == 'demo' and not Path('demo').exists() else open_source(data, seed)
+    if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32: raise UserError(f'the seed is {seed!r}: give a whole number, 0 or more')
+    source = DemoSource(seed) if isinstance(data, str) and data == 'demo' and not Path('demo').exists() else open_source(data, seed)
     try: cache,stamp = user_path(cache or default_cache(), '--cache').resolve(),source.stamp()
     except (OSError, RuntimeError) as e: raise UserError(f'the cache folder {cache} cannot be used ({getattr(e, "strerror", None) or e}): give --cache another') from None
     if cache.is_relative_to(Path(source.path).resolve()): raise UserError(f'the cache folder {cache} lies inside the data {source.path}: give --cache another')

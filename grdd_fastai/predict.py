@@ -1,5 +1,6 @@
 """A few labelled images a class to a classifier of others."""
 import io
+from collections.abc import Hashable
 from functools import partial
 from pathlib import Path
 
@@ -59,7 +60,8 @@ class FewShotClassifier:
     def embed(self, images):
         "Features (N, D)"
         one,device = isinstance(images, (str, Path, Image.Image)) or getattr(images, 'ndim', 0) == 3,next(self.net.parameters()).device
-        images = [images] if one else list(images)
+        try: images = [images] if one else list(images)
+        except TypeError: raise UserError(f'a {type(images).__name__} is no image: give an image or a list of images') from None
         if not images: raise UserError('no image is given: give at least one')
         return torch.cat([features(self.net, torch.stack([self.transform(opened(im, self.allow_large)) for im in images[at:at+self.bs]]).to(device)).float()
                           for at in range(0, len(images), self.bs)])
@@ -69,6 +71,7 @@ class FewShotClassifier:
         try: images,labels = list(images),list(labels)
         except TypeError: raise UserError('images and labels are no lists: give a list of each') from None
         if len(images) != len(labels): raise UserError(f'{len(images)} images and {len(labels)} labels: give a label for each image')
+        if not all(isinstance(o, Hashable) for o in labels): raise UserError('a label is a list or another collection: give text or numbers')
         if any(is_missing(o) for o in labels): raise UserError('a label is missing (None or NaN): give each image one, or leave the image out')
         if len({isinstance(o, str) for o in labels}) > 1: raise UserError('some labels are text and some are not: give all of them as text')
         vocab = sorted(set(labels))
@@ -101,7 +104,7 @@ def pair_of(stats):
 def opened(image, allow_large=False):
     "An upright RGB image of a path, an array or an image; `allow_large` as in `open_image`"
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3: raise UserError(f'an array of {image.dtype} {image.shape} is no image: give uint8 (H, W, 3)')
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size: raise UserError(f'an array of {image.dtype} {image.shape} is no image: give uint8 (H, W, 3)')
         image = Image.fromarray(image)
     if isinstance(image, Image.Image): return upright_rgb(image)
     if not isinstance(image, str | Path): raise UserError(f'a {type(image).__name__} is no image: give a path, a PIL image or an array')

@@ -22,7 +22,7 @@ import pandas as pd
 from PIL import Image
 
 from .errors import UserError
-from .storage import read_bytes
+from .storage import read_bytes, user_path
 
 __all__ = ['SPLITS', 'Source', 'open_source', 'prepare', 'class_list']
 
@@ -366,7 +366,7 @@ def prepare(
     "Write `data` out as split CSVs plus images and return the folder"
     source = open_source(data, seed)
     try:
-        out = Path(out).expanduser().resolve()
+        out = user_path(out, '--out').resolve()
         if out.exists() and (not out.is_dir() or any(out.iterdir())): raise UserError(f'{out} is there already: give --out a new folder')
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f'.{out.name}-', dir=out.parent) as tmp:

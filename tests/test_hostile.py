@@ -669,3 +669,24 @@ def test_a_log_that_is_a_link_is_not_followed(tmp_path):
     (tmp_path/'log.jsonl').write_bytes(b'\xff\xfe\n')
     log_line(tmp_path/'log.jsonl', dict(a=1))
     assert (tmp_path/'log.jsonl').read_bytes() == b'\xff\xfe\n{"a": 1}\n'
+
+def test_an_optimiser_state_of_another_shape(csv_set, cache, tmp_path):
+    "A fused optimiser would read beyond it"
+    out = stopped(csv_set, cache, tmp_path/'run')
+    path = out/'checkpoint_student_cl.safetensors'
+    tensors,meta = load_tensors(path)
+    save_tensors(path, {k:torch.zeros(3) if k.startswith('opt/1/') else v for k,v in tensors.items()}, meta)
+    says(lambda: stopped(csv_set, cache, out), 'of shape (3,)')
+
+@pytest.mark.parametrize('bad', [dict(n_way='5'), dict(k_shot=1.5), dict(n_episodes=True), dict(seed=-1), dict(classifier=[]), dict(classifier=[['cosine']]),
+                                 dict(classifier=lambda s, y, q: torch.ones(*q.shape[:2], 5, dtype=torch.bool)), dict(query_distribution=['x'])])
+def test_more_arguments_of_evaluate(bad):
+    h,y = torch.randn(200, 8),torch.arange(10).repeat_interleave(20)
+    says(lambda: evaluate(h, y, **dict(n_episodes=5) | bad))
+
+@pytest.mark.parametrize('call', [lambda n: FewShotClassifier(torch.nn.Linear(3, 2)), lambda n: FewShotClassifier(n, bs=0), lambda n: FewShotClassifier(n, stats='x'), lambda n: FewShotClassifier(n, stats=([.5]*3, [0, 1, 1])),
+                                  lambda n: FewShotClassifier(n, px=True), lambda n: FewShotClassifier(n).fit([np.zeros((9, 9, 3), np.uint8)]*2, [['a'], ['b']]), lambda n: FewShotClassifier(n).embed(None),
+                                  lambda n: FewShotClassifier(n).embed(np.zeros((0, 0, 3), np.uint8)), lambda n: few_shot_data('demo', seed=-1), lambda n: few_shot_data(5), lambda n: prepare('x', None)])
+def test_more_arguments_that_cannot_be(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    says(lambda: call(create_backbone('convnet4', 0)))
