@@ -240,6 +240,7 @@ def evaluate(
     for k,v in dict(n_way=n_way, k_shot=k_shot, n_query=n_query).items():
         if not isinstance(v, int | np.integer) or isinstance(v, bool): raise UserError(f'{k} is {v!r}: give a whole number')
     one = not isinstance(classifier, (dict, list, tuple))
+    for c in [] if one or isinstance(classifier, dict) else classifier: get_classifier(c)
     of = classifier if isinstance(classifier, dict) else {c:c for c in ([classifier] if one else classifier)}
     of = {k:get_classifier(f) for k,f in of.items()}
     if not of: raise UserError('no classifier is given: name one, such as cosine')

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from .checkpoint import Stopped
 from .data import check_episode, plain_dl
 from .distributed import processes
+from .errors import UserError
 from .evaluate import embed, evaluate
 from .inference import get_classifier, with_base_mean
 from .learners import check_backbone, create_backbone, external_weights
@@ -80,6 +81,7 @@ def grdd(
     settings |= {name:two[k] for k,name in META.items()}
     s = SimpleNamespace(**settings)
     check_settings(settings | dict(max_minutes=max_minutes))
+    if not isinstance(classifiers, str): raise UserError(f'--classifiers is {classifiers!r}: give names separated by commas')
     for name in classifiers.split(','): get_classifier(name)
     for arch in {s.teacher, s.student}: check_backbone(arch, px, pretrained)
     share = s.teacher == s.student and not independent_teacher
