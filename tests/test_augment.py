@@ -19,7 +19,8 @@ from grdd_fastai.data import category_dls
 from grdd_fastai.errors import UserError
 
 
-def images(n, px=32, seed=0): return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (n, px, px, 3), dtype=np.uint8)).movedim(-1, 1)
+def images(n, px=32, seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (n, px, px, 3), dtype=np.uint8)).movedim(-1, 1)
 
 def smooth(n, px=32, seed=0):
     "Photo-like: colours that change slowly, dark and bright ones"
@@ -35,7 +36,8 @@ def test_of_a_row_it_does_not_depend_on_the_batch(data, by):
     aug,x = seeded(train_augmentation(16, by=by)),torch.tensor(data.train.images[:4]).permute(0, 3, 1, 2)
     together = aug(x, 1, 5, np.arange(4))
     assert torch.equal(together[2:3], aug(x[2:3], 1, 5, np.array([2])))
-    assert not torch.equal(together[2:3], aug(x[2:3], 1, 6, np.array([2]))) and not torch.equal(together[2:3], aug(x[2:3], 2, 5, np.array([2])))
+    assert (not torch.equal(together[2:3], aug(x[2:3], 1, 6, np.array([2])))
+            and not torch.equal(together[2:3], aug(x[2:3], 2, 5, np.array([2]))))
 
 @both
 @pytest.mark.parametrize('px, pad', [(32, 4), (84, 8)])
@@ -61,8 +63,10 @@ def test_both_agree_in_distribution():
     def measures(by, seed):
         v = seeded(train_augmentation(32, by=by))(x, seed, 0, np.arange(n)).float()
         grey = v.mean(1)
-        return dict(brightness=grey.mean((1, 2)), contrast=grey.std((1, 2)), saturation=(v.amax(1) - v.amin(1)).mean((1, 2)), red=v[:, 0].mean((1, 2)), highest=v.amax((1, 2, 3)),
-                    corner=v[:, :, 0, 0].mean(1), balance=grey[:, :, :16].mean((1, 2)) - grey[:, :, 16:].mean((1, 2)), top=(grey == 0).all(2).sum(1), left=(grey == 0).all(1).sum(1))
+        return dict(brightness=grey.mean((1, 2)), contrast=grey.std((1, 2)), saturation=(v.amax(1) - v.amin(1)).mean((1, 2)),
+                    red=v[:, 0].mean((1, 2)), highest=v.amax((1, 2, 3)),
+                    corner=v[:, :, 0, 0].mean(1), balance=grey[:, :, :16].mean((1, 2)) - grey[:, :, 16:].mean((1, 2)),
+                    top=(grey == 0).all(2).sum(1), left=(grey == 0).all(1).sum(1))
     ours,theirs,other = measures('batch', 0),measures('albumentations', 0),measures('batch', 1)
     for k in ours: assert ks_2samp(ours[k].numpy(), theirs[k].numpy()).pvalue > 1e-3, k
     weak = seeded(BatchAugmentation(4))(x, 0, 0, np.arange(n)).float()*0.97 # the test sees a difference of three percent
@@ -95,7 +99,8 @@ def test_draws_are_uniform_and_independent():
     for other in (uniforms(4, 5, np.arange(20_000), 7), uniforms(3, 6, np.arange(20_000), 7), uniforms(5, 3, np.arange(20_000), 7)):
         assert abs(np.corrcoef(u[:, 0], other[:, 0])[0, 1]) < .03
     assert chisquare(np.bincount((u[:, 6]*6).astype(int), minlength=6)).pvalue > 1e-3
-    assert (uniforms(3, 5, np.array([7, 3]), 4) == uniforms(3, 5, np.arange(10), 4)[[7, 3]]).all() and (uniforms(2**32 - 1, 0, np.array([0]), 1) < 1).all()
+    assert ((uniforms(3, 5, np.array([7, 3]), 4) == uniforms(3, 5, np.arange(10), 4)[[7, 3]]).all()
+            and (uniforms(2**32 - 1, 0, np.array([0]), 1) < 1).all())
 
 def test_on_the_loaders_device_and_on_workers_it_is_the_same(data):
     "A loader hands a function its images; `device` is where they are then"
@@ -105,4 +110,5 @@ def test_on_the_loaders_device_and_on_workers_it_is_the_same(data):
     assert seen[-1] == ('cpu', torch.uint8, 40) and x.shape == (40, 3, 16, 16)
 
 def test_an_unknown_kind_is_one_sentence():
-    with pytest.raises(UserError, match="unknown augmentation 'torchvision': it is batch or albumentations"): train_augmentation(32, by='torchvision')
+    with pytest.raises(UserError, match="unknown augmentation 'torchvision': it is batch or albumentations"):
+        train_augmentation(32, by='torchvision')

@@ -96,7 +96,8 @@ def test_plain_pickles_load():
         y = ArrayUnpickler(io.BytesIO(pickle.dumps(x, protocol=protocol)), encoding='latin1').load()
         assert (y['a'] == x['a']).all() and y['b'] == x['b'] and y['c'] == 2
 
-@pytest.mark.parametrize('name', ['../evil.png', '../../evil.png', 'a/../../../evil.png', '/evil.png', '/tmp/evil-grdd.png', '..\\evil.png', 'C:\\evil.png'])
+@pytest.mark.parametrize('name', ['../evil.png', '../../evil.png', 'a/../../../evil.png', '/evil.png', '/tmp/evil-grdd.png', '..\\evil.png',
+                                  'C:\\evil.png'])
 def test_zip_entries_that_climb_stay_inside(tmp_path, name):
     buf = io.BytesIO()
     Image.new('RGB', (4, 4)).save(buf, 'png')

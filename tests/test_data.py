@@ -80,7 +80,8 @@ def test_epochs_go_on_by_themselves(data):
 def test_users_own_compose(data):
     x,_ = category_dls(data, bs=64, aug=A.Compose([A.CenterCrop(8, 8), A.InvertImg(p=1)])).one_batch()
     assert x.shape == (64, 3, 8, 8)
-    assert torch.allclose(pixels(data, x).round()[0], 255 - pixels(data, category_dls(data, bs=64, aug=None).one_batch()[0]).round()[0, :, 4:12, 4:12], atol=1)
+    assert torch.allclose(pixels(data, x).round()[0],
+                          255 - pixels(data, category_dls(data, bs=64, aug=None).one_batch()[0]).round()[0, :, 4:12, 4:12], atol=1)
 
 def test_new_keeps_what_an_episode_is(data):
     dl = episodic_dls(data, 3, 2, 4, n_episodes=5, per_step=2, seed=7).train
@@ -98,7 +99,8 @@ def test_new_and_a_shared_compose_keep_the_randomness(data):
 
 def test_too_small_for_an_episode_is_one_sentence(data):
     with pytest.raises(UserError, match='train split has 6 classes, too few for 7-way'): episodic_dls(data, 7)
-    with pytest.raises(UserError, match='class train0 of the train split has 20 images, too few for 1 support'): episodic_dls(data, 5, 1, 20)
+    with pytest.raises(UserError, match='class train0 of the train split has 20 images, too few for 1 support'):
+        episodic_dls(data, 5, 1, 20)
 
 def test_block_is_a_fastai_datablock(data):
     dls = episode_block(data, n_way=2, k_shot=1, n_query=3, n_episodes=2).dataloaders(data, num_workers=0)

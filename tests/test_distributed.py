@@ -47,7 +47,8 @@ def test_an_episode_is_never_split(data):
 def test_all_images_are_embedded_once_in_any_number_of_processes(data):
     dl = plain_dl(data, 'val', bs=32)
     parts = [[i for i in dl.new(share=(r, 3)).get_idxs()] for r in range(3)]
-    assert sorted(sum(parts, [])) == list(range(120)) and parts[1][:2] == [32, 33] and [len(dl.new(share=(r, 3))) for r in range(3)] == [2, 1, 1]
+    assert (sorted(sum(parts, [])) == list(range(120)) and parts[1][:2] == [32, 33]
+            and [len(dl.new(share=(r, 3))) for r in range(3)] == [2, 1, 1])
 
 @pytest.mark.parametrize('n, k, factor', [(1, 1, 1), (4, 64, 1), (4, 1, 2), (3, 64, (63/64)**.5)])
 def test_the_rate_goes_with_the_root_of_the_step(n, k, factor, monkeypatch):
@@ -65,16 +66,19 @@ def steps(data):
     valid = dict(n_way=3, k_shot=1, n_query=5, n_episodes=20)
     several = ranks()[1] > 1
     one = global_learner(category_dls(data, bs=40), create_backbone('convnet4', 6, 16), valid=valid, amp=False, keep_best=False)
-    two = meta_learner(episodic_dls(data, 3, 1, 4, n_episodes=6, per_step=2), create_backbone('convnet4', 0, 16, seed=1), create_backbone('convnet4', 0, 16, seed=2), valid=valid, amp=False, keep_best=False)
+    two = meta_learner(episodic_dls(data, 3, 1, 4, n_episodes=6, per_step=2), create_backbone('convnet4', 0, 16, seed=1),
+                       create_backbone('convnet4', 0, 16, seed=2), valid=valid, amp=False, keep_best=False)
     for learn in (one, two):
         with learn.distrib_ctx(), learn.no_bar(), learn.no_logging(): learn.fit(2, .005) # with larger ones float32's rounding grows
         assert ranks()[1] == 1 or not hasattr(learn, 'distributed')
     h,y = embed(two.model, plain_dl(data, 'test', bs=32), shared=several)
-    apart = global_learner(category_dls(data, bs=40), create_backbone('convnet4', 6, 16), valid=valid, amp=False) # BatchNorm over a process's own images
+    # BatchNorm over a process's own images
+    apart = global_learner(category_dls(data, bs=40), create_backbone('convnet4', 6, 16), valid=valid, amp=False)
     with apart.distrib_ctx(sync_bn=False), apart.no_bar(), apart.no_logging(): apart.fit(1, .05)
     assert all('forward' not in vars(m) for learn in (one, two, apart) for m in learn.model.modules())
-    return dict(one=one.model.state_dict(), two=two.model.state_dict(), h=h, y=y, norm=apart.model.state_dict(), lr=torch.tensor(one.opt.hypers[-1]['lr']),
-                accuracies=torch.from_numpy(evaluate(h, y, **WORDS, shared=several).episodes), shown=torch.tensor(list(one.recorder.values[-1])[:4]))
+    return dict(one=one.model.state_dict(), two=two.model.state_dict(), h=h, y=y, norm=apart.model.state_dict(),
+                lr=torch.tensor(one.opt.hypers[-1]['lr']), accuracies=torch.from_numpy(evaluate(h, y, **WORDS, shared=several).episodes),
+                shown=torch.tensor(list(one.recorder.values[-1])[:4]))
 
 def norm_gradients():
     "A network's gradients and running statistics in float64, from 48 images in as many processes as there are, and by torch alone"
@@ -82,7 +86,8 @@ def norm_gradients():
     torch.manual_seed(0)
     x,y,found = torch.randn(48, 3, 32, 32, dtype=torch.float64),torch.randint(6, (48,)),{}
     for arch in ('resnet12', 'efficientnet_lite0'): # the second with timm's BatchNormAct2d
-        net = create_backbone(arch, 6, 32, drop_path_rate=0.) if arch != 'resnet12' else ResNet12(num_classes=6, widths=(4,8,8,8), block_drop_rate=0.)
+        net = (create_backbone(arch, 6, 32, drop_path_rate=0.) if arch != 'resnet12'
+               else ResNet12(num_classes=6, widths=(4,8,8,8), block_drop_rate=0.))
         net = net.double().train()
         alone = copy.deepcopy(net)
         F.cross_entropy(alone(x), y).backward()
@@ -114,8 +119,10 @@ with processes():
 def launch(*command, n=2):
     "What `accelerate launch` of `n` processes on the CPU prints"
     env = os.environ | dict(OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
-    done = subprocess.run([sys.executable, '-m', 'accelerate.commands.accelerate_cli', 'launch', '--multi_gpu', '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no',
-                           '--num_processes', str(n), '--main_process_port', '0', *map(str, command)], capture_output=True, text=True, env=env, timeout=600)
+    done = subprocess.run([sys.executable, '-m', 'accelerate.commands.accelerate_cli', 'launch', '--multi_gpu', '--num_machines', '1',
+                           '--mixed_precision', 'no', '--dynamo_backend', 'no',
+                           '--num_processes', str(n), '--main_process_port', '0', *map(str, command)],
+                          capture_output=True, text=True, env=env, timeout=600)
     return done
 
 @pytest.fixture(scope='module')
@@ -144,7 +151,8 @@ def test_batch_norm_is_over_all_processes(both, arch):
     for k,b in buffers_alone.items(): assert torch.allclose(buffers[k].double(), b.double(), rtol=1e-9), k
 
 @pytest.mark.parametrize('env, says', [
-    (dict(ACCELERATE_USE_CPU='True', MASTER_ADDR='127.0.0.1'), 'accelerate launch --cpu started one process'), (dict(OMPI_COMM_WORLD_SIZE='2'), 'mpirun started'),
+    (dict(ACCELERATE_USE_CPU='True', MASTER_ADDR='127.0.0.1'), 'accelerate launch --cpu started one process'),
+    (dict(OMPI_COMM_WORLD_SIZE='2'), 'mpirun started'),
     (dict(ACCELERATE_USE_CPU='True'), None), (dict(ACCELERATE_USE_CPU='True', MASTER_ADDR='127.0.0.1', WORLD_SIZE='2'), None)])
 def test_a_launcher_that_does_not_start_what_it_says(env, says):
     if says is None: return check_launch(env)
@@ -152,8 +160,10 @@ def test_a_launcher_that_does_not_start_what_it_says(env, says):
 
 @pytest.mark.slow
 def test_accelerate_launch_on_the_cpu_says_how(tmp_path):
-    done = subprocess.run([sys.executable, '-m', 'accelerate.commands.accelerate_cli', 'launch', '--cpu', '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no',
-                           '--dynamo_backend', 'no', str(RECIPE), '--demo', '--out', str(tmp_path/'run')], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, '-m', 'accelerate.commands.accelerate_cli', 'launch', '--cpu', '--num_processes', '2',
+                           '--num_machines', '1', '--mixed_precision', 'no',
+                           '--dynamo_backend', 'no', str(RECIPE), '--demo', '--out', str(tmp_path/'run')],
+                          capture_output=True, text=True, timeout=300)
     assert done.returncode != 0 and '--multi_gpu --num_processes 2' in done.stderr and not (tmp_path/'run').exists()
 
 def test_two_processes_end_with_the_same_network_and_see_the_same_accuracy(both):
@@ -170,7 +180,8 @@ def test_embedding_and_episodes_are_shared_and_gathered(both):
 def test_two_processes_reach_the_accuracy_of_one(both):
     "Trained and scored in two, within the interval of one"
     alone,a,_ = both
-    assert abs(a['accuracies'].mean() - alone['accuracies'].mean()) <= mean_ci95(alone['accuracies'])[1] and 0 < alone['accuracies'].mean() < 100
+    assert (abs(a['accuracies'].mean() - alone['accuracies'].mean()) <= mean_ci95(alone['accuracies'])[1]
+            and 0 < alone['accuracies'].mean() < 100)
 
 
 # ---- a recipe ---------------------------------------------------------------------------------------------------------
@@ -178,8 +189,10 @@ def test_two_processes_reach_the_accuracy_of_one(both):
 RECIPE = ROOT/'recipes'/'cifarfs_5w1s.py'
 
 def recipe(folder, cache, out, **kwargs):
-    s = dict(data=folder, cache=cache, out=out, teacher='convnet4', student='convnet4', epochs=3, meta_epochs=2, episodes=40, query=5, test_episodes=600, **kwargs)
-    return [RECIPE, *(str(o) for k,v in s.items() for o in ([f'--{k.replace("_", "-")}'] if v is True else [f'--{k.replace("_", "-")}', v]))]
+    s = dict(data=folder, cache=cache, out=out, teacher='convnet4', student='convnet4', epochs=3, meta_epochs=2, episodes=40, query=5,
+             test_episodes=600, **kwargs)
+    return [RECIPE,
+            *(str(o) for k,v in s.items() for o in ([f'--{k.replace("_", "-")}'] if v is True else [f'--{k.replace("_", "-")}', v]))]
 
 def result(done):
     assert done.returncode == 0, done.stderr[-3000:]
@@ -201,7 +214,8 @@ def test_a_recipe_in_two_processes_stops_resumes_and_writes_once(faint, cache, t
         if was is None: del os.environ['TMPDIR']
         else: os.environ['TMPDIR'] = was
     assert second['accuracy'] == straight['accuracy'] and not list(temporary.glob('grdd_fastai_*'))
-    for name in ('student_cl.safetensors', 'student_grdd.safetensors'): assert (tmp_path/'a'/name).read_bytes() == (tmp_path/'b'/name).read_bytes()
+    for name in ('student_cl.safetensors', 'student_grdd.safetensors'):
+        assert (tmp_path/'a'/name).read_bytes() == (tmp_path/'b'/name).read_bytes()
     assert {f.name for f in (tmp_path/'a').iterdir()} == {f.name for f in (tmp_path/'b').iterdir()}
     assert len((tmp_path/'a'/'novel_scorings.jsonl').read_text().splitlines()) == 3
 

@@ -25,14 +25,17 @@ def test_readmes_commands_name_recipes_and_flags_that_exist():
     for command in commands:
         path = re.search(r'recipes/\w+\.py', command)[0]
         text = anno_parser(runpy.run_path(str(ROOT/path))['main'].__wrapped__).format_help()
-        for flag in re.findall(r'--[\w-]+', command.split('#')[0].split(path)[1]): assert f'{flag} ' in text or f'{flag}]' in text, (command, flag)
+        for flag in re.findall(r'--[\w-]+', command.split('#')[0].split(path)[1]):
+            assert f'{flag} ' in text or f'{flag}]' in text, (command, flag)
 
 def test_readmes_code_runs(data, csv_set, cache, monkeypatch):
     "On the tiny set, with one epoch and fewer episodes"
     import grdd_fastai.all as everything
     monkeypatch.setenv('XDG_CACHE_HOME', str(cache))
-    code = blocks('python', 'global_learner')[0].replace("'my-data/'", repr(str(csv_set)) + ', px=16').replace('fit_one_cycle(10', 'fit_one_cycle(1').replace('fit_one_cycle(3', 'fit_one_cycle(1')
-    code = code.replace('learn.lr_find()', 'learn.lr_find(num_it=30, show_plot=False)').replace('n_way=20', 'n_way=5').replace('n_query=6', 'n_query=6, n_episodes=2')
+    code = (blocks('python', 'global_learner')[0].replace("'my-data/'", repr(str(csv_set)) + ', px=16')
+            .replace('fit_one_cycle(10', 'fit_one_cycle(1').replace('fit_one_cycle(3', 'fit_one_cycle(1'))
+    code = (code.replace('learn.lr_find()', 'learn.lr_find(num_it=30, show_plot=False)').replace('n_way=20', 'n_way=5')
+            .replace('n_query=6', 'n_query=6, n_episodes=2'))
     scope = {}
     exec(code, scope)
     assert scope['meta'].model.num_features == 64 and hasattr(everything, 'evaluate')
@@ -48,7 +51,8 @@ def test_readmes_few_photos_are_classified(tmp_path):
     from PIL import Image
     for c,hue in (('cat', 0.), ('dog', .5)): write_images(tmp_path/'few'/c, ['1.jpg', '2.jpg'], 40, 0, hue)
     for name,c in (('new1', 'dog'), ('new2', 'cat')): Image.open(tmp_path/'few'/c/'1.jpg').save(tmp_path/f'{name}.jpg')
-    code = blocks('python', 'FewShotClassifier')[0].replace("'few/'", repr(str(tmp_path/'few'))).replace("'new", f"'{tmp_path}/new").replace('few.predict', 'said = few.predict')
+    code = (blocks('python', 'FewShotClassifier')[0].replace("'few/'", repr(str(tmp_path/'few'))).replace("'new", f"'{tmp_path}/new")
+            .replace('few.predict', 'said = few.predict'))
     scope = {}
     exec(code, scope)
     assert scope['said'] == ['dog','cat']
@@ -97,6 +101,8 @@ def test_a_wheel_works_outside_the_clone(wheel, tmp_path):
         z.extractall(tmp_path/'site')
     assert {'grdd_fastai/class_lists/cifar_fs.csv', 'grdd_fastai/class_lists/mini_imagenet.csv'} <= set(names)
     assert not [n for n in names if n.startswith(('tests','recipes','data'))]
-    code = f"import sys; sys.path.insert(0, {str(tmp_path/'site')!r}); import grdd_fastai, timm; from grdd_fastai.prepare import class_list; " \
-           "assert 'site' in grdd_fastai.__file__ and len(class_list('mini_imagenet')) == 100 and timm.create_model('convnet4.grdd_cifarfs', pretrained=True).num_features == 64"
+    code = f"import sys; sys.path.insert(0, {str(tmp_path/'site')!r}); import grdd_fastai, timm; " \
+           "from grdd_fastai.prepare import class_list; " \
+           "assert 'site' in grdd_fastai.__file__ and len(class_list('mini_imagenet')) == 100 " \
+           "and timm.create_model('convnet4.grdd_cifarfs', pretrained=True).num_features == 64"
     subprocess.run([sys.executable, '-c', code], check=True, cwd=tmp_path, env=os.environ | dict(HF_HUB_OFFLINE='1'))

@@ -81,7 +81,8 @@ def test_embed_is_the_network_on_each_normalised_image(data):
         x = (torch.tensor(data.val.images[i]).permute(2, 0, 1)/255 - mean)/std
         with torch.no_grad(): assert torch.allclose(net(x[None])[0], h[i], atol=1e-4)
 
-@pytest.mark.parametrize('kwargs, says', [(dict(n_way=9), 'has 8 classes, too few for 9-way'), (dict(n_query=30), 'has 30 images, too few for 1 support')])
+@pytest.mark.parametrize('kwargs, says',
+                         [(dict(n_way=9), 'has 8 classes, too few for 9-way'), (dict(n_query=30), 'has 30 images, too few for 1 support')])
 def test_impossible_episodes_are_one_sentence(kwargs, says):
     with pytest.raises(UserError, match=says): evaluate(torch.eye(8)[Y], Y, **kwargs)
 
@@ -114,7 +115,8 @@ def test_several_classifiers_in_one_pass_are_each_alone():
     names = ['cosine','bd_cspn','pt_map']
     together = evaluate(h, Y, 4, 2, 5, 70, classifier=names)
     assert list(together) == names and len({e.accuracy for e in together.values()}) == 3
-    for name,e in together.items(): assert (evaluate(h, Y, 4, 2, 5, 70, classifier=name).episodes == e.episodes).all() and e.classifier == name
+    for name,e in together.items():
+        assert (evaluate(h, Y, 4, 2, 5, 70, classifier=name).episodes == e.episodes).all() and e.classifier == name
     assert (together['cosine'] - evaluate(h, Y, 4, 2, 5, 70)).mean == 0
 
 def test_uneven_queries_are_disjoint_of_their_classes_and_as_many_in_all():
@@ -182,18 +184,24 @@ def test_features_and_classes_of_any_kind(kind):
     h,y = blobs()
     want = evaluate(torch.tensor(h).float(), torch.tensor(y), **WORDS)
     names = np.array([f'class {c}' for c in y])
-    got = evaluate(**WORDS, **{'array':dict(h=h.astype(np.float32), y=y), 'float64':dict(h=torch.tensor(h), y=y), 'list of names':dict(h=h, y=list(names)), 'strings':dict(h=h, y=names), 'float classes':dict(h=h, y=y.astype(float)),
+    got = evaluate(**WORDS, **{'array':dict(h=h.astype(np.float32), y=y), 'float64':dict(h=torch.tensor(h), y=y),
+                              'list of names':dict(h=h, y=list(names)), 'strings':dict(h=h, y=names),
+                              'float classes':dict(h=h, y=y.astype(float)),
                               'half':dict(h=torch.tensor(h).half(), y=y), 'int':dict(h=(100*h).astype(np.int64), y=y)}[kind])
     assert got.drawn == want.drawn and got.accuracy == pytest.approx(want.accuracy, abs=2) and 40 < got.accuracy < 100
 
 @pytest.mark.parametrize('h, y, says', [
-    (np.zeros((100, 4)), np.zeros(50), r'100 rows of features and classes of shape \(50,\)'), (np.zeros(9), np.zeros(9), 'the features have the shape'), (['a'], [1], 'the features are no numbers'), (np.zeros((0, 4)), [], 'the features have the shape'),
-    (np.zeros((2, 4)), [1., np.nan], 'a class is missing'), (np.zeros((2, 4)), ['a', None], 'a class is missing'), (np.zeros((2, 4)), np.array(['a', 3], object), 'of several kinds')])
+    (np.zeros((100, 4)), np.zeros(50), r'100 rows of features and classes of shape \(50,\)'),
+    (np.zeros(9), np.zeros(9), 'the features have the shape'), (['a'], [1], 'the features are no numbers'),
+    (np.zeros((0, 4)), [], 'the features have the shape'),
+    (np.zeros((2, 4)), [1., np.nan], 'a class is missing'), (np.zeros((2, 4)), ['a', None], 'a class is missing'),
+    (np.zeros((2, 4)), np.array(['a', 3], object), 'of several kinds')])
 def test_features_and_classes_that_cannot_be(h, y, says):
     with pytest.raises(UserError, match=says): evaluate(h, y)
 
 @pytest.mark.parametrize('classifier, says', [
-    (lambda s, y, q: torch.full((*q.shape[:2], 3), torch.nan), 'gives logits that are NaN or infinite'), (lambda s, y, q: q, r'gives \(40, 15, 8\): a classifier gives logits \(E, NQ, C\), here \(40, 15, 3\)'),
+    (lambda s, y, q: torch.full((*q.shape[:2], 3), torch.nan), 'gives logits that are NaN or infinite'),
+    (lambda s, y, q: q, r'gives \(40, 15, 8\): a classifier gives logits \(E, NQ, C\), here \(40, 15, 3\)'),
     (lambda s, y, q: q[0], r'a classifier gives logits'), (lambda s, y, q: None, 'gives NoneType')])
 def test_a_classifier_of_ones_own_that_is_wrong(classifier, says):
     with pytest.raises(UserError, match=says): evaluate(*blobs(), classifier=classifier, **WORDS)
@@ -210,6 +218,7 @@ h,y = torch.randn(600, 16),torch.arange(20).repeat_interleave(30)
 def peak(n): evaluate(h, y, 5, 1, 15, n); return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 print(peak(5_000), peak(50_000))
 '''
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, timeout=300, cwd=Path(__file__).parent.parent)
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, timeout=300,
+                          cwd=Path(__file__).parent.parent)
     few,many = map(float, done.stdout.split())
     assert many - few < 25, (few, many) # megabytes

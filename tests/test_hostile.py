@@ -1,4 +1,4 @@
-"""What strangers and accidents put in the way: pipes, devices, links, forged files, sizes, full disks. A sentence each, no hang, nothing lost."""
+"""What strangers and accidents put in the way: pipes, devices, links, forged files, sizes, full disks. A sentence each, no hang."""
 import contextlib
 import json
 import os
@@ -71,7 +71,9 @@ def test_pipes_devices_and_links_that_lead_out_are_left_out_and_said(folders, tm
     Image.new('RGB', (8, 8)).save(outside)
     a = folders/'train'/'train0'
     os.mkfifo(a/'pipe.png')
-    for name,target in (('zero.png', '/dev/zero'), ('random.png', '/dev/urandom'), ('passwd.png', '/etc/passwd'), ('gone.png', 'nowhere'), ('out.png', outside), ('self.png', 'self.png')): (a/name).symlink_to(target)
+    for name,target in (('zero.png', '/dev/zero'), ('random.png', '/dev/urandom'), ('passwd.png', '/etc/passwd'), ('gone.png', 'nowhere'),
+                        ('out.png', outside), ('self.png', 'self.png')):
+        (a/name).symlink_to(target)
     (a/'inside.png').symlink_to('../train1/00.png') # a link that stays inside is a file
     (folders/'train'/'loop').symlink_to('..')
     with no_hang():
@@ -148,8 +150,10 @@ def test_what_is_half_written_has_a_name_nobody_can_foretell(tmp_path, monkeypat
 
 # ---- networks from strangers ------------------------------------------------------------------------------------------
 
-ABOUT = dict(stats=[[.5]*3, [.2]*3], px=32, scores=dict(val={'1-shot':dict(accuracy=50., ci95=1., n=9)}), supervision='CL', classes=['a'], dataset='x', fingerprint='f'*64,
-             settings={}, trained=dict(command='python recipes/table2.py --data /home/alice/secret/birds.zip --cache=/home/alice/c', commit='c', device='d', torch_threads=1, versions=dict(torch='1', timm='1')))
+ABOUT = dict(stats=[[.5]*3, [.2]*3], px=32, scores=dict(val={'1-shot':dict(accuracy=50., ci95=1., n=9)}), supervision='CL', classes=['a'],
+             dataset='x', fingerprint='f'*64,
+             settings={}, trained=dict(command='python recipes/table2.py --data /home/alice/secret/birds.zip --cache=/home/alice/c',
+                                       commit='c', device='d', torch_threads=1, versions=dict(torch='1', timm='1')))
 
 def forged(folder, change=None, tensors=None, **cfg):
     "A published network whose config.json `change`s, or whose pretrained_cfg has `cfg`"
@@ -179,10 +183,14 @@ def test_pickles_are_refused_before_they_are_opened(tmp_path, name):
 
 @pytest.mark.parametrize('cfg, change, word', [
     (dict(pretrained_strict=False), dict(pretrained_strict=False, model_args=dict(pretrained_strict=False)), 'pretrained_strict'),
-    ({}, dict(model_args=dict(widths=[12000]*4)), 'widths'), ({}, dict(model_args=dict(widths=[4000]*4)), 'does not fit'), ({}, dict(model_args=dict(checkpoint_path='/etc/passwd')), 'checkpoint_path'),
-    ({}, dict(model_args=dict(widths=[[[[1]]]])), 'widths'), ({}, dict(model_args=dict(nothing=1)), 'cannot be built'), ({}, dict(model_args=[1]), 'does not describe'),
-    ({}, dict(architecture='resnet18'), 'does not fit'), ({}, dict(architecture='vit_giant_patch14_224'), 'does not fit'), ({}, dict(architecture=['x']), 'architecture'), ({}, dict(architecture='nothing_like_it'), 'unknown backbone'),
-    (dict(input_size=[3, 100000, 100000]), {}, 'images of 100000 px'), (dict(input_size=[1, 32, 32]), {}, 'RGB'), (dict(input_size='x'), {}, 'does not describe'), (dict(std=[0, 1, 1]), {}, 'std'),
+    ({}, dict(model_args=dict(widths=[12000]*4)), 'widths'), ({}, dict(model_args=dict(widths=[4000]*4)), 'does not fit'),
+    ({}, dict(model_args=dict(checkpoint_path='/etc/passwd')), 'checkpoint_path'),
+    ({}, dict(model_args=dict(widths=[[[[1]]]])), 'widths'), ({}, dict(model_args=dict(nothing=1)), 'cannot be built'),
+    ({}, dict(model_args=[1]), 'does not describe'),
+    ({}, dict(architecture='resnet18'), 'does not fit'), ({}, dict(architecture='vit_giant_patch14_224'), 'does not fit'),
+    ({}, dict(architecture=['x']), 'architecture'), ({}, dict(architecture='nothing_like_it'), 'unknown backbone'),
+    (dict(input_size=[3, 100000, 100000]), {}, 'images of 100000 px'), (dict(input_size=[1, 32, 32]), {}, 'RGB'),
+    (dict(input_size='x'), {}, 'does not describe'), (dict(std=[0, 1, 1]), {}, 'std'),
     (dict(mean=['a']*3), {}, 'mean'), (dict(crop_pct=9), {}, 'crop_pct'), ({}, dict(pretrained_cfg=5), 'does not describe')])
 def test_forged_configs(tmp_path, cfg, change, word): says(lambda: load_network(forged(tmp_path/'convnet4.mine', change, **cfg)), word)
 
@@ -195,7 +203,9 @@ def test_weights_are_all_of_the_network_or_refused(tmp_path):
     (tmp_path/'c'/'model.safetensors').write_bytes(b'\xff'*100)
     says(lambda: load_network(tmp_path/'c'), 'is damaged')
 
-@pytest.mark.parametrize('change', [dict(px='x'), dict(px=10**5), dict(px=0), dict(px=True), dict(stats=[]), dict(stats=[[.5]*3, [0, 1, 1]]), dict(stats=[[.5], [.2]]), dict(arch=5), dict(arch='x/y'), dict(sha256=5)])
+@pytest.mark.parametrize('change',
+                         [dict(px='x'), dict(px=10**5), dict(px=0), dict(px=True), dict(stats=[]), dict(stats=[[.5]*3, [0, 1, 1]]),
+                          dict(stats=[[.5], [.2]]), dict(arch=5), dict(arch='x/y'), dict(sha256=5)])
 @pytest.mark.parametrize('how', ['card', '[]', 'null', 'deep'])
 def test_forged_cards(tmp_path, change, how):
     save_weights(create_backbone('convnet4', 0), tmp_path/'net', **dict(arch='convnet4', px=32, stats=[[.5]*3, [.2]*3]))
@@ -264,9 +274,12 @@ def test_control_characters_get_a_sentence(root, tmp_path, bad, where):
 def test_a_class_folder_with_a_carriage_return(folders, tmp_path):
     "It moved every label after it by a row"
     (folders/'train'/'train0').rename(folders/'train'/'tr\rain0')
-    for call in (lambda: few_shot_data(folders, px=8, cache=tmp_path/'c'), lambda: prepare(folders, tmp_path/'out')): says(call, 'control character')
+    for call in (lambda: few_shot_data(folders, px=8, cache=tmp_path/'c'), lambda: prepare(folders, tmp_path/'out')):
+        says(call, 'control character')
 
-@pytest.mark.parametrize('header, row, says_', [('filename,label,label', ',x', '2 columns label'), ('filename,filename,label', None, '2 columns filename'), ('row,filename,label', None, None)])
+@pytest.mark.parametrize('header, row, says_', [
+    ('filename,label,label', ',x', '2 columns label'), ('filename,filename,label', None, '2 columns filename'),
+    ('row,filename,label', None, None)])
 def test_columns_by_any_name(root, tmp_path, header, row, says_):
     "A column `row` is one as any other; a doubled one gets a sentence"
     lines = (root/'train.csv').read_text().splitlines()[1:]
@@ -312,14 +325,17 @@ def files_of(out): return {f.name:f.read_bytes() for f in out.iterdir()}
 
 def test_a_finished_run_is_not_replaced(finished, csv_set, cache, tmp_path, capfd):
     out,main = laid_out(finished, tmp_path/'run'),recipe('cifarfs_5w1s')
-    for change in ({}, dict(lr=.1), dict(epochs=1)): says(lambda change=change: main(out=str(out), **settings(csv_set, cache, **change)), 'holds a finished run', '--resume to print its result', '--overwrite')
+    for change in ({}, dict(lr=.1), dict(epochs=1)):
+        says(lambda change=change: main(out=str(out), **settings(csv_set, cache, **change)), 'holds a finished run',
+             '--resume to print its result', '--overwrite')
     says(lambda: main(out=str(out), resume=True, overwrite=True, **settings(csv_set, cache)), 'give one of them')
     assert files_of(out) == finished
     says(lambda: main(out=str(out), overwrite=True, **settings(csv_set, cache, data='/no/where')), 'no such file')
     assert files_of(out) == finished # nothing is deleted before the new run begins
     capfd.readouterr()
     main(out=str(out), overwrite=True, **settings(csv_set, cache, epochs=1))
-    assert 'deleting settings.json, data.json, result.json, student_cl.safetensors' in capfd.readouterr().err and json.loads((out/'settings.json').read_text())['settings']['epochs'] == 1
+    assert ('deleting settings.json, data.json, result.json, student_cl.safetensors' in capfd.readouterr().err
+            and json.loads((out/'settings.json').read_text())['settings']['epochs'] == 1)
 
 def test_a_demo_has_a_folder_of_its_own(tmp_path, monkeypatch, cache):
     monkeypatch.chdir(tmp_path)
@@ -345,7 +361,8 @@ def test_settings_that_are_lost_are_not_made_up(finished, csv_set, cache, tmp_pa
     out = laid_out(finished, tmp_path/'run')
     (out/'settings.json').unlink()
     before = files_of(out)
-    for how in (dict(resume=True), {}, dict(overwrite=True)): says(lambda how=how: recipe('cifarfs_5w1s')(out=str(out), **how, **settings(csv_set, cache)), 'no settings.json')
+    for how in (dict(resume=True), {}, dict(overwrite=True)):
+        says(lambda how=how: recipe('cifarfs_5w1s')(out=str(out), **how, **settings(csv_set, cache)), 'no settings.json')
     assert files_of(out) == before
 
 @pytest.mark.parametrize('name', ['net.json', 'data.json', 'teacher.safetensors', 'settings.json'])
@@ -366,8 +383,12 @@ def test_a_finished_run_prints_its_result_from_a_disk_that_takes_no_writing(fini
     assert json.loads(capsys.readouterr().out) == r == json.loads(finished['result.json']) and files_of(out) == finished
     says(lambda: recipe('cifarfs_5w1s')(out=str(out), overwrite=True, **settings(csv_set, cache)), 'Read-only file system')
 
-@pytest.mark.parametrize('change, word', [(dict(epoch=10**9), 'epoch 1000000000'), (dict(epoch=-1), 'epoch -1'), (dict(step=10**9), 'step 1000000000'), (dict(epoch='x'), 'epoch x'), (dict(format=2), 'has format 2'),
-                                          (dict(stage='teacher'), 'not a checkpoint of this training'), (dict(values=[]), None), (dict(values=[[1.]]*7), 'not a checkpoint'), (dict(parts={}), 'not a checkpoint'), (dict(opt=5), 'not a checkpoint'),
+@pytest.mark.parametrize('change, word', [(dict(epoch=10**9), 'epoch 1000000000'), (dict(epoch=-1), 'epoch -1'),
+                                          (dict(step=10**9), 'step 1000000000'), (dict(epoch='x'), 'epoch x'),
+                                          (dict(format=2), 'has format 2'),
+                                          (dict(stage='teacher'), 'not a checkpoint of this training'), (dict(values=[]), None),
+                                          (dict(values=[[1.]]*7), 'not a checkpoint'),
+                                          (dict(parts={}), 'not a checkpoint'), (dict(opt=5), 'not a checkpoint'),
                                           (dict(groups=[]), 'not a checkpoint'), (dict(best='x'), 'not a checkpoint')])
 def test_forged_checkpoints(csv_set, cache, tmp_path, change, word):
     out = stopped(csv_set, cache, tmp_path/'run')
@@ -409,9 +430,12 @@ def test_what_was_made_for_nothing_goes_again(tmp_path):
     with output_folder(tmp_path/'a'/'b'/'c') as folder: (folder/'file').write_text('x')
     assert (tmp_path/'a'/'b'/'c'/'file').exists()
 
-BAD_FLAGS = [dict(teacher='x'), dict(epochs=0), dict(schedule='x'), dict(lr=-1.), dict(bs=0), dict(classifier='x'), dict(smoothing=1.), dict(augment='x'), dict(opt='x'), dict(meta_opt='x'), dict(reading='x'), dict(meta_epochs=0),
-             dict(meta_schedule='x'), dict(meta_lr=0.), dict(meta_way=1), dict(meta_query=0), dict(episodes=0), dict(per_step=0), dict(T=-1.), dict(gamma=-1.), dict(scale=0.), dict(teacher_view='x'), dict(query=0), dict(query=10**6),
-             dict(test_episodes=0), dict(classifiers='x'), dict(seed=-1), dict(max_minutes=-1.), dict(data='/no/where'), dict(cache='/proc/x'), dict(student='convnet4.untrained'), dict(student='resnet18', pretrained='x', teacher='nothing.x')]
+BAD_FLAGS = [dict(teacher='x'), dict(epochs=0), dict(schedule='x'), dict(lr=-1.), dict(bs=0), dict(classifier='x'), dict(smoothing=1.),
+             dict(augment='x'), dict(opt='x'), dict(meta_opt='x'), dict(reading='x'), dict(meta_epochs=0),
+             dict(meta_schedule='x'), dict(meta_lr=0.), dict(meta_way=1), dict(meta_query=0), dict(episodes=0), dict(per_step=0),
+             dict(T=-1.), dict(gamma=-1.), dict(scale=0.), dict(teacher_view='x'), dict(query=0), dict(query=10**6),
+             dict(test_episodes=0), dict(classifiers='x'), dict(seed=-1), dict(max_minutes=-1.), dict(data='/no/where'),
+             dict(cache='/proc/x'), dict(student='convnet4.untrained'), dict(student='resnet18', pretrained='x', teacher='nothing.x')]
 
 @pytest.mark.parametrize('bad', BAD_FLAGS, ids=[next(iter(b)) + str(i) for i,b in enumerate(BAD_FLAGS)])
 def test_bad_flags_leave_nothing_behind(csv_set, cache, tmp_path, bad):
@@ -435,7 +459,8 @@ def test_rows_that_fail_are_no_success(csv_set, cache, tmp_path, monkeypatch, ca
     "Every write of a run fails, as on a full disk: the exit code, the status and a sentence say so"
     def full(*_, **__): raise UserError('No space left on device')
     monkeypatch.setattr('grdd_fastai.run.save_weights', full)
-    says(lambda: recipe('table2')(rows='CL,CL+EL', data=str(csv_set), cache=str(cache), out=str(tmp_path/'out'), **TINY), '2 of the rows failed, CL, seed 0', 'No space left')
+    says(lambda: recipe('table2')(rows='CL,CL+EL', data=str(csv_set), cache=str(cache), out=str(tmp_path/'out'), **TINY),
+         '2 of the rows failed, CL, seed 0', 'No space left')
     said = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert said['status'] == 'failed' and len(said['failed']) == 2
 
@@ -446,19 +471,24 @@ def test_three_evaluations_at_one_out_are_all_there(csv_set, cache, tmp_path):
     for i in range(3): save_weights(create_backbone('convnet4', 0, seed=i), run/f'n{i}', arch='convnet4', px=32, stats=data.stats)
     errors = []
     def work(i):
-        try: recipe('evaluate_weights')(str(run/f'n{i}'), data=str(csv_set), cache=str(cache), out=str(tmp_path/'out'), shots='1', queries='3', test_episodes=20)
+        try:
+            recipe('evaluate_weights')(str(run/f'n{i}'), data=str(csv_set), cache=str(cache), out=str(tmp_path/'out'), shots='1',
+                                       queries='3', test_episodes=20)
         except BaseException as e: errors.append(e)
     threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
     for t in threads: t.start()
     for t in threads: t.join()
     records = [json.loads(f.read_text()) for f in (tmp_path/'out').glob('*.json')]
-    assert not errors and sorted(next(iter(r['weights'])) for r in records) == sorted(str(run/f'n{i}') for i in range(3)) and len(list((tmp_path/'out').glob('*.csv'))) == 3
+    assert (not errors and sorted(next(iter(r['weights'])) for r in records) == sorted(str(run/f'n{i}') for i in range(3))
+            and len(list((tmp_path/'out').glob('*.csv'))) == 3)
 
 
 # ---- what others see --------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('word, shown', [('/home/alice/birds.zip', 'birds.zip'), ('--data=/home/alice/birds.zip', '--data=birds.zip'), ('~/birds', 'birds'), ('../../alice/birds', 'birds'), ('data/birds', 'data/birds'),
-                                         ('/home/alice/grdd/recipes/table2.py', 'recipes/table2.py'), ('--lr', '--lr'), ('0.1', '0.1'), ('CL+EL lr=0.1', 'CL+EL lr=0.1')])
+@pytest.mark.parametrize('word, shown', [('/home/alice/birds.zip', 'birds.zip'), ('--data=/home/alice/birds.zip', '--data=birds.zip'),
+                                         ('~/birds', 'birds'), ('../../alice/birds', 'birds'), ('data/birds', 'data/birds'),
+                                         ('/home/alice/grdd/recipes/table2.py', 'recipes/table2.py'), ('--lr', '--lr'), ('0.1', '0.1'),
+                                         ('CL+EL lr=0.1', 'CL+EL lr=0.1')])
 def test_commands_that_are_published_have_no_paths_of_a_machine(word, shown):
     assert public(word) == shown and command(['x', word]) == command(['x', shown])
 
@@ -480,16 +510,19 @@ def test_a_push_that_hangs_ends(tmp_path, monkeypatch):
 def test_a_tag_starts_from_its_weights_and_the_result_says_so(csv_set, cache, tmp_path):
     common = dict(data=str(csv_set), cache=str(cache), **SMALL | dict(epochs=1))
     r = recipe('cifarfs_5w1s')(out=str(tmp_path/'a'), **common | dict(student='convnet4.grdd_cifarfs'))
-    assert r['initial_weights'] == dict(teacher='random', student='convnet4.grdd_cifarfs') and 'accuracy_pretrained' in r and 'accuracy_untrained' not in r
+    assert (r['initial_weights'] == dict(teacher='random', student='convnet4.grdd_cifarfs') and 'accuracy_pretrained' in r
+            and 'accuracy_untrained' not in r)
     shipped,fresh = (create_backbone(n, 0, 32).state_dict() for n in ('convnet4.grdd_cifarfs', 'convnet4'))
-    assert torch.equal(shipped['stages.1.0.weight'], create_backbone('convnet4', 7, 32, pretrained=True).state_dict()['stages.1.0.weight']) and not torch.equal(shipped['stages.1.0.weight'], fresh['stages.1.0.weight'])
+    assert (torch.equal(shipped['stages.1.0.weight'], create_backbone('convnet4', 7, 32, pretrained=True).state_dict()['stages.1.0.weight'])
+            and not torch.equal(shipped['stages.1.0.weight'], fresh['stages.1.0.weight']))
     trained = load_network(tmp_path/'a'/'student_cl').state_dict()['stages.0.0.weight']
     near = [(trained - s['stages.0.0.weight']).abs().mean() for s in (shipped, fresh)]
     assert near[0] < near[1]/3
     r = recipe('cifarfs_5w1s')(out=str(tmp_path/'b'), **common)
     assert r['initial_weights'] == dict(teacher='random', student='random') and 'accuracy_untrained' in r
 
-@pytest.mark.parametrize('name, word', [('convnet4.untrained', 'has no pretrained weights'), ('convnet4.nothing', 'convnet4.grdd_cifarfs'), ('resnet12.x', 'give resnet12 for random ones')])
+@pytest.mark.parametrize('name, word', [('convnet4.untrained', 'has no pretrained weights'), ('convnet4.nothing', 'convnet4.grdd_cifarfs'),
+                                        ('resnet12.x', 'give resnet12 for random ones')])
 def test_a_tag_without_weights_is_refused(csv_set, cache, tmp_path, name, word):
     says(lambda: recipe('cifarfs_5w1s')(out=str(tmp_path/'run'), **settings(csv_set, cache, student=name)), word)
     assert np.array_equal(os.listdir(tmp_path), [])
@@ -506,7 +539,8 @@ def test_a_fit_that_fails_changes_no_classifier(tmp_path):
 @pytest.mark.parametrize('where', ['grdd_fastai.storage.digest', 'grdd_fastai.run.digest', 'grdd_fastai.pack._fingerprint'])
 def test_a_signal_is_never_taken_for_a_damaged_file(finished, csv_set, cache, tmp_path, monkeypatch, where):
     "It ends the program with its code, and no file is refused or made anew"
-    out = stopped(csv_set, cache, tmp_path/'run', 2) if 'storage' in where else laid_out({k:v for k,v in finished.items() if 'grdd' not in k and k != 'result.json'}, tmp_path/'run')
+    out = (stopped(csv_set, cache, tmp_path/'run', 2) if 'storage' in where
+           else laid_out({k:v for k,v in finished.items() if 'grdd' not in k and k != 'result.json'}, tmp_path/'run'))
     before = {k:v for k,v in files_of(out).items() if k != 'result.json'}
     def hit(*_): os.kill(os.getpid(), signal.SIGTERM); raise AssertionError('it goes on')
     monkeypatch.setattr(where, hit)
@@ -520,9 +554,11 @@ def test_a_folder_by_a_name_that_is_no_utf8(csv_set, cache, tmp_path):
     r = recipe('cifarfs_5w1s')(out=out, resume=True, **settings(csv_set, cache))
     assert recipe('cifarfs_5w1s')(out=out, resume=True, **settings(csv_set, cache)) == r and load_network(out).num_classes == 0
 
-@pytest.mark.parametrize('bad', [dict(test_episodes=10**13), dict(episodes=10**8), dict(epochs=10**9), dict(epochs=1.5), dict(epochs='3'), dict(lr='x'), dict(query=2.5)])
+@pytest.mark.parametrize('bad', [dict(test_episodes=10**13), dict(episodes=10**8), dict(epochs=10**9), dict(epochs=1.5), dict(epochs='3'),
+                                 dict(lr='x'), dict(query=2.5)])
 def test_numbers_that_no_run_can_have(csv_set, cache, tmp_path, bad):
-    says(lambda: recipe('cifarfs_5w1s')(**dict(out=str(tmp_path/'x'), **settings(csv_set, cache)) | bad), f'--{next(iter(bad)).replace("_", "-")} is')
+    says(lambda: recipe('cifarfs_5w1s')(**dict(out=str(tmp_path/'x'), **settings(csv_set, cache)) | bad),
+         f'--{next(iter(bad)).replace("_", "-")} is')
     assert not list(tmp_path.iterdir())
 
 @pytest.mark.parametrize('change', ['a..b', 'latin1', 'nameless'])
@@ -530,13 +566,16 @@ def test_prepared_names_are_the_images_own(tmp_path, change):
     for s,c in (('train', 'a..b'), ('train', 'a_b'), ('val', 'v'), ('test', 't')): write_images_of(tmp_path/'set'/s/c)
     if change == 'a..b':
         out = prepare(tmp_path/'set', tmp_path/'out')
-        assert sorted(f.relative_to(out).as_posix() for f in out.rglob('*.png'))[1:3] == ['images/train/train/a..b/0.png', 'images/train/train/a_b/0.png'] and len(open_source(out).frames['train']) == 2
+        assert (sorted(f.relative_to(out).as_posix() for f in out.rglob('*.png'))[1:3]
+                == ['images/train/train/a..b/0.png', 'images/train/train/a_b/0.png']
+                and len(open_source(out).frames['train']) == 2)
     if change == 'latin1':
         (tmp_path/'set'/'train'/'a_b').rename(os.fsdecode(os.fsencode(tmp_path/'set'/'train') + b'/caf\xe9'))
         says(lambda: prepare(tmp_path/'set', tmp_path/'out'), 'is not UTF-8')
     if change == 'nameless':
         with zipfile.ZipFile(tmp_path/'x.zip', 'w') as z:
-            for f in sorted((tmp_path/'set').rglob('*.png')): z.writestr(str(f.relative_to(tmp_path/'set')).replace('a_b/', '/'), f.read_bytes())
+            for f in sorted((tmp_path/'set').rglob('*.png')):
+                z.writestr(str(f.relative_to(tmp_path/'set')).replace('a_b/', '/'), f.read_bytes())
         says(lambda: prepare(tmp_path/'x.zip', tmp_path/'out'), 'a class folder without a name')
 
 def write_images_of(folder):
@@ -584,7 +623,8 @@ def test_links_that_multiply_come_to_an_end(folders):
 @pytest.mark.parametrize('what', ['fifo', '/dev/zero', '/dev/urandom'])
 def test_data_that_is_no_file(tmp_path, what):
     if what == 'fifo': os.mkfifo(what := tmp_path/'fifo')
-    for call in (lambda: few_shot_data(what, cache=tmp_path/'c'), lambda: prepare(what, tmp_path/'out')): says(call, 'neither a folder nor a regular file')
+    for call in (lambda: few_shot_data(what, cache=tmp_path/'c'), lambda: prepare(what, tmp_path/'out')):
+        says(call, 'neither a folder nor a regular file')
 
 def test_an_image_that_is_a_program_is_not_run(folders, tmp_path, monkeypatch):
     (tmp_path/'bin').mkdir()
@@ -595,7 +635,8 @@ def test_an_image_that_is_a_program_is_not_run(folders, tmp_path, monkeypatch):
     says(lambda: few_shot_data(folders, px=8, cache=tmp_path/'c'), '00.png does not decode')
     assert not (tmp_path/'ran').exists()
 
-@pytest.mark.parametrize('line, member, word', [('filename,label\n' + 'train0/00.png,train0\n'*3, 'train.csv', 'is listed twice'), (','*(2**21), 'train.csv', 'characters'), ('x'*(2**21), 'train.csv', 'characters')])
+@pytest.mark.parametrize('line, member, word', [('filename,label\n' + 'train0/00.png,train0\n'*3, 'train.csv', 'is listed twice'),
+                                                (','*(2**21), 'train.csv', 'characters'), ('x'*(2**21), 'train.csv', 'characters')])
 def test_texts_that_unpack_to_much(root, tmp_path, line, member, word):
     with zipfile.ZipFile(tmp_path/'set.zip', 'w', zipfile.ZIP_DEFLATED) as z:
         for f in sorted(root.rglob('*')):
@@ -603,15 +644,23 @@ def test_texts_that_unpack_to_much(root, tmp_path, line, member, word):
         z.writestr(member, line)
     says(lambda: open_source(tmp_path/'set.zip'), member, word)
 
-@pytest.mark.parametrize('args', [dict(architecture='vit_tiny_patch16_224', model_args=dict(depth=4096)), dict(architecture='resnet18', model_args=dict(layers=[4096]*4)), dict(architecture='convnext_tiny', model_args=dict(depths=[200]*4))])
-def test_networks_that_would_take_minutes_to_build(tmp_path, args): says(lambda: load_network(forged(tmp_path/'convnet4.mine', args)), 'too large')
+@pytest.mark.parametrize('args', [dict(architecture='vit_tiny_patch16_224', model_args=dict(depth=4096)),
+                                  dict(architecture='resnet18', model_args=dict(layers=[4096]*4)),
+                                  dict(architecture='convnext_tiny', model_args=dict(depths=[200]*4))])
+def test_networks_that_would_take_minutes_to_build(tmp_path, args):
+    says(lambda: load_network(forged(tmp_path/'convnet4.mine', args)), 'too large')
 
 @pytest.mark.parametrize('path', ['~nobody9/x', 'x'*300, 'a\0b', '/dev/null/x'])
 def test_paths_that_cannot_be(csv_set, cache, tmp_path, path):
-    for call in (lambda: recipe('cifarfs_5w1s')(out=path, **settings(csv_set, cache)), lambda: recipe('cifarfs_5w1s')(out=path, resume=True, **settings(csv_set, cache)), lambda: table('a', ROWS, out=path, data=str(csv_set)),
-                 lambda: few_shot_data(csv_set, px=8, cache=path), lambda: load_network(path), lambda: FewShotClassifier.from_folder(path), lambda: open_source(path)): says(call)
+    for call in (lambda: recipe('cifarfs_5w1s')(out=path, **settings(csv_set, cache)),
+                 lambda: recipe('cifarfs_5w1s')(out=path, resume=True, **settings(csv_set, cache)),
+                 lambda: table('a', ROWS, out=path, data=str(csv_set)),
+                 lambda: few_shot_data(csv_set, px=8, cache=path), lambda: load_network(path), lambda: FewShotClassifier.from_folder(path),
+                 lambda: open_source(path)): says(call)
 
-@pytest.mark.parametrize('change', [dict(parts={'rotation':5}), dict(parts={'rotation':{}}), dict(parts={'rotation':{'L_c':[1., 'x'], 'L_r':[1., 2]}}), dict(smooth_loss=[1., 'x']), dict(smooth_loss=5), dict(groups=[5]), dict(groups=[dict(weight_decay='x')]),
+@pytest.mark.parametrize('change', [dict(parts={'rotation':5}), dict(parts={'rotation':{}}),
+                                    dict(parts={'rotation':{'L_c':[1., 'x'], 'L_r':[1., 2]}}), dict(smooth_loss=[1., 'x']),
+                                    dict(smooth_loss=5), dict(groups=[5]), dict(groups=[dict(weight_decay='x')]),
                                     dict(values=['x']), dict(best=['x', 'y']), dict(scaler=5)])
 def test_more_forged_checkpoints(csv_set, cache, tmp_path, change):
     out = stopped(csv_set, cache, tmp_path/'run')
@@ -653,7 +702,9 @@ def test_a_sentence_is_one_line_whatever_it_quotes(root):
     with pytest.raises(UserError) as e: open_source(root)
     assert str(e.value).isprintable() and len(str(e.value)) < 700
 
-@pytest.mark.parametrize('word, shown', [('./../../home/alice/x.zip', 'x.zip'), ('a/../../../home/alice/x', 'x'), ('--data=./../alice/x', '--data=x'), ('file:///home/alice/x', 'x'), ('runs/a,/home/alice/b', 'runs/a,b'), (r'C:\Users\alice\x', 'x'), ('1,5', '1,5'),
+@pytest.mark.parametrize('word, shown', [('./../../home/alice/x.zip', 'x.zip'), ('a/../../../home/alice/x', 'x'),
+                                         ('--data=./../alice/x', '--data=x'), ('file:///home/alice/x', 'x'),
+                                         ('runs/a,/home/alice/b', 'runs/a,b'), (r'C:\Users\alice\x', 'x'), ('1,5', '1,5'),
                                          ('hf-hub:user/name', 'hf-hub:user/name')])
 def test_more_paths_of_a_machine(word, shown): assert public(word) == shown
 
@@ -678,15 +729,21 @@ def test_an_optimiser_state_of_another_shape(csv_set, cache, tmp_path):
     save_tensors(path, {k:torch.zeros(3) if k.startswith('opt/1/') else v for k,v in tensors.items()}, meta)
     says(lambda: stopped(csv_set, cache, out), 'of shape (3,)')
 
-@pytest.mark.parametrize('bad', [dict(n_way='5'), dict(k_shot=1.5), dict(n_episodes=True), dict(seed=-1), dict(classifier=[]), dict(classifier=[['cosine']]),
-                                 dict(classifier=lambda s, y, q: torch.ones(*q.shape[:2], 5, dtype=torch.bool)), dict(query_distribution=['x'])])
+@pytest.mark.parametrize('bad', [dict(n_way='5'), dict(k_shot=1.5), dict(n_episodes=True), dict(seed=-1), dict(classifier=[]),
+                                 dict(classifier=[['cosine']]),
+                                 dict(classifier=lambda s, y, q: torch.ones(*q.shape[:2], 5, dtype=torch.bool)),
+                                 dict(query_distribution=['x'])])
 def test_more_arguments_of_evaluate(bad):
     h,y = torch.randn(200, 8),torch.arange(10).repeat_interleave(20)
     says(lambda: evaluate(h, y, **dict(n_episodes=5) | bad))
 
-@pytest.mark.parametrize('call', [lambda n: FewShotClassifier(torch.nn.Linear(3, 2)), lambda n: FewShotClassifier(n, bs=0), lambda n: FewShotClassifier(n, stats='x'), lambda n: FewShotClassifier(n, stats=([.5]*3, [0, 1, 1])),
-                                  lambda n: FewShotClassifier(n, px=True), lambda n: FewShotClassifier(n).fit([np.zeros((9, 9, 3), np.uint8)]*2, [['a'], ['b']]), lambda n: FewShotClassifier(n).embed(None),
-                                  lambda n: FewShotClassifier(n).embed(np.zeros((0, 0, 3), np.uint8)), lambda n: few_shot_data('demo', seed=-1), lambda n: few_shot_data(5), lambda n: prepare('x', None)])
+@pytest.mark.parametrize('call', [lambda n: FewShotClassifier(torch.nn.Linear(3, 2)), lambda n: FewShotClassifier(n, bs=0),
+                                  lambda n: FewShotClassifier(n, stats='x'), lambda n: FewShotClassifier(n, stats=([.5]*3, [0, 1, 1])),
+                                  lambda n: FewShotClassifier(n, px=True),
+                                  lambda n: FewShotClassifier(n).fit([np.zeros((9, 9, 3), np.uint8)]*2, [['a'], ['b']]),
+                                  lambda n: FewShotClassifier(n).embed(None),
+                                  lambda n: FewShotClassifier(n).embed(np.zeros((0, 0, 3), np.uint8)),
+                                  lambda n: few_shot_data('demo', seed=-1), lambda n: few_shot_data(5), lambda n: prepare('x', None)])
 def test_more_arguments_that_cannot_be(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     says(lambda: call(create_backbone('convnet4', 0)))

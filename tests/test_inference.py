@@ -137,28 +137,34 @@ def alpha_tim(s, y, q, steps=60, lr=1e-3):
         return cross_entropy(l_s, y) - (H(P.mean(0)) - np.mean([H(p) for p in P]))
     return descent(s, y, q, loss, lr, steps)
 
-PLAIN = dict(cosine=cosine, centroid=centroid, centroid_cosine=centroid_cosine, simpleshot_l2n=simpleshot_l2n, simpleshot_cl2n=simpleshot_cl2n, neighbour=neighbour, bd_cspn=bd_cspn, laplacian_shot=laplacian_shot, pt_map=pt_map,
+PLAIN = dict(cosine=cosine, centroid=centroid, centroid_cosine=centroid_cosine, simpleshot_l2n=simpleshot_l2n,
+             simpleshot_cl2n=simpleshot_cl2n, neighbour=neighbour, bd_cspn=bd_cspn, laplacian_shot=laplacian_shot, pt_map=pt_map,
              soft_kmeans=soft_kmeans, tim_adm=tim_adm, tim_gd=tim_gd, alpha_tim=alpha_tim)
 
 @pytest.mark.parametrize('K', [1, 3, 5])
 @pytest.mark.parametrize('name', PLAIN)
 def test_the_plain_restatement(name, K):
     s,s_y,q,_ = episodes(E=2 if name in SLOW else 3, K=K, Q=4)
-    ours,seen = logits(name, s, s_y, q, **GIVEN.get(name, {})),np.exp if name == 'pt_map' else np.asarray # a plan; its logs of nothing may drift
+    # a plan; its logs of nothing may drift
+    ours,seen = logits(name, s, s_y, q, **GIVEN.get(name, {})),np.exp if name == 'pt_map' else np.asarray
     for e in range(len(s)): assert np.allclose(seen(ours[e]), seen(PLAIN[name](s[e], s_y[e], q[e])), atol=2e-3, rtol=1e-3), e
 
-@pytest.mark.parametrize('name, settings', [('simpleshot_cl2n', dict(mean=np.full(6, .7, np.float32))), ('laplacian_shot', dict(weight=1.5, n_neighbours=3)), ('laplacian_shot', dict(shift=True)), ('bd_cspn', dict(shift=True))])
+@pytest.mark.parametrize('name, settings', [
+    ('simpleshot_cl2n', dict(mean=np.full(6, .7, np.float32))), ('laplacian_shot', dict(weight=1.5, n_neighbours=3)),
+    ('laplacian_shot', dict(shift=True)), ('bd_cspn', dict(shift=True))])
 def test_settings(name, settings):
     s,s_y,q,_ = episodes()
     given = {k:torch.as_tensor(v) if isinstance(v, np.ndarray) else v for k,v in settings.items()}
-    for e,ours in enumerate(logits(name, s, s_y, q, **given)): assert np.allclose(ours, PLAIN[name](s[e], s_y[e], q[e], **settings), atol=1e-4)
+    for e,ours in enumerate(logits(name, s, s_y, q, **given)):
+        assert np.allclose(ours, PLAIN[name](s[e], s_y[e], q[e], **settings), atol=1e-4)
 
 def test_every_classifier_has_its_restatement(): assert set(CLASSIFIERS) == {*PLAIN, 'ridge', 'logistic'}
 
 
 # ---- scikit-learn -----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('C, K, D, normalize', [(5, 1, 64, True), (5, 5, 64, True), (20, 5, 640, True), (5, 25, 64, True), (5, 5, 64, False)])
+@pytest.mark.parametrize('C, K, D, normalize',
+                         [(5, 1, 64, True), (5, 5, 64, True), (20, 5, 640, True), (5, 25, 64, True), (5, 5, 64, False)])
 def test_logistic_regression_is_sklearns(C, K, D, normalize):
     s,s_y,q,_ = episodes(E=2, C=C, K=K, Q=3, D=D, noise=1.5)
     if not normalize: s,q = 4*s,4*q # of norm 40 and more
@@ -183,13 +189,15 @@ def test_logistic_regression_minimises_its_loss():
 def test_ridge_is_sklearns(K):
     s,s_y,q,_ = episodes(K=K)
     for e,ours in enumerate(logits('ridge', s, s_y, q, weight=.3)):
-        assert np.allclose(ours, RidgeClassifier(alpha=.3, solver='cholesky').fit(unit(s[e]), s_y[e]).decision_function(unit(q[e])), atol=1e-4)
+        assert np.allclose(ours, RidgeClassifier(alpha=.3, solver='cholesky').fit(unit(s[e]), s_y[e]).decision_function(unit(q[e])),
+                           atol=1e-4)
 
 
 # ---- easyfsl ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('method, K, n, name, settings', [
-    ('SimpleShot', 1, 1000, 'simpleshot_l2n', {}), ('SimpleShot', 5, 300, 'centroid_cosine', {}), # of several shots easyfsl takes the cosine, the paper distances
+    ('SimpleShot', 1, 1000, 'simpleshot_l2n', {}),
+    ('SimpleShot', 5, 300, 'centroid_cosine', {}), # of several shots easyfsl takes the cosine, the paper distances
     ('PrototypicalNetworks', 5, 300, 'centroid', {}), # its BDCSPN and LaplacianShot weigh images otherwise than the authors' programs do
     ('PTMAP', 1, 25, 'pt_map', dict(steps=10, normalize=False))])
 def test_easyfsls_accuracy(method, K, n, name, settings):
@@ -249,7 +257,8 @@ def test_inputs_are_left_alone_and_a_second_call_is_the_first(name):
     s,q = s.float(),q.float()
     before = s.clone(),q.clone()
     a,b = (CLASSIFIERS[name](s, s_y, q, **GIVEN.get(name, {})) for _ in range(2))
-    assert torch.equal(a, b) and torch.equal(s, before[0]) and torch.equal(q, before[1]) and a.dtype == torch.float32 and not a.requires_grad
+    assert (torch.equal(a, b) and torch.equal(s, before[0]) and torch.equal(q, before[1]) and a.dtype == torch.float32
+            and not a.requires_grad)
 
 @pytest.mark.parametrize('name', CLASSIFIERS)
 def test_bad_input_gets_a_sentence(name):
@@ -258,7 +267,8 @@ def test_bad_input_gets_a_sentence(name):
         x = q.copy()
         x[1, 0, 0] = bad
         with pytest.raises(UserError, match='NaN or infinite'): logits(name, s, s_y, x, **GIVEN.get(name, {}))
-    with pytest.raises(UserError, match='class 1 has no support image'): logits(name, s, np.where(s_y == 1, 0, s_y), q, **GIVEN.get(name, {}))
+    with pytest.raises(UserError, match='class 1 has no support image'):
+        logits(name, s, np.where(s_y == 1, 0, s_y), q, **GIVEN.get(name, {}))
     with pytest.raises(UserError, match=r'takes support \(E, NS, D\)'): logits(name, s[0], s_y[0], q[0])
 
 def test_names_are_looked_up():
@@ -268,7 +278,9 @@ def test_names_are_looked_up():
 
 def test_which_look_at_the_queries_and_which_take_them_to_be_balanced():
     assert {k for k,f in CLASSIFIERS.items() if f.balanced} == {'tim_gd','tim_adm','pt_map'}
-    assert {k for k,f in CLASSIFIERS.items() if f.transductive} == {f for f in CLASSIFIERS if hasattr(transductive, CLASSIFIERS[f].__name__) and CLASSIFIERS[f].__module__.endswith('transductive')}
+    assert ({k for k,f in CLASSIFIERS.items() if f.transductive}
+            == {f for f in CLASSIFIERS if hasattr(transductive, CLASSIFIERS[f].__name__)
+                and CLASSIFIERS[f].__module__.endswith('transductive')})
 
 def test_a_plan_has_the_asked_for_sums():
     plan = logits('pt_map', *episodes(K=1, Q=15)[:3])
@@ -295,7 +307,8 @@ def test_precision_is_kept_or_raised_never_lowered(a, b):
 
 def test_settings_that_a_classifier_does_not_have_are_a_sentence():
     s,s_y,q,_ = episodes()
-    with pytest.raises(UserError, match="bd_cspn has no setting 'scael': its settings are scale, normalize, shift"): logits('bd_cspn', s, s_y, q, scael=1.)
+    with pytest.raises(UserError, match="bd_cspn has no setting 'scael': its settings are scale, normalize, shift"):
+        logits('bd_cspn', s, s_y, q, scael=1.)
     with pytest.raises(UserError, match='simpleshot_cl2n needs the mean feature'): logits('simpleshot_cl2n', s, s_y, q)
 
 

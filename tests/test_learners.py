@@ -89,7 +89,8 @@ def test_a_cosine_classifier_in_stage_one_by_hand(data):
     h,(_,y),w = ref.backbone(learn.grab.x[0]),next(iter(category_dls(data, bs=60, aug=None).train)),ref.classifier.weight
     p = torch.stack([torch.stack([10 * (a @ b) / (a.norm() * b.norm()) for b in w]) for a in h])
     assert learn.grab.losses[0] == pytest.approx(F.cross_entropy(p, y.as_subclass(torch.Tensor)).item(), rel=1e-4)
-    assert learn.model.backbone.num_classes == 0 and not torch.equal(w, learn.model.classifier.weight) and learn.model.classifier.scale != 10
+    assert (learn.model.backbone.num_classes == 0 and not torch.equal(w, learn.model.classifier.weight)
+            and learn.model.classifier.scale != 10)
     head = learn.splitter(learn.model)[1]
     assert {id(p) for p in head} == {id(p) for p in learn.model.classifier.parameters()}
 
@@ -117,7 +118,8 @@ def test_accumulated_gradients_are_those_of_one_large_batch(data, stage, clip):
     images = 120 if stage == 'one' else 4*3*(2+4)
     whole,parts = fit(learner(1), 1, 1e-6),fit(learner(4, GradientAccumulation(images)), 1, 1e-6)
     assert len(whole.gradients.grads) == len(parts.gradients.grads) == 1
-    for a,b in zip(whole.gradients.grads[0], parts.gradients.grads[0]): assert a.abs().max() > 0 and torch.allclose(a, b, rtol=1e-3, atol=1e-5*a.abs().max().item())
+    for a,b in zip(whole.gradients.grads[0], parts.gradients.grads[0]):
+        assert a.abs().max() > 0 and torch.allclose(a, b, rtol=1e-3, atol=1e-5*a.abs().max().item())
     assert whole.gradients.logged[0] == pytest.approx(np.mean(parts.gradients.logged), rel=1e-4)
     rows = [dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1])) for learn in (whole, parts)]
     for k in ('L_c', 'L_r') if stage == 'one' else ('L_kl', 'L_rt'): assert rows[0][k] == pytest.approx(rows[1][k], rel=1e-4)
@@ -131,11 +133,13 @@ def test_metrics_of_a_rotated_batch_are_of_its_own_images(data):
 def test_both_losses_are_logged(data):
     learn = fit(stage_one(data, cbs=Grab()))
     row = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))
-    assert list(row) == ['train_loss','L_c','L_r','accuracy','time'][:4] and row['L_c'] + row['L_r'] == pytest.approx(np.mean(learn.grab.losses), rel=1e-5)
+    assert (list(row) == ['train_loss','L_c','L_r','accuracy','time'][:4]
+            and row['L_c'] + row['L_r'] == pytest.approx(np.mean(learn.grab.losses), rel=1e-5))
 
 def test_without_rotation_it_is_plain_cross_entropy(data):
     learn = fit(stage_one(data, rotation=False, cbs=Grab()))
-    assert len(learn.grab.x[0]) == 60 and learn.model.rotation_head is None and list(learn.recorder.metric_names[1:3]) == ['train_loss','accuracy']
+    assert (len(learn.grab.x[0]) == 60 and learn.model.rotation_head is None
+            and list(learn.recorder.metric_names[1:3]) == ['train_loss','accuracy'])
 
 def test_accuracy_shown_is_that_of_the_validation_classes(data):
     learn = fit(stage_one(data, keep_best=False))
@@ -161,7 +165,8 @@ def test_fit_one_cycle_lr_find_and_freeze_work(data):
     fit(learn, 1, .1, 'fit_one_cycle')
     now = learn.model.state_dict()
     assert torch.equal(before['backbone.stages.0.0.weight'], now['backbone.stages.0.0.weight'])
-    assert not torch.equal(before['backbone.head.weight'], now['backbone.head.weight']) and not torch.equal(before['rotation_head.weight'], now['rotation_head.weight'])
+    assert (not torch.equal(before['backbone.head.weight'], now['backbone.head.weight'])
+            and not torch.equal(before['rotation_head.weight'], now['rotation_head.weight']))
     learn.unfreeze()
     fit(learn, 1, .1, 'fit_one_cycle')
     assert not torch.equal(before['backbone.stages.0.0.weight'], learn.model.state_dict()['backbone.stages.0.0.weight'])
@@ -169,17 +174,20 @@ def test_fit_one_cycle_lr_find_and_freeze_work(data):
 
 # ---- stage two --------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('settings', [dict(), dict(T=4., gamma=.2, kl_weight=1., reduction='sum', teacher_view='clean'), dict(T=.1, decouple=False), dict(T=2., reverse=True, hinton=True, mean=False, reduction='sum'),
+@pytest.mark.parametrize('settings', [dict(), dict(T=4., gamma=.2, kl_weight=1., reduction='sum', teacher_view='clean'),
+                                      dict(T=.1, decouple=False), dict(T=2., reverse=True, hinton=True, mean=False, reduction='sum'),
                                       dict(T=.5, gamma=0., kl_weight=3., reduction='mean', teacher_view='same'),
                                       dict(teacher_output='logits'), dict(teacher_output='probabilities', teacher_view='same')])
 def test_a_stage_two_loss_is_equations_10_to_15(data, settings):
     "Loss of each step from the networks' features by loops; clean views are looked up in the packed images"
     keys = ('decouple','kl_weight','hinton','reverse','reduction','teacher_view','teacher_output')
     teacher = net(5) if settings.get('teacher_output', 'features') == 'features' else create_backbone('convnet4', 7, 16, 5)
-    learn = stage_two(data, teacher, per_step=2, n_episodes=4, aug='default', cbs=Grab(), keep_best=False, **{k:v for k,v in settings.items() if k not in keys},
+    learn = stage_two(data, teacher, per_step=2, n_episodes=4, aug='default', cbs=Grab(), keep_best=False,
+                      **{k:v for k,v in settings.items() if k not in keys},
                       distill={k:v for k,v in settings.items() if k in keys})
     fit(learn, 1, 1e-2)
-    s,(way,shot,query) = {**dict(T=.1, gamma=1., decouple=True, kl_weight=5., hinton=False, reverse=False, reduction='mean', teacher_view='same', teacher_output='features', mean=True), **settings},(3, 2, 4)
+    s,(way,shot,query) = {**dict(T=.1, gamma=1., decouple=True, kl_weight=5., hinton=False, reverse=False, reduction='mean',
+                                 teacher_view='same', teacher_output='features', mean=True), **settings},(3, 2, 4)
     dl = episodic_dls(data, way, shot, query, 4, 2).train
     dl.epoch = 0
     rows,mean,std = np.array(dl.get_idxs()).reshape(2, -1),*(torch.tensor(v).view(3, 1, 1) for v in data.stats)
@@ -286,7 +294,8 @@ def test_schedules_by_hand(data):
 def test_unknown_backbone_is_one_sentence():
     with pytest.raises(UserError, match="unknown backbone 'convnet5'.*convnet4"): create_backbone('convnet5')
 
-def test_backbone_seed(): assert same_state(net(3).state_dict(), net(3).state_dict()) and not same_state(net(3).state_dict(), net(4).state_dict())
+def test_backbone_seed():
+    assert same_state(net(3).state_dict(), net(3).state_dict()) and not same_state(net(3).state_dict(), net(4).state_dict())
 
 def test_wrong_settings_are_refused():
     with pytest.raises(ValueError, match='teacher_view'): RelatednessDistiller(net(0), teacher_view='dirty')
@@ -357,12 +366,15 @@ def test_the_defaults_are_the_best_readings():
     assert {k:distiller[k].default for k in ('T','gamma',*DISTILL)} == {k:READINGS['best'][k] for k in ('T','gamma',*DISTILL)}
 
 def test_a_teacher_without_classifier_has_no_predictions(data):
-    with pytest.raises(ValueError, match='needs a teacher with its classifier'): stage_two(data, net(5), distill=dict(teacher_output='logits'))
+    with pytest.raises(ValueError, match='needs a teacher with its classifier'):
+        stage_two(data, net(5), distill=dict(teacher_output='logits'))
     with pytest.raises(ValueError, match='teacher_output is one of'): stage_two(data, net(5), distill=dict(teacher_output='softmax'))
 
 @pytest.mark.parametrize('settings, says', [
-    (dict(distill=dict(decuple=True)), "distill has no setting 'decuple': its settings are decouple, kl_weight"), (dict(T=-1.), 'the temperature T is -1.0'), (dict(T=float('nan')), 'the temperature T is nan'), (dict(gamma=-1.), 'gamma is -1.0'),
-    (dict(scale=0.), 'the logit scale is 0.0'), (dict(distill=dict(kl_weight=-1.)), 'kl_weight is -1.0'), (dict(distill=dict(reduction='max')), "reduction is 'max'")])
+    (dict(distill=dict(decuple=True)), "distill has no setting 'decuple': its settings are decouple, kl_weight"),
+    (dict(T=-1.), 'the temperature T is -1.0'), (dict(T=float('nan')), 'the temperature T is nan'), (dict(gamma=-1.), 'gamma is -1.0'),
+    (dict(scale=0.), 'the logit scale is 0.0'), (dict(distill=dict(kl_weight=-1.)), 'kl_weight is -1.0'),
+    (dict(distill=dict(reduction='max')), "reduction is 'max'")])
 def test_settings_of_stage_two_that_cannot_be(data, settings, says):
     with pytest.raises(UserError, match=says): stage_two(data, net(5), **settings)
 

@@ -17,7 +17,8 @@ def test_orthogonalized_is_the_orthogonal_factor_of_the_svd(shape, within):
 
 def test_orthogonalized_does_not_see_the_scale():
     G = torch.randn(16, 40)
-    for c in (2.**-20, 2.**20): assert torch.equal(orthogonalized(c*G), orthogonalized(G)) # powers of two, which bfloat16 multiplies without rounding
+    # powers of two, which bfloat16 multiplies without rounding
+    for c in (2.**-20, 2.**20): assert torch.equal(orthogonalized(c*G), orthogonalized(G))
     assert torch.equal(orthogonalized(torch.zeros(4, 6)), torch.zeros(4, 6))
 
 def test_ten_steps_are_timms():

@@ -44,7 +44,8 @@ def test_fingerprint_is_of_the_content_not_of_the_place(tmp_path):
     a,b = (few_shot_data(write_csv_set(tmp_path/n, (3, 3, 3), 4), px=16, cache=tmp_path/'c') for n in 'ab')
     assert a.fingerprint == b.fingerprint and a.folder != b.folder
 
-@pytest.mark.parametrize('mode, suffix', [('RGB','jpg'), ('L','png'), ('P','gif'), ('RGBA','webp'), ('CMYK','jpg'), ('1','bmp'), ('I;16','tiff')])
+@pytest.mark.parametrize('mode, suffix',
+                         [('RGB','jpg'), ('L','png'), ('P','gif'), ('RGBA','webp'), ('CMYK','jpg'), ('1','bmp'), ('I;16','tiff')])
 def test_any_format_becomes_rgb(tmp_path, mode, suffix):
     grey = np.full((20, 20), 200, np.uint8)
     im = Image.fromarray(grey.astype(np.uint16)*256) if mode == 'I;16' else Image.fromarray(grey).convert('RGB').convert(mode, dither=0)
@@ -52,7 +53,8 @@ def test_any_format_becomes_rgb(tmp_path, mode, suffix):
     x = decode((tmp_path/f'x.{suffix}').read_bytes(), 16)
     assert x.shape == (16, 16, 3) and x.dtype == np.uint8 and abs(x.astype(int) - (255 if mode == '1' else 200)).max() <= 6
 
-@pytest.mark.parametrize('a, mode', [(np.array([[0., .5], [1., 1.]]), 'F'), (np.array([[0, 128], [255, 255]]), 'I'), (np.array([[0, 32768], [65535, 65535]]), 'I')])
+@pytest.mark.parametrize('a, mode', [(np.array([[0., .5], [1., 1.]]), 'F'), (np.array([[0, 128], [255, 255]]), 'I'),
+                                     (np.array([[0, 32768], [65535, 65535]]), 'I')])
 def test_deep_grey_levels_are_not_black(tmp_path, a, mode):
     Image.fromarray(a.astype(np.float32 if mode == 'F' else np.int32)).save(tmp_path/'x.tiff')
     assert np.abs(decode((tmp_path/'x.tiff').read_bytes(), 2)[..., 0].astype(int) - [[0, 128], [255, 255]]).max() <= 1
@@ -72,7 +74,8 @@ def test_a_damaged_cache_is_packed_anew(csv_set, tmp_path, capsys, name):
     (first.folder/name).write_bytes(b)
     second = few_shot_data(csv_set, px=16, cache=tmp_path/'c')
     assert 'packed anew' in capsys.readouterr().err or name == 'meta.json'
-    assert second.fingerprint == first.fingerprint and (np.asarray(second.train.images) == np.asarray(few_shot_data(csv_set, px=16, cache=tmp_path/'d').train.images)).all()
+    assert (second.fingerprint == first.fingerprint
+            and (np.asarray(second.train.images) == np.asarray(few_shot_data(csv_set, px=16, cache=tmp_path/'d').train.images)).all())
     (first.folder/name).unlink()
     assert few_shot_data(csv_set, px=16, cache=tmp_path/'c').fingerprint == first.fingerprint
 
@@ -96,7 +99,8 @@ def test_a_photo_is_upright_and_cropped_at_its_centre(tmp_path):
 def test_an_image_that_does_not_decode_is_named_and_leaves_nothing(tmp_path):
     root = write_csv_set(tmp_path/'set', (3, 3, 3), 4)
     (root/'images'/'val1'/'02.png').write_bytes((root/'images'/'val1'/'02.png').read_bytes()[:60])
-    with pytest.raises(UserError, match=r'val row 8: images/val1/02\.png does not decode'): few_shot_data(root, px=16, cache=tmp_path/'cache')
+    with pytest.raises(UserError, match=r'val row 8: images/val1/02\.png does not decode'):
+        few_shot_data(root, px=16, cache=tmp_path/'cache')
     (root/'images'/'val1'/'02.png').write_text('not an image')
     with pytest.raises(UserError, match='it is no image that is known'): few_shot_data(root, px=16, cache=tmp_path/'cache')
     assert not [p for p in (tmp_path/'cache').iterdir() if p.is_dir()]

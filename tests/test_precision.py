@@ -47,7 +47,8 @@ def test_a_gpu_without_bfloat16_gets_float16(monkeypatch, supported, dtype):
 @pytest.mark.parametrize('arch', ['convnet4', pytest.param('resnet12', marks=pytest.mark.slow)])
 def test_a_compiled_network_takes_the_same_steps(data, arch):
     "By a backend that traces and runs as it is; the network is copied, saved and trained on as any other"
-    plain,compiled = (fit(stage_one(data, arch=arch, compile=c, rotation=False, bs=60, keep_best=False), 1, .01) for c in (False, dict(backend='eager')))
+    plain,compiled = (fit(stage_one(data, arch=arch, compile=c, rotation=False, bs=60, keep_best=False), 1, .01)
+                      for c in (False, dict(backend='eager')))
     assert compiled.model.backbone.stages._compiled_call_impl and not plain.model.backbone.stages._compiled_call_impl
     for (k,p),q in zip(plain.model.state_dict().items(), compiled.model.state_dict().values()): assert torch.allclose(p, q, atol=1e-5), k
     if arch == 'convnet4': fit(stage_two(data, compiled.model.backbone, compiled.model.backbone, compile=dict(backend='eager')))

@@ -44,7 +44,8 @@ def test_logits_by_hand(photos, net):
 
 def test_paths_arrays_and_images_are_the_same(photos, net):
     few,path = FewShotClassifier.from_folder(photos/'few', net, bs=2),photos/'more'/'blue1.png'
-    for image in (str(path), Image.open(path), np.array(Image.open(path)), [np.array(Image.open(path))]): assert few.logits(image).equals(few.logits(path))
+    for image in (str(path), Image.open(path), np.array(Image.open(path)), [np.array(Image.open(path))]):
+        assert few.logits(image).equals(few.logits(path))
     assert np.allclose(few.logits([path]*5), np.repeat(few.logits(path).to_numpy(), 5, 0), atol=1e-4)
 
 def test_a_photo_is_turned_as_its_camera_says(photos, net, tmp_path):
@@ -52,14 +53,20 @@ def test_a_photo_is_turned_as_its_camera_says(photos, net, tmp_path):
     exif = Image.Exif()
     exif[274] = 6 # turn a quarter clockwise to see it
     upright.rotate(90, expand=True).save(tmp_path/'phone.png', exif=exif)
-    assert np.allclose(few.logits(tmp_path/'phone.png'), few.logits(upright), atol=1e-5) and not np.allclose(few.logits(upright.rotate(90)), few.logits(upright), atol=1e-5)
+    assert (np.allclose(few.logits(tmp_path/'phone.png'), few.logits(upright), atol=1e-5)
+            and not np.allclose(few.logits(upright.rotate(90)), few.logits(upright), atol=1e-5))
 
 @pytest.mark.parametrize('call, sentence', [
-    (lambda p, n: FewShotClassifier(n).predict(p/'more'/'red0.png'), 'no classes yet'), (lambda p, n: FewShotClassifier.from_folder(p/'nowhere', n), 'there is no folder'), (lambda p, n: FewShotClassifier.from_folder(p/'more', n), 'no folders of images'),
-    (lambda p, n: FewShotClassifier(n).fit([p/'more'/'red0.png'], ['a', 'b']), '1 images and 2 labels'), (lambda p, n: FewShotClassifier(n).fit([p/'more'/'red0.png'], ['a']), 'at least two'),
-    (lambda p, n: FewShotClassifier.from_folder(p/'few', n).predict([]), 'no image is given'), (lambda p, n: FewShotClassifier.from_folder(p/'few', n).predict(p/'x.png'), 'cannot be read as an image'),
+    (lambda p, n: FewShotClassifier(n).predict(p/'more'/'red0.png'), 'no classes yet'),
+    (lambda p, n: FewShotClassifier.from_folder(p/'nowhere', n), 'there is no folder'),
+    (lambda p, n: FewShotClassifier.from_folder(p/'more', n), 'no folders of images'),
+    (lambda p, n: FewShotClassifier(n).fit([p/'more'/'red0.png'], ['a', 'b']), '1 images and 2 labels'),
+    (lambda p, n: FewShotClassifier(n).fit([p/'more'/'red0.png'], ['a']), 'at least two'),
+    (lambda p, n: FewShotClassifier.from_folder(p/'few', n).predict([]), 'no image is given'),
+    (lambda p, n: FewShotClassifier.from_folder(p/'few', n).predict(p/'x.png'), 'cannot be read as an image'),
     (lambda p, n: FewShotClassifier.from_folder(p/'few', n).predict(np.zeros((9, 9, 3))), 'is no image'),
-    (lambda p, n: FewShotClassifier('nothing_like_it'), 'unknown backbone'), (lambda p, n: FewShotClassifier(n, 'x'), "unknown classifier 'x'")])
+    (lambda p, n: FewShotClassifier('nothing_like_it'), 'unknown backbone'),
+    (lambda p, n: FewShotClassifier(n, 'x'), "unknown classifier 'x'")])
 def test_what_cannot_be_gets_a_sentence(photos, net, call, sentence):
     with pytest.raises(UserError, match=sentence): call(photos, net)
 
@@ -73,11 +80,13 @@ def test_a_learners_network_gets_the_images_it_was_trained_on(csv_set, cache):
         for k,stat in zip(('mean', 'std'), data.stats): assert net.pretrained_cfg[k] == pytest.approx(stat, abs=1e-4)
         image,label = data.train.images[:6:3],['a', 'b']
         few,other = FewShotClassifier(learn).fit(list(image), label),FewShotClassifier(net).fit(list(image), label)
-        x = (torch.from_numpy(np.array(image)).movedim(-1, 1)/255 - torch.tensor(data.stats[0]).view(3, 1, 1)) / torch.tensor(data.stats[1]).view(3, 1, 1)
+        x = ((torch.from_numpy(np.array(image)).movedim(-1, 1)/255 - torch.tensor(data.stats[0]).view(3, 1, 1))
+             / torch.tensor(data.stats[1]).view(3, 1, 1))
         with torch.no_grad(): assert torch.allclose(few.support, net.eval()(x) if learn is two else features(net.eval(), x), atol=1e-4)
         assert torch.equal(few.support, other.support)
 
-@pytest.mark.parametrize('labels, says', [(['a', float('nan')], 'a label is missing'), (['a', None], 'a label is missing'), (['a', 3], 'some labels are text')])
+@pytest.mark.parametrize('labels, says', [(['a', float('nan')], 'a label is missing'), (['a', None], 'a label is missing'),
+                                          (['a', 3], 'some labels are text')])
 def test_labels_that_are_none(photos, net, labels, says):
     with pytest.raises(UserError, match=says): FewShotClassifier(net).fit([photos/'more'/'red0.png']*2, labels)
 

@@ -54,7 +54,8 @@ def test_the_card_says_what_an_evaluation_gives(trained, faint, cache, tmp_path)
         e = evaluate(*embed(run.net, plain_dl(data, 'test')), 5, shot, 15, 60)
         assert said['scores']['novel'][f'{shot}-shot']['accuracy'] == pytest.approx(e.accuracy, abs=1e-3)
         assert f'{e.accuracy:.2f} ± {e.ci95:.2f}' in card.split('| novel |')[1].splitlines()[0]
-    assert said['supervision'] == 'CL+EL' and '(113,088 parameters, 64 features)' in card and f'commit `{said["trained"]["commit"]}`' in card
+    assert (said['supervision'] == 'CL+EL' and '(113,088 parameters, 64 features)' in card
+            and f'commit `{said["trained"]["commit"]}`' in card)
     logged = [json.loads(line) for line in (tmp_path/'results'/'novel_scorings.jsonl').read_text().splitlines()]
     assert sorted(o['shot'] for o in logged) == [1, 5]
 
@@ -65,7 +66,8 @@ def test_a_folder_that_is_no_training_and_other_data_are_refused(trained, tmp_pa
 def test_the_hub_gets_the_whole_folder(trained, tmp_path, monkeypatch):
     nets,given = trained
     pushed = {}
-    api = SimpleNamespace(create_repo=lambda hub, exist_ok: pushed.update(made=hub), upload_folder=lambda repo_id, folder_path, allow_patterns, commit_message:
+    api = SimpleNamespace(create_repo=lambda hub, exist_ok: pushed.update(made=hub),
+                          upload_folder=lambda repo_id, folder_path, allow_patterns, commit_message:
                           pushed.update({repo_id:sorted(p.name for p in folder_path.iterdir() if p.name in allow_patterns)}))
     monkeypatch.setattr(publishing, 'HfApi', lambda **_: api)
     (tmp_path/'convnet4.mine').mkdir()
@@ -96,7 +98,8 @@ def test_shipped_weights_are_timms(name):
 
 def test_shipped_convnet4_is_4_x_64():
     net = timm.create_model('convnet4.grdd_cifarfs', pretrained=True)
-    assert [m.out_channels for m in net.modules() if isinstance(m, torch.nn.Conv2d)] == [64]*4 and sum(p.numel() for p in net.parameters()) <= 115_000
+    assert ([m.out_channels for m in net.modules() if isinstance(m, torch.nn.Conv2d)] == [64]*4
+            and sum(p.numel() for p in net.parameters()) <= 115_000)
 
 def test_a_wrong_tag_is_an_error():
     with pytest.raises(RuntimeError, match='tag'): timm.create_model('convnet4.grdd_nothing', pretrained=True)
@@ -110,7 +113,9 @@ def test_shipped_weights_are_as_accurate_as_their_card_says(name, how, real):
     if how == 'our loader': h,y = embed(net, plain_dl(real, 'test'))
     else:
         transform = create_transform(**resolve_model_data_config(net))
-        with torch.no_grad(): h = torch.cat([net(torch.stack([transform(Image.fromarray(im)) for im in part])) for part in np.array_split(real.test.images, 40)])
+        with torch.no_grad():
+            h = torch.cat([net(torch.stack([transform(Image.fromarray(im)) for im in part]))
+                           for part in np.array_split(real.test.images, 40)])
         y = torch.as_tensor(real.test.y)
     assert real.fingerprint == said['fingerprint'] and len(y) == 12_000
     for shot in (1, 5):

@@ -24,7 +24,8 @@ SMALL = dict(teacher='convnet4', student='convnet4', epochs=1, meta_epochs=1, ep
 def recipe(name): return runpy.run_path(str(ROOT/'recipes'/f'{name}.py'))['main']
 
 def shell(*args, **env):
-    return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, cwd=ROOT, env={**os.environ, **env}, timeout=550)
+    return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, cwd=ROOT, env={**os.environ, **env},
+                          timeout=550)
 
 
 @pytest.mark.parametrize('name', GRDD)
@@ -33,7 +34,8 @@ def test_each_recipe_runs_and_fills_its_folder(csv_set, cache, tmp_path, name):
     assert r['shot'] == int(name[-2]) and r['way'] == 5 and r['dataset'] == csv_set.name and r['status'] == 'finished'
     assert json.loads((tmp_path/'run'/'result.json').read_text()) == r
     settings,read = json.loads((tmp_path/'run'/'settings.json').read_text()),json.loads((tmp_path/'run'/'data.json').read_text())
-    assert settings['settings']['epochs'] == 1 and settings['settings']['px'] == (84 if 'mini' in name else 32) and {'commit','versions','device'} <= set(settings)
+    assert (settings['settings']['epochs'] == 1 and settings['settings']['px'] == (84 if 'mini' in name else 32)
+            and {'commit','versions','device'} <= set(settings))
     assert len(read['fingerprint']) == 64
     history = pd.read_csv(tmp_path/'run'/'history_student_grdd.csv')
     assert list(history.columns) == ['epoch','train_loss','L_kl','L_rt','accuracy'] and len(history) == 1
@@ -41,11 +43,13 @@ def test_each_recipe_runs_and_fills_its_folder(csv_set, cache, tmp_path, name):
     assert [s['what'] for s in scorings] == ['untrained','cl','grdd'] and scorings[2]['accuracy'] == pytest.approx(r['accuracy'], abs=1e-3)
 
 def test_a_recipe_scores_with_several_classifiers(csv_set, cache, tmp_path):
-    r = recipe('cifarfs_5w1s')(data=str(csv_set), cache=str(cache), out=str(tmp_path/'run'), classifiers='tim_adm,cosine,simpleshot_l2n', **SMALL)
+    r = recipe('cifarfs_5w1s')(data=str(csv_set), cache=str(cache), out=str(tmp_path/'run'), classifiers='tim_adm,cosine,simpleshot_l2n',
+                               **SMALL)
     plain = recipe('cifarfs_5w1s')(data=str(csv_set), cache=str(cache), out=str(tmp_path/'plain'), **SMALL)
     assert r['classifier'] == 'tim_adm' and list(r['others']) == ['cosine','simpleshot_l2n'] and plain['others'] == {}
     assert (r['others']['cosine']['accuracy'], r['others']['cosine']['accuracy_cl']) == (plain['accuracy'], plain['accuracy_cl'])
-    with pytest.raises(UserError, match="unknown classifier 'x'"): recipe('cifarfs_5w1s')(data=str(csv_set), out=str(tmp_path/'x'), classifiers='x', **SMALL)
+    with pytest.raises(UserError, match="unknown classifier 'x'"):
+        recipe('cifarfs_5w1s')(data=str(csv_set), out=str(tmp_path/'x'), classifiers='x', **SMALL)
 
 def test_weights_saved_are_those_scored(data, cache, csv_set, tmp_path):
     r = recipe('cifarfs_5w1s')(data=str(csv_set), cache=str(cache), out=str(tmp_path/'run'), **{**SMALL, 'test_episodes':200})
@@ -59,7 +63,8 @@ def test_weights_saved_are_those_scored(data, cache, csv_set, tmp_path):
 
 def test_two_architectures_train_apart_and_one_shares(csv_set, cache, tmp_path):
     main = recipe('cifarfs_5w1s')
-    for name,kwargs,teacher in (('shared', {}, False), ('apart', dict(independent_teacher=True), True), ('other', dict(teacher='convnet4_128'), True)):
+    for name,kwargs,teacher in (('shared', {}, False), ('apart', dict(independent_teacher=True), True),
+                                ('other', dict(teacher='convnet4_128'), True)):
         main(data=str(csv_set), cache=str(cache), out=str(tmp_path/name), **{**SMALL, **kwargs})
         assert (tmp_path/name/'teacher.safetensors').exists() == teacher
     a,b = (load_file(tmp_path/'apart'/f'{n}.safetensors') for n in ('teacher','student_cl'))
@@ -97,12 +102,14 @@ def test_it_learns_data_it_never_saw(tmp_path, cache):
 @pytest.mark.slow
 def test_the_real_zip_by_the_command_of_the_readme(real_zip, cache, tmp_path):
     "Progress on stderr, the result alone on stdout; one step of each stage is enough here"
-    out = shell('recipes/cifarfs_5w1s.py', '--data', real_zip, '--cache', cache, '--out', tmp_path/'run', '--teacher', 'convnet4', '--student', 'convnet4',
+    out = shell('recipes/cifarfs_5w1s.py', '--data', real_zip, '--cache', cache, '--out', tmp_path/'run',
+                '--teacher', 'convnet4', '--student', 'convnet4',
                 '--epochs', 1, '--meta-epochs', 1, '--episodes', 2, '--test-episodes', 100, '--bs', 1024, '--no-rotation')
     assert out.returncode == 0, out.stderr[-2000:]
     assert len(out.stdout.strip().splitlines()) == 1
     r = json.loads(out.stdout)
-    assert {'dataset','way','shot','teacher','student','test_episodes','accuracy','ci95','accuracy_cl','ci95_cl','accuracy_untrained','seed','seconds','status'} <= set(r)
+    assert {'dataset','way','shot','teacher','student','test_episodes','accuracy','ci95','accuracy_cl','ci95_cl','accuracy_untrained',
+            'seed','seconds','status'} <= set(r)
     assert r['dataset'] == 'cifar_fs' and r['test_episodes'] == 100 and 20 < r['accuracy_untrained'] < 60
 
 @pytest.mark.slow
@@ -116,7 +123,8 @@ def test_the_demo_on_the_command_line(tmp_path):
 # ---- what a user can get wrong ----------------------------------------------------------------------------------------
 
 def wrong(tmp_path, **settings):
-    with pytest.raises(UserError) as e: recipe('cifarfs_5w1s')(**{**SMALL, 'out':str(tmp_path/'run'), 'cache':str(tmp_path/'cache'), **settings})
+    with pytest.raises(UserError) as e:
+        recipe('cifarfs_5w1s')(**{**SMALL, 'out':str(tmp_path/'run'), 'cache':str(tmp_path/'cache'), **settings})
     assert '\n' not in str(e.value)
     return str(e.value)
 
@@ -124,11 +132,13 @@ def test_wrong_settings_are_one_sentence(csv_set, tmp_path):
     (tmp_path/'file').write_text('')
     assert 'no such file' in wrong(tmp_path, data=str(tmp_path/'x'))
     assert "unknown backbone 'resnet13'" in wrong(tmp_path, data=str(csv_set), teacher='resnet13')
-    assert 'file/run cannot be written (Not a directory): give --out another' in wrong(tmp_path, data=str(csv_set), out=str(tmp_path/'file'/'run'))
+    assert ('file/run cannot be written (Not a directory): give --out another'
+            in wrong(tmp_path, data=str(csv_set), out=str(tmp_path/'file'/'run')))
     assert '20 images, too few for 1 support + 20 query' in wrong(tmp_path, data=str(csv_set), query=20)
     assert 'val split has 3 classes, too few for 5-way' in wrong(tmp_path, data=str(write_csv_set(tmp_path/'few', (6, 3, 6), 8)))
-    for k,v,says in (('epochs',0,'--epochs is 0'), ('lr',float('nan'),'--lr is nan: it must be positive'), ('lr',-1,'--lr is -1'), ('T',0,'--t is 0'),
-                     ('gamma',-1,'--gamma is -1'), ('seed',-1,'--seed is -1'), ('seed',2**64,'--seed is'), ('max_minutes',0,'--max-minutes is 0')):
+    for k,v,says in (('epochs',0,'--epochs is 0'), ('lr',float('nan'),'--lr is nan: it must be positive'), ('lr',-1,'--lr is -1'),
+                     ('T',0,'--t is 0'), ('gamma',-1,'--gamma is -1'), ('seed',-1,'--seed is -1'), ('seed',2**64,'--seed is'),
+                     ('max_minutes',0,'--max-minutes is 0')):
         assert says in wrong(tmp_path, data=str(csv_set), **{k:v})
     assert 'inception_v3 does not take images of 32 px' in wrong(tmp_path, data=str(csv_set), teacher='inception_v3')
     assert not (tmp_path/'run').exists() # a run that never began leaves nothing

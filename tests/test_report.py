@@ -17,12 +17,16 @@ RECORDS = sorted((ROOT/'results').glob('*/*.json'))
 START = dict(arch='convnet4', epochs=8, schedule='poly', lr=.1, bs=64, rotation=True)
 
 def score(accuracy, ci95=.2): return dict(accuracy=accuracy, ci95=ci95, n=10_000, episodes='')
-def versus(difference, ci95=.1): return {'CL':{'1-shot':dict(difference=difference, ci95=ci95, p=.01, clear=(difference > ci95) - (difference < -ci95))}}
+def versus(difference, ci95=.1):
+    return {'CL':{'1-shot':dict(difference=difference, ci95=ci95, p=.01, clear=(difference > ci95) - (difference < -ci95))}}
 
 def made_up(row, seed, accuracy, vs=None, order=0, split='novel', paper=None, same='x', minutes=30.):
     net = dict(run=f'{row}-{seed}', device='cpu', torch_threads=1, versions=dict(torch='2'), minutes=minutes)
-    return dict(experiment='table2', row=row, seed=seed, split=split, supervision='CL', phi=None, psi='convnet4', paper=paper and {'1-shot':paper}, scores={'1-shot':score(accuracy)}, settings=dict(student=START | dict(seed=seed)) if vs else START | dict(seed=seed),
-                versus=vs or {}, order=order, same=same, file=f'{row.lower()}-{same}-s{seed}-{split}.json', data=dict(name='d', fingerprint='f'*64),
+    return dict(experiment='table2', row=row, seed=seed, split=split, supervision='CL', phi=None, psi='convnet4',
+                paper=paper and {'1-shot':paper}, scores={'1-shot':score(accuracy)},
+                settings=dict(student=START | dict(seed=seed)) if vs else START | dict(seed=seed),
+                versus=vs or {}, order=order, same=same, file=f'{row.lower()}-{same}-s{seed}-{split}.json',
+                data=dict(name='d', fingerprint='f'*64),
                 networks=dict(net=net, teacher=net | dict(run='teacher')))
 
 @pytest.fixture
@@ -39,18 +43,22 @@ def checkout(tmp_path):
         return (tmp_path/'RESULTS.md').read_text()
     return make
 
-def row_of(text, name): return [c.strip() for c in next(line for line in text.splitlines() if line.startswith(f'| {name} |')).strip('|').split('|')]
+def row_of(text, name):
+    return [c.strip() for c in next(line for line in text.splitlines() if line.startswith(f'| {name} |')).strip('|').split('|')]
 
 
 def test_means_over_seeds_and_the_papers_number_by_hand(checkout):
-    text = checkout([made_up('CL', 0, 60., paper=64.6), made_up('CL', 1, 62., paper=64.6), made_up('GRDD', 0, 63.3, versus(3.3), 1), made_up('GRDD', 1, 64.3, versus(2.3), 1)])
+    text = checkout([made_up('CL', 0, 60., paper=64.6), made_up('CL', 1, 62., paper=64.6), made_up('GRDD', 0, 63.3, versus(3.3), 1),
+                     made_up('GRDD', 1, 64.3, versus(2.3), 1)])
     assert row_of(text, 'CL')[2:5] == ['61.00 (sd 1.41)', '64.6', '-3.6']
-    assert row_of(text, 'GRDD')[5] == 'CL **+2.80 (sd 0.71)**' and row_of(text, 'GRDD')[6] == '[0](results/table2/grdd-x-s0-novel.json) [1](results/table2/grdd-x-s1-novel.json)'
+    assert (row_of(text, 'GRDD')[5] == 'CL **+2.80 (sd 0.71)**'
+            and row_of(text, 'GRDD')[6] == '[0](results/table2/grdd-x-s0-novel.json) [1](results/table2/grdd-x-s1-novel.json)')
     assert '5 networks, 2.5 hours' in text # the teacher once
 
 @pytest.mark.parametrize('second, bold', [(2., True), (.05, False), (-2., False)])
 def test_an_order_is_bold_only_if_it_holds_in_every_seed(checkout, second, bold):
-    text = checkout([made_up('CL', 0, 60.), made_up('CL', 1, 60.), made_up('GRDD', 0, 63., versus(3.), 1), made_up('GRDD', 1, 60 + second, versus(second), 1)])
+    text = checkout([made_up('CL', 0, 60.), made_up('CL', 1, 60.), made_up('GRDD', 0, 63., versus(3.), 1),
+                     made_up('GRDD', 1, 60 + second, versus(second), 1)])
     assert ('**' in row_of(text, 'GRDD')[3]) == bold
 
 def test_on_validation_classes_nothing_is_subtracted_from_the_papers_novel_number(checkout):
@@ -66,16 +74,23 @@ def test_rows_from_other_starts_are_tables_of_their_own(checkout):
     for r in longer: r['settings'].get('student', r['settings']).update(epochs=24, opt='muon')
     text = checkout([made_up('CL', 0, 60.), made_up('GRDD', 0, 63., versus(3.), 1), *longer])
     tables = text.split('Stage one of psi: ')
-    assert len(tables) == 3 and tables[1].startswith('convnet4, 24 epochs, poly to 0.1, muon') and tables[2].startswith('convnet4, 8 epochs, poly to 0.1, sgd')
-    assert row_of(tables[1], 'GRDD')[2] == '66.00 ± 0.20' and row_of(tables[2], 'GRDD')[2] == '63.00 ± 0.20' and tables[1].count('\n| ') == 3
+    assert (len(tables) == 3 and tables[1].startswith('convnet4, 24 epochs, poly to 0.1, muon')
+            and tables[2].startswith('convnet4, 8 epochs, poly to 0.1, sgd'))
+    assert (row_of(tables[1], 'GRDD')[2] == '66.00 ± 0.20' and row_of(tables[2], 'GRDD')[2] == '63.00 ± 0.20'
+            and tables[1].count('\n| ') == 3)
 
 def test_classifiers_of_a_record_by_hand(checkout, tmp_path):
     (tmp_path/'results').mkdir()
-    def line(name, shot, acc, transductive, balanced): return dict(network='net', classifier=name, way=5, query=15, shot=shot, accuracy=acc, ci95=.2, n=10_000, transductive=transductive, balanced=balanced)
-    (tmp_path/'results'/'inference-net.json').write_text(json.dumps(dict(split='novel', queries='balanced', support_views=0, data=dict(name='cifar_fs'), commit='c'*40, device='cpu', scores=[
-        line('cosine', 1, 60., False, False), line('cosine', 5, 70., False, False), line('tim_adm', 1, 65.5, True, True), line('tim_adm', 5, 72., True, True)])))
+    def line(name, shot, acc, transductive, balanced):
+        return dict(network='net', classifier=name, way=5, query=15, shot=shot, accuracy=acc, ci95=.2, n=10_000, transductive=transductive,
+                    balanced=balanced)
+    (tmp_path/'results'/'inference-net.json').write_text(json.dumps(dict(
+        split='novel', queries='balanced', support_views=0, data=dict(name='cifar_fs'), commit='c'*40, device='cpu', scores=[
+        line('cosine', 1, 60., False, False), line('cosine', 5, 70., False, False), line('tim_adm', 1, 65.5, True, True),
+        line('tim_adm', 5, 72., True, True)])))
     text = checkout([])
-    assert '| net | tim_adm | all, taken to be balanced | 65.50 ± 0.20 | 72.00 ± 0.20 |' in text and '| net | cosine | one | 60.00 ± 0.20 | 70.00 ± 0.20 |' in text
+    assert ('| net | tim_adm | all, taken to be balanced | 65.50 ± 0.20 | 72.00 ± 0.20 |' in text
+            and '| net | cosine | one | 60.00 ± 0.20 | 70.00 ± 0.20 |' in text)
     assert 'GRDD-TIM, ConvNet-4, the paper | tim | all, taken to be balanced | 79.9' in text
 
 @pytest.mark.skipif(not RECORDS, reason='no records in results/')
@@ -83,7 +98,8 @@ def test_what_is_committed_is_what_the_records_say(tmp_path):
     for f in ('results','docs','benchmarks','grdd_fastai/weights'): shutil.copytree(ROOT/f, tmp_path/f)
     shutil.copy(ROOT/'README.md', tmp_path)
     recipe('report')(root=str(tmp_path))
-    for f in ('RESULTS.md','README.md','docs/readings.md','benchmarks/README.md'): assert (tmp_path/f).read_text() == (ROOT/f).read_text(), f'{f} is out of date: python recipes/report.py'
+    for f in ('RESULTS.md','README.md','docs/readings.md','benchmarks/README.md'):
+        assert (tmp_path/f).read_text() == (ROOT/f).read_text(), f'{f} is out of date: python recipes/report.py'
 
 @pytest.mark.parametrize('path', RECORDS, ids=lambda p: f'{p.parent.name}/{p.stem}')
 def test_a_record_names_a_clean_commit_and_a_command_that_parses(path):
@@ -107,7 +123,9 @@ def test_every_novel_record_is_in_the_log():
 def test_two_stages_one_that_differ_are_described_differently():
     "In any setting but the seed"
     described = runpy.run_path(str(ROOT/'recipes'/'report.py'))['described']
-    other = dict(arch='x', pretrained=True, epochs=1, schedule='step', lr=9., rotation=False, rotation_from='probabilities', classifier='cosine', smoothing=.5, jitter=False, augment='albumentations', opt='muon', bs=1)
+    other = dict(arch='x', pretrained=True, epochs=1, schedule='step', lr=9., rotation=False, rotation_from='probabilities',
+                 classifier='cosine', smoothing=.5, jitter=False, augment='albumentations', opt='muon', bs=1)
     assert other.keys() == STAGE_ONE.keys() - {'seed'} and all(STAGE_ONE[k] != v for k,v in other.items())
-    texts = [described(STAGE_ONE), *(described(STAGE_ONE | {k:v}) for k,v in other.items()), described(STAGE_ONE | dict(arch='resnet18.a1_in1k'))]
+    texts = [described(STAGE_ONE), *(described(STAGE_ONE | {k:v}) for k,v in other.items()),
+             described(STAGE_ONE | dict(arch='resnet18.a1_in1k'))]
     assert len(set(texts)) == len(texts) and all('external weights' in t for t in (texts[2], texts[-1]))

@@ -43,9 +43,11 @@ def test_stopping_after_every_single_step_changes_nothing(csv_set, cache, tmp_pa
         r = recipe('cifarfs_5w1s')(out=str(out), resume=True, max_minutes=1e-9, **settings(csv_set, cache))
         sessions += 1
         if r['status'] == 'finished': break
-        assert r['status'] == 'stopped' and re.search(r'^student_\w+ from epoch \d, step \d on, of 2 epochs|^teacher from', r['left']) and sessions < 50
+        assert (r['status'] == 'stopped' and re.search(r'^student_\w+ from epoch \d, step \d on, of 2 epochs|^teacher from', r['left'])
+                and sessions < 50)
         said = capsys.readouterr()
-        assert json.loads(said.out.strip().splitlines()[-1])['status'] == 'stopped' and 'stopped (the time is used up): left to do are' in said.err
+        assert (json.loads(said.out.strip().splitlines()[-1])['status'] == 'stopped'
+                and 'stopped (the time is used up): left to do are' in said.err)
         if not os.path.exists(out/'student_cl.json'):
             with pytest.raises(UserError, match='holds an unfinished run'): recipe('cifarfs_5w1s')(out=str(out), **settings(csv_set, cache))
     assert sessions > 12 and leavings(out) == undisturbed and not list(out.glob('checkpoint*'))
@@ -131,7 +133,8 @@ def test_other_settings_or_data_are_refused(csv_set, cache, tmp_path):
 def test_two_runs_in_one_folder(csv_set, cache, tmp_path):
     (tmp_path/'run').mkdir()
     with storage.locked(tmp_path/'run'/'.lock'):
-        with pytest.raises(UserError, match='another run is at work'): recipe('cifarfs_5w1s')(out=str(tmp_path/'run'), **settings(csv_set, cache))
+        with pytest.raises(UserError, match='another run is at work'):
+            recipe('cifarfs_5w1s')(out=str(tmp_path/'run'), **settings(csv_set, cache))
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(csv_set, cache, tmp_path, undisturbed, capsys):
     out = stopped(csv_set, cache, tmp_path/'run', 3)
@@ -145,7 +148,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(csv_set, cache, tmp_pa
 def test_no_whole_checkpoint_is_one_sentence(csv_set, cache, tmp_path):
     out = stopped(csv_set, cache, tmp_path/'run', 2)
     for f in out.glob('checkpoint*'): f.write_bytes(f.read_bytes()[:-9])
-    with pytest.raises(UserError, match='no checkpoint in .* is whole'): recipe('cifarfs_5w1s')(out=str(out), resume=True, **settings(csv_set, cache))
+    with pytest.raises(UserError, match='no checkpoint in .* is whole'):
+        recipe('cifarfs_5w1s')(out=str(out), resume=True, **settings(csv_set, cache))
 
 def test_damaged_stage_weights_are_one_sentence(csv_set, cache, tmp_path):
     out = tmp_path/'run'

@@ -29,7 +29,8 @@ def two(tmp_path_factory, faint_data):
     "Weights of a network with a classifier and of one without, as runs save them"
     out = tmp_path_factory.mktemp('nets')
     for name,n,seed in (('student_cl', 6, 0), ('student_grdd', 0, 1)):
-        save_weights(create_backbone('convnet4', n, 32, seed), out/name, arch='convnet4', px=32, classes=faint_data.train.vocab, stats=faint_data.stats)
+        save_weights(create_backbone('convnet4', n, 32, seed), out/name, arch='convnet4', px=32, classes=faint_data.train.vocab,
+                     stats=faint_data.stats)
     return out
 
 def test_networks_load_by_every_name(two, faint_data):
@@ -41,7 +42,8 @@ def test_networks_load_by_every_name(two, faint_data):
         assert images_of(net) == (32, *faint_data.stats)
     assert torch.equal(load_network(two).stages[0][0].weight, net.stages[0][0].weight) # the folder of a run: its student
 
-@pytest.mark.parametrize('of, sentence', [('nothing_like_it', 'unknown backbone'), ('convnet4.nothing', 'has no pretrained weights'), ('resnet12', 'has no pretrained weights'), ('convnet4.untrained', 'has no pretrained weights'),
+@pytest.mark.parametrize('of, sentence', [('nothing_like_it', 'unknown backbone'), ('convnet4.nothing', 'has no pretrained weights'),
+                                          ('resnet12', 'has no pretrained weights'), ('convnet4.untrained', 'has no pretrained weights'),
                                           (str(ROOT/'docs'), 'holds no network')])
 def test_what_is_no_network_gets_a_sentence(of, sentence):
     with pytest.raises(UserError, match=sentence): load_network(of)
@@ -79,25 +81,34 @@ def test_views_are_training_augmentations_of_the_image(two, faint_data, tmp_path
 
 def test_the_table_is_what_evaluate_gives(two, faint, faint_data, cache, tmp_path, capsys):
     nets = [str(two/'student_cl'), str(two/'student_grdd')]
-    recipe('evaluate_weights')(*nets, data=str(faint), score='novel', ways='3,5', shots='1,2', queries='4', classifiers='cosine,simpleshot_cl2n,tim_adm', test_episodes=50,
+    recipe('evaluate_weights')(*nets, data=str(faint), score='novel', ways='3,5', shots='1,2', queries='4',
+                               classifiers='cosine,simpleshot_cl2n,tim_adm', test_episodes=50,
                                out=str(tmp_path/'out'), results=str(tmp_path/'results'), cache=str(cache))
     said = json.loads(capsys.readouterr().out)
     table,record = pd.read_csv(said['csv']),json.loads(Path(said['record']).read_text())
-    assert len(table) == 2*4*3 and said['rows'] == 24 and len(record['scores']) == 24 and record['command'] and record['data']['fingerprint'] == faint_data.fingerprint
+    assert (len(table) == 2*4*3 and said['rows'] == 24 and len(record['scores']) == 24 and record['command']
+            and record['data']['fingerprint'] == faint_data.fingerprint)
     h = [embed(load_network(n), plain_dl(faint_data, 'test')) for n in nets]
     of = table.set_index(['network','way','shot','classifier']).accuracy
     for n,(x,y) in zip(nets, h): assert of[n, 3, 2, 'cosine'] == pytest.approx(evaluate(x, y, 3, 2, 4, 50).accuracy, abs=1e-3)
     pairs = pd.read_csv(said['csv'].replace('.csv', '_pairs.csv')).set_index(['way','shot','classifier'])
-    assert pairs.difference[5, 1, 'cosine'] == pytest.approx(evaluate(*h[1], 5, 1, 4, 50).accuracy - evaluate(*h[0], 5, 1, 4, 50).accuracy, abs=1e-3)
-    assert len((tmp_path/'results'/'novel_scorings.jsonl').read_text().splitlines()) == 24 and len(list((tmp_path/'results').glob('inference-*.json'))) == 1
+    assert (pairs.difference[5, 1, 'cosine']
+            == pytest.approx(evaluate(*h[1], 5, 1, 4, 50).accuracy - evaluate(*h[0], 5, 1, 4, 50).accuracy, abs=1e-3))
+    assert (len((tmp_path/'results'/'novel_scorings.jsonl').read_text().splitlines()) == 24
+            and len(list((tmp_path/'results').glob('inference-*.json'))) == 1)
 
-@pytest.mark.parametrize('wrong, sentence', [(dict(score='test'), '--score is test'), (dict(seed=-1), '--seed is -1'), (dict(out='/dev/null/x'), 'cannot be written'), (dict(classifiers='cosine,magic'), "unknown classifier 'magic'"),
-    (dict(query_distribution='odd'), '--query-distribution is odd'), (dict(ways='7'), 'too few for 7-way'), (dict(shots='x'), "--shots is 'x'"), (dict(support_views=-1), '--support-views is -1')])
+@pytest.mark.parametrize('wrong, sentence', [
+    (dict(score='test'), '--score is test'), (dict(seed=-1), '--seed is -1'),
+    (dict(out='/dev/null/x'), 'cannot be written'), (dict(classifiers='cosine,magic'), "unknown classifier 'magic'"),
+    (dict(query_distribution='odd'), '--query-distribution is odd'), (dict(ways='7'), 'too few for 7-way'),
+    (dict(shots='x'), "--shots is 'x'"), (dict(support_views=-1), '--support-views is -1')])
 def test_wrong_settings_get_a_sentence(two, faint, cache, tmp_path, wrong, sentence):
-    with pytest.raises(UserError, match=sentence): recipe('evaluate_weights')(str(two/'student_cl'), **dict(data=str(faint), cache=str(cache), out=str(tmp_path)) | wrong)
+    with pytest.raises(UserError, match=sentence):
+        recipe('evaluate_weights')(str(two/'student_cl'), **dict(data=str(faint), cache=str(cache), out=str(tmp_path)) | wrong)
 
 def test_a_network_that_is_no_convnet_loads_without_its_classifier(faint_data, tmp_path):
-    save_weights(create_backbone('resnet18', 6, 32, 0), tmp_path/'student_cl', arch='resnet18', px=32, classes=faint_data.train.vocab, stats=faint_data.stats)
+    save_weights(create_backbone('resnet18', 6, 32, 0), tmp_path/'student_cl', arch='resnet18', px=32, classes=faint_data.train.vocab,
+                 stats=faint_data.stats)
     net,x = load_network(tmp_path/'student_cl').eval(),torch.randn(1, 3, 32, 32)
     was = create_backbone('resnet18', 6, 32, 0).eval()
     with torch.no_grad(): assert torch.equal(net(x), was.forward_head(was.forward_features(x), pre_logits=True))

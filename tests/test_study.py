@@ -15,9 +15,11 @@ from grdd_fastai.stages import READINGS, STAGE_ONE, stage_two, stage_two_setting
 from grdd_fastai.study import Study
 from grdd_fastai.tables import CL, EL, GR, table
 
-SMALL = dict(student='convnet4', teacher='convnet4_128', epochs=1, teacher_epochs=1, schedule='one_cycle', lr=0.1, rotation=False, meta_epochs=1,
+SMALL = dict(student='convnet4', teacher='convnet4_128', epochs=1, teacher_epochs=1, schedule='one_cycle', lr=0.1,
+             rotation=False, meta_epochs=1,
              episodes=2, test_episodes=40)
-ROWS = {'CL':CL, 'CL+EL':EL | dict(versus=['CL']), 'GRDD':GR | dict(versus=['CL','CL+EL'], paper={('faint0', 'convnet4_128', 'convnet4'):{'1-shot':69.3}})}
+ROWS = {'CL':CL, 'CL+EL':EL | dict(versus=['CL']),
+        'GRDD':GR | dict(versus=['CL','CL+EL'], paper={('faint0', 'convnet4_128', 'convnet4'):{'1-shot':69.3}})}
 
 @pytest.fixture
 def small(faint, cache): return SMALL | dict(data=str(faint), cache=str(cache))
@@ -65,7 +67,8 @@ def test_compare_takes_each_with_those_before_it_and_sums_up_over_seeds():
     scores = {k:{seed:Evaluation(60 + up[seed] + e + rng.normal(0, .1, 50)) for seed,e in noise.items()} for k,up in
               dict(a=(0, 0), b=(1, 3), c=(2, -2)).items()}
     t = compare(scores).set_index(['row','versus','seed'])
-    assert len(t) == 9 and t.loc['b','a','all'].difference == pytest.approx(2, abs=.1) and t.loc['b','a','all'].sd == pytest.approx(2**.5, abs=.1)
+    assert (len(t) == 9 and t.loc['b','a','all'].difference == pytest.approx(2, abs=.1)
+            and t.loc['b','a','all'].sd == pytest.approx(2**.5, abs=.1))
     assert t.loc['b','a',1].difference == pytest.approx(3, abs=.1) and t.loc['b','a',1].ci95 < .1 and t.loc['b','a',1].p < 1e-9
     assert t.clear['b','a','all'] == 1 and t.clear['c','a',0] == 1 and t.clear['c','a',1] == -1 and t.clear['c','a','all'] == 0
     two = compare(dict(x=scores['a'][0], y=scores['b'][0]))
@@ -103,7 +106,8 @@ def test_stopped_after_every_step_it_comes_to_the_same_bits(small, tmp_path, cap
 
 def test_seeds_of_stage_two_alone_share_one_stage_one(small, tmp_path):
     made = table('a', ROWS, out=tmp_path, results=tmp_path/'results', seeds='0,1,2', stage_one_seed=1, **small)
-    assert sorted(n.rsplit('-', 1)[0] for n in weights(tmp_path)) == ['cl-convnet4-s1', 'cl-convnet4_128-s0', *(f'{k}-convnet4-s{i}' for k in ('el','gr') for i in range(3))]
+    assert (sorted(n.rsplit('-', 1)[0] for n in weights(tmp_path))
+            == ['cl-convnet4-s1', 'cl-convnet4_128-s0', *(f'{k}-convnet4-s{i}' for k in ('el','gr') for i in range(3))])
     records = [json.loads(p.read_text()) for p in (tmp_path/'results').glob('*/*.json')]
     assert len(made.scored) == len(records) == 7 and [r['seed'] for r in records if r['row'] == 'CL'] == [1] # once
     d = made.pairs[(made.pairs.row == 'GRDD') & (made.pairs.versus == 'CL')].set_index('seed').difference
@@ -117,7 +121,8 @@ def test_other_settings_and_other_seeds_are_other_networks(data, tmp_path):
     assert a != b and a == study.folder('cl', 'x', dict(reversed(STAGE_ONE.items())))
 
 def test_episodic_labels_do_not_depend_on_the_distillations_settings(small, tmp_path):
-    table('a', {'x':EL, 'y':EL | dict(stage_two=dict(T=9., gamma=9., decouple=False)), 'z':EL | dict(stage_two=dict(scale=9.))}, out=tmp_path, **small)
+    table('a', {'x':EL, 'y':EL | dict(stage_two=dict(T=9., gamma=9., decouple=False)), 'z':EL | dict(stage_two=dict(scale=9.))},
+          out=tmp_path, **small)
     assert len([n for n in weights(tmp_path) if n.startswith('el')]) == 2
 
 def test_the_bank_changes_nothing(data):
@@ -157,7 +162,8 @@ def test_records_hold_what_a_number_needs_and_novel_scorings_are_logged_once(sma
     assert {'command','seed','settings','data','networks','scored','scores','versus','paper'} <= set(r)
     assert (r['supervision'], r['phi'], r['psi'], r['split'], r['paper']) == ('CL+GR', 'convnet4_128', 'convnet4', 'novel', {'1-shot':69.3})
     assert set(r['versus']) == {'CL','CL+EL'} and r['scores']['1-shot']['n'] == 40 and r['settings']['teacher']['arch'] == 'convnet4_128'
-    assert set(r['networks']) == {'student','teacher','net'} and all(n['minutes'] >= 0 and n['commit'] and n['device'] for n in r['networks'].values())
+    assert (set(r['networks']) == {'student','teacher','net'}
+            and all(n['minutes'] >= 0 and n['commit'] and n['device'] for n in r['networks'].values()))
 
 def test_a_log_that_came_later_has_the_scorings_that_were_made_before(small, tmp_path):
     table('a', {'CL':CL}, out=tmp_path, score='novel', **small)
@@ -189,16 +195,20 @@ def test_two_processes_share_what_one_trains(small, tmp_path):
     for t in threads: t.join()
     assert out['a'].equals(out['b']) and len(weights(tmp_path)) == 4
 
-@pytest.mark.parametrize('wrong, says', [(dict(keep='CL,ELL'), "no row 'ELL': the rows are CL, CL"), (dict(score='test'), '--score is test'),
-    (dict(seeds='0;1'), "--seeds is '0;1'"), (dict(reading='worst'), "unknown reading 'worst'"), (dict(schedule='cosine'), "--schedule is cosine"),
-    (dict(student='convnet5'), "unknown backbone 'convnet5'"), (dict(shots='10'), 'too few for 10 support'), (dict(seeds='-1'), '--seed is -1'), (dict(epochs=0), '--epochs is 0'),
+@pytest.mark.parametrize('wrong, says', [
+    (dict(keep='CL,ELL'), "no row 'ELL': the rows are CL, CL"), (dict(score='test'), '--score is test'),
+    (dict(seeds='0;1'), "--seeds is '0;1'"), (dict(reading='worst'), "unknown reading 'worst'"),
+    (dict(schedule='cosine'), "--schedule is cosine"),
+    (dict(student='convnet5'), "unknown backbone 'convnet5'"), (dict(shots='10'), 'too few for 10 support'),
+    (dict(seeds='-1'), '--seed is -1'), (dict(epochs=0), '--epochs is 0'),
     (dict(meta_lr=-1.), '--meta-lr is -1')])
 def test_wrong_settings_are_one_sentence(small, tmp_path, wrong, says):
     with pytest.raises(UserError, match=says): table('a', ROWS, out=tmp_path/'x', **small | wrong)
     assert not (tmp_path/'x').exists()
 
 def test_a_reading_takes_only_what_is_given():
-    assert stage_two_settings('paper', lr=None) == READINGS['paper'] and stage_two_settings('paper', lr=.5)['lr'] == .5 and READINGS['paper']['lr'] == 1e-3
+    assert (stage_two_settings('paper', lr=None) == READINGS['paper'] and stage_two_settings('paper', lr=.5)['lr'] == .5
+            and READINGS['paper']['lr'] == 1e-3)
 
 
 # ---- the recipes ------------------------------------------------------------------------------------------------------
