@@ -32,8 +32,10 @@ def main(
     "Time the loaders"
     for px in map(int, sides.split(',')):
         data = MadeUp(px, 64*60)
-        augs = {'none':None, 'batch, no jitter':train_augmentation(px, jitter=False), 'batch':train_augmentation(px), 'albumentations':train_augmentation(px, by='albumentations')}
-        loaders = {'batches of 64':lambda aug, data=data: category_dls(data, aug=aug), '20-way episodes':lambda aug, data=data: episodic_dls(data, 20, 1, 6, n_episodes=20, aug=aug)}
+        augs = {'none':None, 'batch, no jitter':train_augmentation(px, jitter=False), 'batch':train_augmentation(px),
+                'albumentations':train_augmentation(px, by='albumentations')}
+        loaders = {'batches of 64':lambda aug, data=data: category_dls(data, aug=aug),
+                   '20-way episodes':lambda aug, data=data: episodic_dls(data, 20, 1, 6, n_episodes=20, aug=aug)}
         for name,make in loaders.items():
             for kind,aug in augs.items():
                 dl = make(aug).train

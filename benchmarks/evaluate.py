@@ -79,9 +79,12 @@ def main(
     for name,(cls,classifier,settings,n_theirs,n_ours) in SHARED.items():
         method = cls(feature_normalization=2)
         easyfsls(method, h, y, 2), ours(h, y, classifier, 50, **settings)
-        times = [(seconds(easyfsls, method, h, y, n_theirs)/n_theirs, seconds(ours, h, y, classifier, n_ours, **settings)/n_ours) for _ in range(repeats)]
+        times = [(seconds(easyfsls, method, h, y, n_theirs)/n_theirs, seconds(ours, h, y, classifier, n_ours, **settings)/n_ours)
+                 for _ in range(repeats)]
         theirs,mine = map(statistics.median, zip(*times))
-        if compare: say(method=name, episodes=compare, **dict(zip(('accuracy_easyfsl','accuracy_ours'), accuracies(method, h, y, classifier, compare, **settings))))
+        if compare:
+            say(method=name, episodes=compare,
+                **dict(zip(('accuracy_easyfsl','accuracy_ours'), accuracies(method, h, y, classifier, compare, **settings))))
         say(method=name, ratio=round(theirs/mine, 2), easyfsl_us=round(theirs*1e6, 1), ours_us=round(mine*1e6, 1), repeats=repeats)
     for name,(classifier,n) in OWN.items():
         ours(h, y, classifier, 5)
@@ -90,7 +93,8 @@ def main(
 
     torch.set_num_threads(cores)
     keep_freed_memory()
-    net,x = timm.create_model('convnet4', num_classes=0).eval().to(memory_format=torch.channels_last),torch.randn(256, 3, 32, 32).to(memory_format=torch.channels_last)
+    net,x = (timm.create_model('convnet4', num_classes=0).eval().to(memory_format=torch.channels_last),
+             torch.randn(256, 3, 32, 32).to(memory_format=torch.channels_last))
     dtype = autocast_dtype(torch.device('cpu'))
     @torch.no_grad()
     def forward():
@@ -100,5 +104,6 @@ def main(
     forward(), evaluate(h, y, n_episodes=500)
     passes,whole = zip(*[(seconds(forward), seconds(evaluate, h, y)) for _ in range(repeats)])
     passes,whole = statistics.median(passes),statistics.median(whole)
-    say(method='evaluation', forward_s=round(passes, 2), episodes_10000_s=round(whole, 2), forward_and_episodes_over_forward=round((passes + whole)/passes, 3), threads=cores)
+    say(method='evaluation', forward_s=round(passes, 2), episodes_10000_s=round(whole, 2),
+        forward_and_episodes_over_forward=round((passes + whole)/passes, 3), threads=cores)
     write(out, 'easyfsl')

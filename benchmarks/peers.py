@@ -61,7 +61,8 @@ def main(
     def line(name, theirs, ours):
         theirs(), ours()
         a,b = medians(repeats, theirs, ours)
-        say(name=name, peer='easyfsl', peer_ms=round(1e3*a/episodes, 2), ours_ms=round(1e3*b/episodes, 2), times=round(a/b, 1), repeats=repeats)
+        say(name=name, peer='easyfsl', peer_ms=round(1e3*a/episodes, 2), ours_ms=round(1e3*b/episodes, 2), times=round(a/b, 1),
+            repeats=repeats)
     with tempfile.TemporaryDirectory() as folder:
         loader = easyfsl_loader(easy_set(data, Path(folder)), *EPISODE, episodes)
         dls = episodic_dls(data, *EPISODE, n_episodes=episodes)

@@ -45,7 +45,8 @@ def second_stage(data, seed, start, per_step, factor, episodes):
 
 def in_processes(n, seed, epochs, test_episodes):
     "Stage one's accuracy in `n` processes on this machine"
-    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(n), __file__, '--one', str(seed), '--epochs', str(epochs), '--test-episodes', str(test_episodes)],
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(n), __file__,
+                           '--one', str(seed), '--epochs', str(epochs), '--test-episodes', str(test_episodes)],
                           capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore'))
     if done.returncode: raise RuntimeError(done.stderr[-2000:])
     return json.loads(done.stdout.strip().splitlines()[-1])['accuracy']
@@ -83,7 +84,8 @@ def main(
     starts = [first_stage(data, seed, epochs).model.backbone for seed in range(seeds)]
     for k,rates in {1:['same'], 2:RATES, 4:RATES}.items():
         for rate in rates:
-            of = [accuracy(second_stage(data, seed, start, k, RATES[rate](k), episodes), data, test_episodes) for seed,start in enumerate(starts)]
+            of = [accuracy(second_stage(data, seed, start, k, RATES[rate](k), episodes), data, test_episodes)
+                  for seed,start in enumerate(starts)]
             if k == 1: single = of
             say(name='stage two', episodes_a_step=k, rate=rate, **over_seeds(of), **difference(of, single))
     write(out)

@@ -3,9 +3,9 @@
     python benchmarks/train_step.py                             # four minutes on two cores
     python benchmarks/train_step.py --out benchmarks/train_step.json      # what README.md here shows
 
-Stage one with rotation and stage two with the teacher's features known beforehand, ConvNet-4 and ResNet-12, 32 and 84 px: `fit`, that is loading,
-augmentation, rotation or episodes, loss, the optimiser and every callback, against forward, cross-entropy, backward and SGD step of the
-network alone on a resident batch of the same shape, in the same precision and memory format. The two take turns in one process; a line
+Stage one with rotation and stage two with the teacher's features known beforehand, ConvNet-4 and ResNet-12, 32 and 84 px: `fit`, that is
+loading, augmentation, rotation or episodes, loss, the optimiser and every callback, against forward, cross-entropy, backward and SGD step
+of the network alone on a resident batch of the same shape, in the same precision and memory format. The two take turns in one process; a line
 has the medians of their times for a step and `ratio`, bare / recipe: 1 is a step that costs the network's arithmetic and no more. A batch
 is the recipe's (64 images at four rotations; 20-way 1-shot with 6 queries), halved until a bare step takes less than `--step` seconds.
 
@@ -60,7 +60,8 @@ def bare(arch, px, n_images, device, compile=False):
     if compile:
         for part in net.children(): part.compile()
     opt = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9, weight_decay=5e-4, fused=True)
-    x,y = torch.randn(n_images, 3, px, px, device=device).to(memory_format=torch.channels_last),torch.randint(0, N_CLASSES, (n_images,), device=device)
+    x,y = (torch.randn(n_images, 3, px, px, device=device).to(memory_format=torch.channels_last),
+           torch.randint(0, N_CLASSES, (n_images,), device=device))
     def steps(k):
         begun = wait(device)
         for _ in range(k):
@@ -91,7 +92,8 @@ def learner(stage, arch, px, n, steps, compile, view):
     "The recipe's Learner and fit on made-up data, with a batch of `n`"
     kwargs = dict(compile=compile, valid=dict(n_way=5, k_shot=1, n_query=5, n_episodes=10), keep_best=False)
     if stage == 'one':
-        return stage_one(MadeUp(px, max(N_CLASSES, n*steps), N_CLASSES), STAGE_ONE | dict(arch=arch, bs=n) | {k:v for k,v in ONE.items() if k != 'batch'}, **kwargs)
+        return stage_one(MadeUp(px, max(N_CLASSES, n*steps), N_CLASSES),
+                         STAGE_ONE | dict(arch=arch, bs=n) | {k:v for k,v in ONE.items() if k != 'batch'}, **kwargs)
     data,net = MadeUp(px, 40*N_CLASSES if px < 84 else 10*N_CLASSES, N_CLASSES),create_backbone(arch, 0, px)
     bank = torch.randn(len(data.train), net.num_features)
     return stage_two(data, TWO | dict(way=n, episodes=steps, teacher_view=view), net, create_backbone(arch, 0, px, 1), bank, **kwargs)
@@ -118,11 +120,14 @@ def plain(pipe, px, bs, n_images, threads):
     data = MadeUp(px, n_images, N_CLASSES)
     aug = A.Compose([A.Pad(4), A.RandomCrop(px, px), A.ColorJitter(.4, .4, .4, hue=0., p=1.), A.HorizontalFlip()])
     rows = range(n_images)
-    sets = Datasets(rows, [[lambda i: PILImage.create(aug(image=data.train.images[i])['image'])], [lambda i: Category(data.train.vocab[data.train.y[i]]), data.train.vocab.index]],
+    sets = Datasets(rows, [[lambda i: PILImage.create(aug(image=data.train.images[i])['image'])],
+                           [lambda i: Category(data.train.vocab[data.train.y[i]]), data.train.vocab.index]],
                     splits=(rows, rows[:bs]))
-    dls = sets.dataloaders(bs=bs, after_item=[ToTensor()], after_batch=[IntToFloatTensor(), Normalize.from_stats(*data.stats)], num_workers=0, device=torch.device('cpu'))
+    dls = sets.dataloaders(bs=bs, after_item=[ToTensor()], after_batch=[IntToFloatTensor(), Normalize.from_stats(*data.stats)],
+                           num_workers=0, device=torch.device('cpu'))
     chs = (3, 64, 64, 64, 64)
-    blocks = [nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(), *([nn.MaxPool2d(2)] if i < 3 else [])) for i,(a,b) in enumerate(zip(chs, chs[1:]))]
+    blocks = [nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(), *([nn.MaxPool2d(2)] if i < 3 else []))
+              for i,(a,b) in enumerate(zip(chs, chs[1:]))]
     net = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, N_CLASSES))
     turn = nn.Linear(N_CLASSES, 4)
     class Rotations(Callback):
@@ -149,7 +154,8 @@ def plain(pipe, px, bs, n_images, threads):
 def other_process(px, bs, n_images):
     "A function of k: the time for one of k steps of `plain`"
     mine,theirs = multiprocessing.get_context('spawn').Pipe()
-    multiprocessing.get_context('spawn').Process(target=plain, args=(theirs, px, bs, n_images, torch.get_num_threads()), daemon=True).start()
+    multiprocessing.get_context('spawn').Process(
+        target=plain, args=(theirs, px, bs, n_images, torch.get_num_threads()), daemon=True).start()
     mine.recv() # its first step
     def steps(k):
         mine.send(k)
@@ -180,13 +186,17 @@ def main(
             for stage in ('one', 'two'):
                 mine,others,images = measure(stage, arch, px, lambda n, images: bare(arch, px, images, device, compile), 1.)  # noqa: B023
                 flops = gflop_per_image(arch, px)
-                say(name=arch, stage=stage, px=px, device=device.type, ratio=round(others/mine, 3), recipe_ms=round(1e3*mine, 1), bare_ms=round(1e3*others, 1), images=images,
+                say(name=arch, stage=stage, px=px, device=device.type, ratio=round(others/mine, 3), recipe_ms=round(1e3*mine, 1),
+                    bare_ms=round(1e3*others, 1), images=images,
                     gflop_per_image=round(flops, 3), gflop_per_second=round(flops*images/mine),
                     precision=str(autocast_dtype(device) or torch.float32).removeprefix('torch.'), compile=compile, repeats=repeats)
             if px == 32: # `mine` is stage two's
-                looking,others,images = measure('two', arch, px, lambda n, images: bare(arch, px, images, device, compile), 1., 'same')  # noqa: B023
-                say(name=f'teacher {arch}', stage='two', px=px, device=device.type, features_known_ms=round(1e3*mine, 1), forward_on_the_batch_ms=round(1e3*looking, 1), images=images, repeats=repeats)
+                looking,others,images = measure(
+                    'two', arch, px, lambda n, images: bare(arch, px, images, device, compile), 1., 'same')  # noqa: B023
+                say(name=f'teacher {arch}', stage='two', px=px, device=device.type, features_known_ms=round(1e3*mine, 1),
+                    forward_on_the_batch_ms=round(1e3*looking, 1), images=images, repeats=repeats)
     if device.type == 'cpu':
         mine,others,images = measure('one', 'convnet4', 32, lambda n, images: other_process(32, n, 64*n), 2.)
-        say(name='convnet4 beside plain fastai', stage='one', px=32, device='cpu', speedup=round(others/mine, 2), recipe_images_per_second=round(images/mine), plain_images_per_second=round(images/others), repeats=repeats)
+        say(name='convnet4 beside plain fastai', stage='one', px=32, device='cpu', speedup=round(others/mine, 2),
+            recipe_images_per_second=round(images/mine), plain_images_per_second=round(images/others), repeats=repeats)
     write(out)

@@ -74,11 +74,14 @@ def crop_and_flip(images, top, left, flip, pad):
     return torch.where(flip.bool().view(-1, 1, 1, 1), windows.flip(-1), windows)
 
 def jitter(images, factors, order):
-    """Colours of uint8 images (B, 3, H, W) changed in three turns, by `factors` (B, 3) and in `order` (B, 3) of brightness (0), contrast (1), saturation (2)
+    """Colours of uint8 images (B, 3, H, W) changed in three turns by `factors` (B, 3)
+
+    `order` (B, 3) says what each turn changes: brightness (0), contrast (1) or saturation (2).
 
     Each is f * image + (1 - f) * other, of black, the mean of its grey image, its grey image; as torchvision's adjust_brightness, ...
     """
-    x = images.movedim(1, 0).contiguous().flatten(2).float()                              # (3, B, HW): the planes apart, the fastest on a CPU
+    # (3, B, HW): the planes apart, the fastest on a CPU
+    x = images.movedim(1, 0).contiguous().flatten(2).float()
     for f,kind in zip(factors.T[..., None], order.T[..., None]):                          # (B, 1)
         grey = (GREY[0]*x[0]).add_(x[1], alpha=GREY[1]).add_(x[2], alpha=GREY[2])
         other = torch.where(kind == 1, grey.mean(1, keepdim=True), grey).mul_((kind > 0) * (1 - f))

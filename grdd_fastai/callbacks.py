@@ -43,7 +43,7 @@ class Seeded(Callback):
 
 
 class LightRecorder(Callback):
-    "Turn the Recorder's loss of each step into a number: small as a tensor is, the memory freed around it could not be used again, megabytes a step"
+    "Turn the Recorder's loss of each step into a number: a small tensor that is kept would keep the memory around it from being used again"
     order,run_valid = Recorder.order + 1,False
     def after_batch(self):
         losses = self.recorder.losses
@@ -63,7 +63,8 @@ class ShowsMetrics(Callback):
 class LossTerm(ShowsMetrics):
     """Adds terms to the training loss and shows each epoch's mean of every part
 
-    It comes before every callback of fastai that works on the loss, so that `GradientAccumulation` and mixed precision scale all terms alike.
+    It comes before every callback of fastai that works on the loss, so that `GradientAccumulation` and mixed precision scale all terms
+    alike.
     """
     order = GradientAccumulation.order-1
     run_valid,parts = False,()
@@ -129,7 +130,8 @@ class RelatednessDistiller(LossTerm):
         teacher_output='features', # the teacher's relatedness is of its 'features' h (Eq. 10), 'logits' or 'probabilities' p
         bank=None, # the teacher's features of the clean base images (N, D), where they are known
     ):
-        if teacher_output not in TEACHER_OUTPUTS: raise UserError(f"teacher_output is one of {', '.join(TEACHER_OUTPUTS)}, not {teacher_output!r}")
+        if teacher_output not in TEACHER_OUTPUTS:
+            raise UserError(f"teacher_output is one of {', '.join(TEACHER_OUTPUTS)}, not {teacher_output!r}")
         if teacher_output != 'features' and not getattr(teacher, 'num_classes', 0): raise UserError(
             f"teacher_output={teacher_output!r} needs a teacher with its classifier: train it with classifier='linear'")
         for k,v in dict(decouple=decouple, hinton=hinton, reverse=reverse, center=center).items():
@@ -139,10 +141,12 @@ class RelatednessDistiller(LossTerm):
         if not 0 < T < math.inf: raise UserError(f'the temperature T is {T}: it must be positive, since it divides the cosines')
         for k,v in dict(gamma=gamma, kl_weight=kl_weight).items():
             if not 0 <= v < math.inf: raise UserError(f'{k} is {v}: it must be at least 0')
-        if not isinstance(teacher, torch.nn.Module): raise UserError(f'the teacher is a {type(teacher).__name__}: give a network, such as create_backbone or load_network makes')
+        if not isinstance(teacher, torch.nn.Module):
+            raise UserError(f'the teacher is a {type(teacher).__name__}: give a network, such as create_backbone or load_network makes')
         if reduction not in ('mean', 'sum'): raise UserError(f"reduction is {reduction!r}: it is 'mean' or 'sum'")
         if teacher_view not in ('clean', 'same'): raise UserError(f"teacher_view is 'clean' or 'same', not {teacher_view!r}")
-        if bank is not None and teacher_view != 'clean': raise UserError("a bank of the teacher's features is of clean images: give teacher_view='clean' with it")
+        if bank is not None and teacher_view != 'clean':
+            raise UserError("a bank of the teacher's features is of clean images: give teacher_view='clean' with it")
         self.teacher,self.gamma,self.center,self.teacher_view = teacher,gamma,center,teacher_view
         self.teacher_output,self.bank,self.bank_of = teacher_output,bank,None
         self.kl,self.kl_weight = dict(T=T, decouple=decouple, reverse=reverse, reduction=reduction),kl_weight*(T*T if hinton else 1)
@@ -156,7 +160,8 @@ class RelatednessDistiller(LossTerm):
         if self.teacher_view == 'clean' and self.bank_of != bank_of:
             if self.bank is None or self.bank_of: self.bank = embed(self.teacher, self.dls.train.plain())[0]
             self.bank,self.bank_of = self.bank.to(self.dls.device),bank_of
-            if len(self.bank) != (n := len(self.dls.train.dataset)): raise UserError(f'a bank of {len(self.bank)} features for {n} base images: give a row for each')
+            if len(self.bank) != (n := len(self.dls.train.dataset)):
+                raise UserError(f'a bank of {len(self.bank)} features for {n} base images: give a row for each')
 
     @torch.no_grad()
     def teacher_features(self):

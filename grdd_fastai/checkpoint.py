@@ -66,7 +66,8 @@ def learner_state(learn):
         for k,v in state.items():
             if isinstance(v, torch.Tensor): tensors[f'opt/{i}/{k}'] = v
             elif v is not None: scalars[f'{i}/{k}'] = v
-    meta = dict(opt=scalars, scaler=learn.scaler.state_dict() if getattr(learn, 'scaler', None) else {}, groups=[{k:v for k,v in g.items() if k != 'params'} for g in opt['param_groups']],
+    meta = dict(opt=scalars, scaler=learn.scaler.state_dict() if getattr(learn, 'scaler', None) else {},
+                groups=[{k:v for k,v in g.items() if k != 'params'} for g in opt['param_groups']],
                 values=[[float(v) for v in row] for row in learn.recorder.values],
                 smooth_loss=[float(learn.recorder.smooth_loss.val), learn.recorder.smooth_loss.count],
                 parts={cb.name:{k:[float(t), n] for k,(t,n) in cb.totals.items()} for cb in learn.cbs if isinstance(cb, LossTerm)})
@@ -137,24 +138,34 @@ class Checkpoint(Callback):
         self.check(meta)
         try: load_learner_state(self.learn, tensors, meta, self.path)
         except UserError: raise
-        except Exception as e: raise UserError(f'{self.path} is not a checkpoint of this training ({type(e).__name__}: {first_line(e)}): give --out another folder') from None
+        except Exception as e:
+            raise UserError(f'{self.path} is not a checkpoint of this training ({type(e).__name__}: {first_line(e)}): '
+                            'give --out another folder') from None
         self.learn.first_epoch,self.skip,self.totals = meta['epoch'],meta['step'],meta['parts']
         self.state = None
 
     def check(self, meta):
         "UserError unless `meta` is of this format and of a place that the fit comes to"
         if (found := meta.get('format', 1)) != FORMAT: raise UserError(
-            f'{self.path} has format {found} and this version of grdd_fastai reads {FORMAT}: go on with the version that wrote it, or give --out another folder')
+            f'{self.path} has format {found} and this version of grdd_fastai reads {FORMAT}: '
+            'go on with the version that wrote it, or give --out another folder')
         epoch,step,terms = meta.get('epoch'),meta.get('step'),[cb.name for cb in self.learn.cbs if isinstance(cb, LossTerm)]
-        ok = meta.get('stage') == self.about().get('stage') and type(epoch) is int and type(step) is int and 0 <= epoch <= self.n_epoch and 0 <= step < len(self.dls.train) and (epoch < self.n_epoch or step == 0)
-        ok = ok and all(isinstance(meta.get(k), kind) for k,kind in dict(parts=dict, opt=dict, groups=list, smooth_loss=list, scaler=dict).items())
+        ok = (meta.get('stage') == self.about().get('stage') and type(epoch) is int and type(step) is int and 0 <= epoch <= self.n_epoch
+              and 0 <= step < len(self.dls.train) and (epoch < self.n_epoch or step == 0))
+        ok = ok and all(isinstance(meta.get(k), kind)
+                        for k,kind in dict(parts=dict, opt=dict, groups=list, smooth_loss=list, scaler=dict).items())
         def numbers(v, n=None): return isinstance(v, list) and n in (None, len(v)) and all(isinstance(o, int | float) for o in v)
-        ok = ok and numbers(meta['smooth_loss'], 2) and all(isinstance(p, dict) and all(numbers(v, 2) for v in p.values()) for p in meta['parts'].values())
+        ok = (ok and numbers(meta['smooth_loss'], 2)
+              and all(isinstance(p, dict) and all(numbers(v, 2) for v in p.values()) for p in meta['parts'].values()))
         ok = ok and all(set(cb.parts) == set(meta['parts'].get(cb.name, ())) for cb in self.learn.cbs if isinstance(cb, LossTerm))
         ok = ok and ('best' not in meta or numbers(meta['best'], 2)) and all(numbers(v) for v in meta.get('values') or [])
-        ok = ok and all(isinstance(g, dict) and all(v is None or isinstance(v, int | float | list) for v in g.values()) for g in meta['groups'])
-        ok = ok and isinstance(meta.get('values'), list) and len(meta['values']) == epoch and isinstance(meta.get('parts'), dict) and sorted(meta['parts']) == sorted(terms)
-        if not ok: raise UserError(f'{self.path} is not a checkpoint of this training (epoch {epoch}, step {step}, of {self.n_epoch} epochs): give --out another folder')
+        ok = ok and all(isinstance(g, dict) and all(v is None or isinstance(v, int | float | list) for v in g.values())
+                        for g in meta['groups'])
+        ok = (ok and isinstance(meta.get('values'), list) and len(meta['values']) == epoch and isinstance(meta.get('parts'), dict)
+              and sorted(meta['parts']) == sorted(terms))
+        if not ok:
+            raise UserError(f'{self.path} is not a checkpoint of this training (epoch {epoch}, step {step}, of {self.n_epoch} epochs): '
+                            'give --out another folder')
 
     def before_train(self):
         "The epoch's first `skip` batches were trained on before: `SkipBatches` passes them by"

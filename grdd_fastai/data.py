@@ -30,7 +30,8 @@ class PackedImage(DisplayedTransform):
         rows = np.asarray(rows)
         i = np.searchsorted(self.starts, rows.flat[0], 'right') - 1
         images,rows = self.images[i],rows - self.starts[i]
-        x = images[torch.as_tensor(rows, device=images.device)] if isinstance(images, torch.Tensor) else torch.from_numpy(np.array(images[rows]))
+        x = (images[torch.as_tensor(rows, device=images.device)] if isinstance(images, torch.Tensor)
+             else torch.from_numpy(np.array(images[rows])))
         return TensorImage(x.movedim(-1, -3))
     def hold(self, device, room):
         "From now on the images lie on `device`, if all of them take no more than `room` bytes"
@@ -54,13 +55,16 @@ def check_episode(split, n_way, k_shot, n_query):
 def rows_by_class(y, n_way, k_shot, n_query, where='the data', vocab=None):
     "Rows of each class of `y`, or a UserError if they cannot fill an episode"
     for name,v,lowest in (('way', n_way, 2), ('shot', k_shot, 1), ('query', n_query, 1)):
-        if not isinstance(v, int | np.integer) or v < lowest: raise UserError(f'an episode of {v!r} {name}: it must be a whole number, at least {lowest}')
+        if not isinstance(v, int | np.integer) or v < lowest:
+            raise UserError(f'an episode of {v!r} {name}: it must be a whole number, at least {lowest}')
     classes = np.unique(y)
     rows = [np.flatnonzero(y==c) for c in classes]
-    if n_way > len(rows): raise UserError(f'{where} has {len(rows)} classes, too few for {n_way}-way episodes: lower the way or add classes')
+    if n_way > len(rows):
+        raise UserError(f'{where} has {len(rows)} classes, too few for {n_way}-way episodes: lower the way or add classes')
     least = min(range(len(rows)), key=lambda i: len(rows[i]))
     if len(rows[least]) < k_shot + n_query: raise UserError(
-        f'class {vocab[least] if vocab else classes[least]} of {where} has {len(rows[least])} images, too few for {k_shot} support + {n_query} '
+        f'class {vocab[least] if vocab else classes[least]} of {where} has {len(rows[least])} images, '
+        f'too few for {k_shot} support + {n_query} '
         'query images: lower --query (or the shot) or add images')
     return rows
 
@@ -76,8 +80,10 @@ class SeededDL(TfmdDL):
     read item by item, as ever. `share` is (rank, ranks): of each ranks * bs items the rank's bs.
     """
     def __init__(self, dataset, bs=64, seed=0, aug=None, share=(0, 1), **kwargs):
-        if not isinstance(bs, int | np.integer | type(None)) or (bs is not None and bs < 1): raise UserError(f'a batch of {bs!r} images: it must be at least 1')
-        if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63: raise UserError(f'the seed is {seed!r}: give a whole number, 0 or more')
+        if not isinstance(bs, int | np.integer | type(None)) or (bs is not None and bs < 1):
+            raise UserError(f'a batch of {bs!r} images: it must be at least 1')
+        if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63:
+            raise UserError(f'the seed is {seed!r}: give a whole number, 0 or more')
         if aug is not None and not callable(aug): raise UserError(f'aug is {aug!r}: give an albumentations Compose, a function or None')
         self.seed,self.epoch,self.aug,self.augment,self.share = seed,-1,aug,seeded(aug),share
         super().__init__(dataset, bs=bs, **kwargs)

@@ -45,9 +45,13 @@ def check_launch(env):
     "UserError where a launcher was asked for several processes that know nothing of each other"
     if 'WORLD_SIZE' in env: return
     mpi = max(int(env.get(k, 1)) for k in ('OMPI_COMM_WORLD_SIZE', 'PMI_SIZE', 'MV2_COMM_WORLD_SIZE'))
-    cpu = env.get('ACCELERATE_USE_CPU', '').lower() in ('1', 'true', 'yes') and 'MASTER_ADDR' in env # accelerate launch --cpu starts one process, whatever it is asked for
-    if mpi > 1 or cpu: raise UserError(('mpirun started processes that train apart' if mpi > 1 else 'accelerate launch --cpu started one process where several were asked for') +
-                                       ': use torchrun --nproc_per_node 2 recipes/..., or accelerate launch --multi_gpu --num_processes 2 recipes/..., on CPUs too')
+    # accelerate launch --cpu starts one process, whatever it is asked for
+    cpu = env.get('ACCELERATE_USE_CPU', '').lower() in ('1', 'true', 'yes') and 'MASTER_ADDR' in env
+    if mpi > 1 or cpu:
+        raise UserError(('mpirun started processes that train apart' if mpi > 1
+                         else 'accelerate launch --cpu started one process where several were asked for') +
+                        ': use torchrun --nproc_per_node 2 recipes/..., '
+                        'or accelerate launch --multi_gpu --num_processes 2 recipes/..., on CPUs too')
 
 
 # ---- words between processes, apart from what GPUs send each other ----------------------------------------------------
@@ -155,9 +159,12 @@ class Distributed(Callback):
         rank,n = ranks()
         self.was = self.dls.loaders
         train = self.dls.train
-        if not hasattr(train, 'shared'): raise UserError(f'{type(train).__name__} cannot be split among {n} processes: make the DataLoaders with category_dls or episodic_dls')
+        if not hasattr(train, 'shared'):
+            raise UserError(f'{type(train).__name__} cannot be split among {n} processes: '
+                            'make the DataLoaders with category_dls or episodic_dls')
         self.learn.dls.loaders = [train.shared(rank, n), *self.was[1:]]
-        if len(self.dls.train) < 1: raise UserError(f'not one step for {n} processes: give fewer processes, a smaller batch or more episodes')
+        if len(self.dls.train) < 1:
+            raise UserError(f'not one step for {n} processes: give fewer processes, a smaller batch or more episodes')
         self.norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)] if self.sync_bn else []
         for m in self.norms: m.forward = partial(shared_batch_norm, m)
         self.learn.model = DistributedDataParallel(self.model, broadcast_buffers=not self.sync_bn)

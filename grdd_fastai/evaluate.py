@@ -14,7 +14,8 @@ from .errors import UserError, first_line
 from .inference import check_scale, get_classifier
 from .precision import amp
 
-__all__ = ['Evaluation', 'Difference', 'over_seeds', 'compare', 'features', 'embed', 'sample_episodes', 'sample_unbalanced', 'evaluate', 'mean_ci95']
+__all__ = ['Evaluation', 'Difference', 'over_seeds', 'compare', 'features', 'embed', 'sample_episodes', 'sample_unbalanced', 'evaluate',
+           'mean_ci95']
 
 MOST_EPISODES = 10**8 # that are evaluated at once
 BLOCK = 500 # episodes drawn at a time
@@ -64,8 +65,10 @@ def sample_episodes(
     "Yield blocks of episodes: rows of the support (E, C, K) and of the query images (E, C, n_query), disjoint"
     y = np.asarray(y.cpu() if isinstance(y, torch.Tensor) else y)
     by_class,m = rows_by_class(y, n_way, k_shot, n_query),k_shot + n_query
-    if not isinstance(n_episodes, int | np.integer) or n_episodes < 1: raise UserError(f'{n_episodes!r} episodes are asked for: it must be at least 1')
-    if not isinstance(seed, int | np.integer) or seed < 0: raise UserError(f'the seed of the episodes is {seed!r}: give a whole number, 0 or more')
+    if not isinstance(n_episodes, int | np.integer) or n_episodes < 1:
+        raise UserError(f'{n_episodes!r} episodes are asked for: it must be at least 1')
+    if not isinstance(seed, int | np.integer) or seed < 0:
+        raise UserError(f'the seed of the episodes is {seed!r}: give a whole number, 0 or more')
     size = np.array([len(rows) for rows in by_class])
     table = np.stack([np.pad(rows, (0, size.max() - len(rows))) for rows in by_class])
     for block in range(-(-n_episodes // BLOCK)):
@@ -91,7 +94,8 @@ def sample_unbalanced(
     As alpha-TIM's (arXiv 2204.11181): shares from Dirichlet(2), rounded by the largest remainders.
     """
     total = n_way*n_query
-    for block,(support,query) in enumerate(sample_episodes(y, n_way, k_shot, total, n_episodes, seed)): # as many of each class as one might need
+    # as many of each class as one might need
+    for block,(support,query) in enumerate(sample_episodes(y, n_way, k_shot, total, n_episodes, seed)):
         rng = np.random.default_rng([seed, block, 1])
         shares = rng.dirichlet([concentration]*n_way, BLOCK)[:len(query)] * total
         counts = np.floor(shares).astype(np.int64)
@@ -174,7 +178,8 @@ def compare(
     for row,others in versus.items():
         for other in others:
             found = {seed:e - scores[other][seed] for seed,e in scores.get(row, {}).items() if seed in scores.get(other, {})}
-            lines += [dict(row=row, versus=other, seed=seed, difference=d.mean, ci95=d.ci95, p=d.p, clear=d.clear) for seed,d in found.items()]
+            lines += [dict(row=row, versus=other, seed=seed, difference=d.mean, ci95=d.ci95, p=d.p, clear=d.clear)
+                      for seed,d in found.items()]
             if len(found) < 2: continue
             over = over_seeds(list(found.values()))
             lines.append(dict(row=row, versus=other, seed='all', difference=over['mean'], sd=over['sd'], clear=over['holds']))
@@ -184,7 +189,8 @@ def compare(
 def as_features(h):
     "Features (N, D) of any kind, NumPy's and whole numbers too, as a floating-point tensor; half precision becomes float32"
     try: h = h if isinstance(h, torch.Tensor) else torch.as_tensor(np.asarray(h))
-    except (TypeError, ValueError, RuntimeError) as e: raise UserError(f'the features are no numbers ({first_line(e)}): give a tensor or an array (N, D)') from None
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise UserError(f'the features are no numbers ({first_line(e)}): give a tensor or an array (N, D)') from None
     if h.is_meta or h.layout != torch.strided: raise UserError('the features are a tensor without values or a sparse one: give a dense one')
     if h.is_complex(): raise UserError('the features are complex numbers: give real ones')
     if h.ndim < 2 or not h.numel(): raise UserError(f'the features have the shape {tuple(h.shape)}: give a row an image, (N, D)')
@@ -208,7 +214,8 @@ def checked_logits(name, f, support, support_y, query):
     "The logits of the classifier `f` (E, NQ, C); UserError unless they are finite and of the shape they should have"
     logits,shape = f(support, support_y, query),(*query.shape[:2], int(support_y.max()) + 1)
     if not isinstance(logits, torch.Tensor) or logits.shape != shape:
-        raise UserError(f'{name} gives {tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__}: a classifier gives logits (E, NQ, C), here {shape}')
+        raise UserError(f'{name} gives {tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__}: '
+                        f'a classifier gives logits (E, NQ, C), here {shape}')
     if not logits.is_floating_point(): raise UserError(f'{name} gives {logits.dtype}: logits are floating-point numbers')
     if not torch.isfinite(logits.sum()): raise UserError(f'{name} gives logits that are NaN or infinite: they cannot be compared')
     return logits
@@ -234,9 +241,11 @@ def evaluate(
     h = as_features(h)
     y = as_classes(y, len(h))
     if views is not None: views = as_features(views)
-    if not isinstance(query_distribution, str) or query_distribution not in QUERIES: raise UserError(f'the query distribution is {query_distribution!r}: it is one of {", ".join(QUERIES)}')
+    if not isinstance(query_distribution, str) or query_distribution not in QUERIES:
+        raise UserError(f'the query distribution is {query_distribution!r}: it is one of {", ".join(QUERIES)}')
     for x in (h, *(views if views is not None else ())): check_scale(x)
-    if views is not None and views.shape[1:] != h.shape: raise UserError(f'views of shape {tuple(views.shape)} are not those of features {tuple(h.shape)}')
+    if views is not None and views.shape[1:] != h.shape:
+        raise UserError(f'views of shape {tuple(views.shape)} are not those of features {tuple(h.shape)}')
     for k,v in dict(n_way=n_way, k_shot=k_shot, n_query=n_query).items():
         if not isinstance(v, int | np.integer) or isinstance(v, bool): raise UserError(f'{k} is {v!r}: give a whole number')
     one = not isinstance(classifier, (dict, list, tuple))
@@ -244,11 +253,13 @@ def evaluate(
     of = classifier if isinstance(classifier, dict) else {c:c for c in ([classifier] if one else classifier)}
     of = {k:get_classifier(f) for k,f in of.items()}
     if not of: raise UserError('no classifier is given: name one, such as cosine')
-    if not isinstance(n_episodes, int | np.integer) or isinstance(n_episodes, bool) or not 1 <= n_episodes <= MOST_EPISODES: raise UserError(f'{n_episodes!r} episodes are asked for: it must be at least 1 and at most {MOST_EPISODES}')
+    if not isinstance(n_episodes, int | np.integer) or isinstance(n_episodes, bool) or not 1 <= n_episodes <= MOST_EPISODES:
+        raise UserError(f'{n_episodes!r} episodes are asked for: it must be at least 1 and at most {MOST_EPISODES}')
     bank,V = (h, 1) if views is None else (views.flatten(0, 1), len(views))
     budget = CHUNK[h.device.type != 'cpu'] * max(getattr(getattr(f, 'func', f), 'at_once', 1) for f in of.values()) # a partial's, too
     size = max(1, budget // max(1, n_way*(V*k_shot + n_query)*h[0].numel()*h.element_size()))
-    accs,(rank,n) = {k:np.zeros(n_episodes) for k in of},ranks() if shared else (0, 1) # one array a classifier: many small ones would fragment the memory
+    # one array a classifier: many small ones would fragment the memory
+    accs,(rank,n) = {k:np.zeros(n_episodes) for k in of},ranks() if shared else (0, 1)
     names = {k:k if isinstance(k, str) else getattr(k, '__name__', str(k)) for k in of}
     for block,(support,query,query_y) in enumerate(QUERIES[query_distribution](y, n_way, k_shot, n_query, n_episodes, seed)):
         if block % n != rank: continue
@@ -258,7 +269,9 @@ def evaluate(
             s = torch.cat([s + v*len(y) for v in range(V)], 1)
             z_s,z_q = (b.index_select(0, rows.flatten()).view(*rows.shape, -1) for b,rows in ((bank, s), (h, q)))
             first = block*BLOCK + at
-            for k,f in of.items(): accs[k][first:first+len(s)] = 100 * (checked_logits(names[k], f, z_s, s_y, z_q).argmax(-1) == q_y).float().mean(1).cpu().numpy()
+            for k,f in of.items():
+                accs[k][first:first+len(s)] = 100 * (
+                    checked_logits(names[k], f, z_s, s_y, z_q).argmax(-1) == q_y).float().mean(1).cpu().numpy()
     if n > 1: accs = {k:sum(gathered([a])) for k,a in accs.items()} # an episode is zero in all processes but one
     classes = hashlib.sha256(y.numpy().tobytes()).hexdigest()[:8]
     drawn = f'{n_episodes} of {n_way} way {k_shot} shot {n_query} query, seed {seed}, {len(y)} images {classes}'

@@ -18,8 +18,9 @@ __all__ = ['grdd', 'PAPER', 'DEMO']
 PAPER = dict(teacher='resnet12', student='resnet12', epochs=90, test_episodes=10_000)
 DEMO  = dict(teacher='convnet4', student='convnet4', epochs=2, test_episodes=2000, meta_epochs=2, episodes=50)
 DEMO_PX = 32
+# of a reading, and what they are called here
 META = dict(epochs='meta_epochs', schedule='meta_schedule', lr='meta_lr', way='meta_way', query='meta_query', episodes='episodes',
-            per_step='per_step', T='T', gamma='gamma', scale='scale', teacher_view='teacher_view', opt='meta_opt') # of a reading, and what they are called here
+            per_step='per_step', T='T', gamma='gamma', scale='scale', teacher_view='teacher_view', opt='meta_opt')
 
 
 @processes()
@@ -34,7 +35,8 @@ def grdd(
     allow_large:bool=False, # also decode photos of 90 to 179 megapixels
     teacher:str=None, # global learner phi, a timm model (resnet12; demo: convnet4)
     student:str=None, # meta-learner psi, a timm model (resnet12; demo: convnet4)
-    pretrained:bool=False, # start both from timm's default weights for their names; a name with a tag, as resnet18.a1_in1k, has its weights anyway
+    # start both from timm's default weights for their names; a name with a tag, as resnet18.a1_in1k, has its weights anyway
+    pretrained:bool=False,
     epochs:int=None, # of stage one (90; demo: 2)
     schedule:str='poly', # of stage one: poly, step or one_cycle
     lr:float=0.05, # initial or highest rate of stage one
@@ -75,7 +77,8 @@ def grdd(
     "Train the global learner and the meta-learner and score the novel classes"
     if demo: px = DEMO_PX
     if out is None: out = default_out(name, demo)
-    defaults,given = DEMO if demo else PAPER,{k:v for k,v in locals().items() if k not in ('name','out','cache','resume','overwrite','max_minutes','allow_large')}
+    defaults,given = (DEMO if demo else PAPER,
+                      {k:v for k,v in locals().items() if k not in ('name','out','cache','resume','overwrite','max_minutes','allow_large')})
     settings = given | {k:given[k] if given[k] is not None else v for k,v in defaults.items()}
     two = stage_two_settings(reading, shot=shot, **{k:settings[name] for k,name in META.items()}, jitter=jitter, augment=augment, seed=seed)
     settings |= {name:two[k] for k,name in META.items()}
@@ -94,17 +97,20 @@ def grdd(
 
 def _stages(run, s, two, share, cache, allow_large):
     "Data, stage one, stage two and the novel classes, for settings `s`"
-    if s.demo or s.data == 'demo': run.say('*** DEMO: small settings' + (' on drawn characters' if s.data is None else '') + '; not a result about GRDD ***')
+    if s.demo or s.data == 'demo':
+        run.say('*** DEMO: small settings' + (' on drawn characters' if s.data is None else '') + '; not a result about GRDD ***')
     data = few_shot_data('demo' if s.demo and s.data is None else s.data, s.px, cache, s.seed, allow_large)
     for split in (data.train, data.val, data.test): check_episode(split, s.way, s.shot, s.query)
     run.begin(data)
     common = dict(amp=not s.fp32, channels_last=s.channels_last, compile=s.compile, valid=dict(n_way=s.way, k_shot=s.shot, n_query=s.query))
-    card = dict(classes=data.train.vocab, px=s.px, stats=data.stats, fingerprint=data.fingerprint, settings={k:v for k,v in run.settings.items() if k != 'data'})
+    card = dict(classes=data.train.vocab, px=s.px, stats=data.stats, fingerprint=data.fingerprint,
+                settings={k:v for k,v in run.settings.items() if k != 'data'})
 
     # stage one: global category knowledge, Eq. 2-9
     def train(name, arch, seed):
         run.say(f'stage one: {name}, {arch}')
-        one = STAGE_ONE | dict(arch=arch, pretrained=s.pretrained, epochs=s.epochs, schedule=s.schedule, lr=s.lr, rotation=s.rotation, classifier=s.classifier, smoothing=s.smoothing,
+        one = STAGE_ONE | dict(arch=arch, pretrained=s.pretrained, epochs=s.epochs, schedule=s.schedule, lr=s.lr, rotation=s.rotation,
+                               classifier=s.classifier, smoothing=s.smoothing,
                            jitter=s.jitter, augment=s.augment, opt=s.opt, bs=s.bs, seed=seed)
         return run.stage(name, *stage_one(data, one, **common), arch=arch, **card)
     student_cl,val_cl = train('student_cl', s.student, s.seed)
@@ -126,7 +132,8 @@ def _stages(run, s, two, share, cache, allow_large):
         for k,e in scores[name].items():
             run.log_novel(what=name, classifier=k, accuracy=e.accuracy, ci95=e.ci95, test_episodes=s.test_episodes)
             run.say(f'{name:>10}, {k}: {e}')
-    others = {k:dict(accuracy=round(e.accuracy, 3), ci95=round(e.ci95, 3), accuracy_cl=round(scores['cl'][k].accuracy, 3)) for k,e in scores['grdd'].items() if k != names[0]}
+    others = {k:dict(accuracy=round(e.accuracy, 3), ci95=round(e.ci95, 3), accuracy_cl=round(scores['cl'][k].accuracy, 3))
+              for k,e in scores['grdd'].items() if k != names[0]}
     scores = {name:of[names[0]] for name,of in scores.items()}
     gain = scores['grdd'] - scores['cl']
     return run.finish(

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from .errors import UserError
 from .losses import full_precision
 
-__all__ = ['CLASSIFIERS', 'register_classifier', 'get_classifier', 'check_settings_of', 'with_base_mean', 'prototypes', 'mean_cosine', 'nearest_centroid', 'nearest_centroid_cosine', 'simpleshot_l2n', 'simpleshot_cl2n', 'nearest_neighbour', 'ridge',
+__all__ = ['CLASSIFIERS', 'register_classifier', 'get_classifier', 'check_settings_of', 'with_base_mean', 'prototypes', 'mean_cosine',
+           'nearest_centroid', 'nearest_centroid_cosine', 'simpleshot_l2n', 'simpleshot_cl2n', 'nearest_neighbour', 'ridge',
            'logistic_regression']
 
 CLASSIFIERS = {} # name -> function with `transductive` and `balanced`: whether it takes every class to have equally many queries
@@ -30,11 +31,13 @@ def register_classifier(name, transductive=False, balanced=False, at_once=1):
         inner = full_precision(f)
         @wraps(f)
         def checked(support, support_y, query, **settings):
-            if support.ndim != 3 or query.ndim != 3 or support_y.shape != support.shape[:2] or len(query) != len(support) or query.shape[2] != support.shape[2]:
+            if (support.ndim != 3 or query.ndim != 3 or support_y.shape != support.shape[:2] or len(query) != len(support)
+                or query.shape[2] != support.shape[2]):
                 raise UserError(f'{name} takes support (E, NS, D), support_y (E, NS) and query (E, NQ, D), not {tuple(support.shape)}, '
                                 f'{tuple(support_y.shape)} and {tuple(query.shape)}')
             check_settings_of(checked, settings)
-            if support.dtype != query.dtype: support,query = (x.to(torch.promote_types(support.dtype, query.dtype)) for x in (support, query))
+            if support.dtype != query.dtype:
+                support,query = (x.to(torch.promote_types(support.dtype, query.dtype)) for x in (support, query))
             logits = inner(support, support_y, query, **settings)
             if not torch.isfinite(logits.sum()): raise why_not_finite(name, support, support_y, query, logits)
             return logits
@@ -47,7 +50,8 @@ def why_not_finite(name, support, support_y, query, logits):
     if not (torch.isfinite(support).all() and torch.isfinite(query).all()):
         return UserError('the features hold NaN or infinite values: the network diverged, or images are damaged; classify others')
     n = F.one_hot(support_y, logits.shape[-1]).sum(1)
-    if (n == 0).any(): return UserError(f'class {int((n == 0).nonzero()[0][1])} has no support image: give each class of an episode at least one')
+    if (n == 0).any():
+        return UserError(f'class {int((n == 0).nonzero()[0][1])} has no support image: give each class of an episode at least one')
     return UserError(f'{name} gives logits that are not finite: its settings do not suit features of this size, try normalised ones')
 
 def check_settings_of(classifier, settings):
@@ -60,24 +64,31 @@ def check_settings_of(classifier, settings):
         default = known[k].default if k in known else None
         if isinstance(default, bool) and not isinstance(v, bool): raise UserError(f'{k} is {v!r}: it is True or False')
         number = isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v < float('inf')
-        if isinstance(default, int | float) and not isinstance(default, bool) and not number: raise UserError(f'{k} is {v!r}: it is a number, at least 0')
+        if isinstance(default, int | float) and not isinstance(default, bool) and not number:
+            raise UserError(f'{k} is {v!r}: it is a number, at least 0')
     name = classifier if isinstance(classifier, str) else getattr(f, '__name__', 'the classifier')
-    if wrong: raise UserError(f'{name} has no setting {wrong!r}: ' + (f'its settings are {", ".join(list(known)[3:])}' if len(known) > 3 else 'it has none'))
+    if wrong:
+        raise UserError(f'{name} has no setting {wrong!r}: ' +
+                        (f'its settings are {", ".join(list(known)[3:])}' if len(known) > 3 else 'it has none'))
 
 SCALE = 1e-9,1e15 # of features whose lengths float32 can hold
 
 def check_scale(h):
     "Features as they are; UserError if they are not finite, all zero, or too large or small for their lengths to be"
     low,high = h.aminmax()
-    if not (torch.isfinite(low) and torch.isfinite(high)): raise UserError('the features hold NaN or infinite values: the network diverged, lower its learning rate')
+    if not (torch.isfinite(low) and torch.isfinite(high)):
+        raise UserError('the features hold NaN or infinite values: the network diverged, lower its learning rate')
     largest = max(-low.item(), high.item())
-    if not SCALE[0] <= largest <= SCALE[1]: raise UserError(f'the largest feature is {largest:.3g}, so that lengths and distances cannot be computed: rescale the features, or train the network')
+    if not SCALE[0] <= largest <= SCALE[1]:
+        raise UserError(f'the largest feature is {largest:.3g}, so that lengths and distances cannot be computed: '
+                        'rescale the features, or train the network')
     return h
 
 def get_classifier(name):
     "The classifier of that name, or a UserError that lists them; a function is returned as it is"
     if callable(name): return name
-    if not isinstance(name, str) or name not in CLASSIFIERS: raise UserError(f'unknown classifier {name!r}: it is one of {", ".join(CLASSIFIERS)}')
+    if not isinstance(name, str) or name not in CLASSIFIERS:
+        raise UserError(f'unknown classifier {name!r}: it is one of {", ".join(CLASSIFIERS)}')
     return CLASSIFIERS[name]
 
 
@@ -140,7 +151,8 @@ def simpleshot_cl2n(support, support_y, query,
     "Nearest centroid of features centred by the base classes' mean and then normalised (SimpleShot's CL2N, arXiv 1911.04623)"
     if mean is None: raise UserError('simpleshot_cl2n needs the mean feature of the base classes: give mean=, or take simpleshot_l2n')
     mean = torch.as_tensor(mean, device=support.device)
-    if mean.ndim and mean.shape[-1] != support.shape[-1]: raise UserError(f'the mean has {mean.shape[-1]} features and the images {support.shape[-1]}: take it of the same network')
+    if mean.ndim and mean.shape[-1] != support.shape[-1]:
+        raise UserError(f'the mean has {mean.shape[-1]} features and the images {support.shape[-1]}: take it of the same network')
     return simpleshot_l2n(support - mean, support_y, query - mean)
 
 @register_classifier('simpleshot_l2n')
@@ -201,6 +213,7 @@ def logistic_regression(support, support_y, query,
         t = torch.where(((Z - Z_new)*moved).sum((1, 2), keepdim=True) > 0, 1., t) # momentum against the descent starts anew
         t_new = (1 + (1 + 4*t*t).sqrt()) / 2
         Z,t = Z_new + (t - 1)/t_new*moved,t_new
-    if live.any(): warnings.warn(f'logistic_regression has not converged in {max_iter} steps: normalise the features or lower C', stacklevel=2)
+    if live.any():
+        warnings.warn(f'logistic_regression has not converged in {max_iter} steps: normalise the features or lower C', stacklevel=2)
     b = (Z_new - K @ A).mean(1, keepdim=True)
     return query @ support.mT @ A + b + no_support(Y)

@@ -28,7 +28,8 @@ from .losses import EpisodicLoss, relatedness
 from .optim import sgd
 from .precision import Autocast
 
-__all__ = ['check_backbone', 'external_weights', 'create_backbone', 'image_config', 'CosineClassifier', 'GlobalNet', 'CATEGORY_CLASSIFIERS', 'FewShotLearner', 'global_learner', 'meta_learner', 'poly', 'step_down']
+__all__ = ['check_backbone', 'external_weights', 'create_backbone', 'image_config', 'CosineClassifier', 'GlobalNet', 'CATEGORY_CLASSIFIERS',
+           'FewShotLearner', 'global_learner', 'meta_learner', 'poly', 'step_down']
 
 CATEGORY_CLASSIFIERS = ('linear', 'cosine')
 
@@ -55,7 +56,8 @@ def external_weights(arch, pretrained=False):
     except RuntimeError: cfg = None
     if cfg is not None and cfg.has_weights: return f'{name}.{cfg.tag}' if cfg.tag else name
     known = timm.list_pretrained(f'{name}.*')
-    raise UserError(f'{arch} has no pretrained weights: give {name} for random ones' + (f', or one of {", ".join(known[:8])}' if known else ''))
+    raise UserError(f'{arch} has no pretrained weights: give {name} for random ones' +
+                    (f', or one of {", ".join(known[:8])}' if known else ''))
 
 def create_backbone(
     arch, # name of a timm model, ours among them; one with a tag, such as resnet18.a1_in1k, has that tag's weights
@@ -70,7 +72,9 @@ def create_backbone(
     weights = external_weights(arch, pretrained)
     if weights is None: return _build(arch, num_classes, px, seed, **kwargs)
     try: return _build(weights, num_classes, px, seed, pretrained=True, **kwargs)
-    except Exception as e: raise UserError(f'the weights of {weights} cannot be had ({first_line(e)}): give the name of an architecture, or of weights that can') from None
+    except Exception as e:
+        raise UserError(f'the weights of {weights} cannot be had ({first_line(e)}): '
+                        'give the name of an architecture, or of weights that can') from None
 
 def _build(arch, num_classes, px, seed, **kwargs):
     with torch.random.fork_rng(devices=[]):
@@ -98,11 +102,13 @@ class GlobalNet(nn.Module):
     """
     def __init__(self, backbone, rotation=True, rotation_from='logits', classifier='linear'):
         super().__init__()
-        if rotation_from not in ('logits', 'probabilities'): raise UserError(f"rotation_from is 'logits' or 'probabilities', not {rotation_from!r}")
+        if rotation_from not in ('logits', 'probabilities'):
+            raise UserError(f"rotation_from is 'logits' or 'probabilities', not {rotation_from!r}")
         if classifier not in CATEGORY_CLASSIFIERS: raise UserError(f"classifier is 'linear' or 'cosine', not {classifier!r}")
         self.backbone,self.rotation_from,n_classes = backbone,rotation_from,backbone.num_classes
         self.rotation_head = nn.Linear(n_classes, 4) if rotation else None
-        self.classifier = CosineClassifier(getattr(backbone, 'head_hidden_size', None) or backbone.num_features, n_classes) if classifier == 'cosine' else None
+        self.classifier = (CosineClassifier(getattr(backbone, 'head_hidden_size', None) or backbone.num_features, n_classes)
+                           if classifier == 'cosine' else None)
         if self.classifier: backbone.reset_classifier(0)
     def forward(self, x):
         p = self.classifier(features(self.backbone, x)) if self.classifier else self.backbone(x)
@@ -127,7 +133,8 @@ class FewShotLearner(Learner):
     def distrib_ctx(self, sync_bn=True):
         "Fits inside train on all the processes joined by `processes`; fastai's by the same name cuts batches across episodes"
         if ranks()[1] == 1:
-            if int(os.environ.get('WORLD_SIZE', 1)) > 1: raise UserError('this is one of several processes that have not joined: put the program inside `with processes():`')
+            if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+                raise UserError('this is one of several processes that have not joined: put the program inside `with processes():`')
             yield self
             return
         with self.added_cbs(Distributed(sync_bn)): yield self
@@ -149,9 +156,11 @@ def image_config(dls):
     return cfg if norm is None else cfg | {k:tuple(v.flatten().tolist()) for k,v in dict(mean=norm.mean, std=norm.std).items()}
 
 def check_dls(dls):
-    if not isinstance(dls, DataLoaders): raise UserError(f'the data is a {type(dls).__name__}: make DataLoaders with category_dls or episodic_dls')
+    if not isinstance(dls, DataLoaders):
+        raise UserError(f'the data is a {type(dls).__name__}: make DataLoaders with category_dls or episodic_dls')
 
-def _learner(dls, model, loss_func, stage_cbs, seed, amp, keep_best, valid, channels_last, compile, opt_func=sgd, wd=5e-4, cbs=None, **kwargs):
+def _learner(dls, model, loss_func, stage_cbs, seed, amp, keep_best, valid, channels_last, compile, opt_func=sgd, wd=5e-4, cbs=None,
+             **kwargs):
     if torch.device(dls.device).type == 'cpu': keep_freed_memory()
     net = getattr(model, 'backbone', model)
     net.pretrained_cfg = getattr(net, 'pretrained_cfg', {}) | image_config(dls) # it says what images the network takes from now on
@@ -159,7 +168,8 @@ def _learner(dls, model, loss_func, stage_cbs, seed, amp, keep_best, valid, chan
     if compile:
         for part in net.children(): part.compile(**(compile if isinstance(compile, dict) else {})) # in place: names and hooks stay
     known = list(inspect.signature(FewShotAccuracy).parameters)
-    if wrong := next((k for k in valid if k not in known), None): raise UserError(f'valid has no setting {wrong!r}: its settings are {", ".join(known)}')
+    if wrong := next((k for k in valid if k not in known), None):
+        raise UserError(f'valid has no setting {wrong!r}: its settings are {", ".join(known)}')
     cbs = [Seeded(seed), LightRecorder(), *([Autocast()] if amp else []), *stage_cbs, FewShotAccuracy(**valid),
            *([KeepBest()] if keep_best else []), *L(cbs)]
     learn = FewShotLearner(dls, model, loss_func=loss_func, opt_func=opt_func, wd=wd, cbs=cbs, **kwargs)
@@ -187,13 +197,16 @@ def global_learner(
     "Stage one: a Learner of the global learner phi; `learn.model.backbone` is the network"
     check_dls(dls)
     if isinstance(arch, Learner): arch = getattr(arch.model, 'backbone', arch.model)
-    if not isinstance(arch, str | nn.Module): raise UserError(f'the backbone is a {type(arch).__name__}: give the name of a timm model, or one')
-    if not isinstance(smoothing, int | float) or not 0 <= smoothing < 1: raise UserError(f'smoothing is {smoothing!r}: it must be at least 0 and below 1')
+    if not isinstance(arch, str | nn.Module):
+        raise UserError(f'the backbone is a {type(arch).__name__}: give the name of a timm model, or one')
+    if not isinstance(smoothing, int | float) or not 0 <= smoothing < 1:
+        raise UserError(f'smoothing is {smoothing!r}: it must be at least 0 and below 1')
     backbone = create_backbone(arch, dls.c, dls.one_batch()[0].shape[-1], seed, pretrained) if isinstance(arch, str) else arch
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = GlobalNet(backbone, rotation, rotation_from, classifier)
-    return _learner(dls, model, CrossEntropyLossFlat(label_smoothing=smoothing), [Rotation(rotation_weight)] if rotation else [], seed, amp, keep_best,
+    return _learner(dls, model, CrossEntropyLossFlat(label_smoothing=smoothing), [Rotation(rotation_weight)] if rotation else [], seed, amp,
+                    keep_best,
                     valid or {}, channels_last, compile, splitter=_body_and_head, **kwargs)
 
 
@@ -223,10 +236,12 @@ def meta_learner(
     if teacher is None and distill: raise UserError('distill is given without a teacher: give both, or neither for episodic labels alone')
     if isinstance(teacher, Learner): teacher = getattr(teacher.model, 'backbone', teacher.model)
     if isinstance(student, Learner): student = getattr(student.model, 'backbone', student.model)
-    if not isinstance(student, str | nn.Module): raise UserError(f'the student is a {type(student).__name__}: give a network, a Learner of one, or the name of a timm model')
+    if not isinstance(student, str | nn.Module):
+        raise UserError(f'the student is a {type(student).__name__}: give a network, a Learner of one, or the name of a timm model')
     if distill is not None and not isinstance(distill, dict): raise UserError(f'distill is {distill!r}: give a dict of settings')
     known = list(inspect.signature(RelatednessDistiller).parameters)[3:]
-    if wrong := next((k for k in distill or {} if k not in known), None): raise UserError(f'distill has no setting {wrong!r}: its settings are {", ".join(known)}')
+    if wrong := next((k for k in distill or {} if k not in known), None):
+        raise UserError(f'distill has no setting {wrong!r}: its settings are {", ".join(known)}')
     distiller = [] if teacher is None else [RelatednessDistiller(teacher, T=T, gamma=gamma, **(distill or {}))]
     return _learner(dls, model, EpisodicLoss(e.n_way, e.k_shot, e.n_query, scale, mean), distiller, seed, amp, keep_best,
                     {'k_shot':e.k_shot, **(valid or {})}, channels_last, compile, **kwargs)

@@ -93,7 +93,8 @@ class EpisodicLoss(nn.Module):
     def __init__(self, n_way=5, k_shot=1, n_query=15, scale=10., mean=True):
         super().__init__()
         if not isinstance(mean, bool): raise UserError(f'mean is {mean!r}: it is True or False')
-        if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < float('inf'): raise UserError(f'the logit scale is {scale!r}: it must be positive')
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < float('inf'):
+            raise UserError(f'the logit scale is {scale!r}: it must be positive')
         self.n_way,self.k_shot,self.n_query,self.scale,self.mean = n_way,k_shot,n_query,scale,mean
 
     def split(self, h):

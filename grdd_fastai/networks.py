@@ -39,18 +39,20 @@ PICKLES = ('.bin', '.pth', '.pt', '.ckpt', '.pkl', '.pickle', '.tar', '.npz', '.
 
 
 def load_network(of):
-    """The network `of` names, without a classifier: a timm model with pretrained weights, a folder of recipes/publish.py, `hf-hub:user/name`,
-    the folder of a run, or weights of one (`runs/grdd/student_cl`)
+    """The network that `of` names, without a classifier
 
-    Its `pretrained_cfg` has the side of its images, and the mean and std they are normalised with. A folder's weights are read from
-    `model.safetensors` alone, and have to be exactly those of the network that its `config.json` describes. UserError if it is none of these.
+    `of` is a timm model with pretrained weights, a folder of recipes/publish.py, `hf-hub:user/name`, the folder of a run, or weights of one
+    (`runs/grdd/student_cl`). The network's `pretrained_cfg` has the side of its images, and the mean and std they are normalised with. A
+    folder's weights are read from `model.safetensors` alone, and have to be exactly those of the network that its `config.json` describes.
+    UserError if `of` is none of these.
     """
     path = user_path(str(of).removesuffix('.safetensors'), 'the network')
     cards = [*(path/f'{name}.json' for name in RUNS), *([path.with_name(f'{path.name}.json')] if path.name else [])]
     if card := next((c for c in cards if c.is_file() and c.with_suffix('.safetensors').is_file()), None): return _of_a_run(card)
     if str(of).startswith('hf-hub:'): return _of_a_folder(_from_hub(str(of).removeprefix('hf-hub:')))
     if (path/'config.json').exists(): return _of_a_folder(path)
-    if path.exists(): raise UserError(f'{path} holds no network (net.json or config.json): give the folder of a run or of recipes/publish.py')
+    if path.exists():
+        raise UserError(f'{path} holds no network (net.json or config.json): give the folder of a run or of recipes/publish.py')
     return create_backbone(str(of), pretrained=True)
 
 def _of_a_run(card):
@@ -59,7 +61,8 @@ def _of_a_run(card):
         (mean,std),px = about['stats'],about['px']
         config = check_images(px, mean, std)
         check_backbone(about['arch'])
-    except (UserError, TypeError, ValueError) as e: raise UserError(f'{card} is damaged or no network\'s ({first_line(e)}): give the folder of a run') from None
+    except (UserError, TypeError, ValueError) as e:
+        raise UserError(f'{card} is damaged or no network\'s ({first_line(e)}): give the folder of a run') from None
     return _with_weights(about['arch'], config, {}, card.with_suffix('.safetensors'), lambda: whole_weights(card.with_suffix(''))[1])
 
 def _of_a_folder(folder):
@@ -67,15 +70,19 @@ def _of_a_folder(folder):
     config = read_json(folder/'config.json', keys=dict(architecture=str))
     if not weights.is_file():
         other = next((f.name for f in sorted(folder.iterdir()) if f.suffix in PICKLES), None)
-        raise UserError(f'{folder} has no model.safetensors' + (f' but {other}, a format that can run any program when it is read: ask its author for safetensors'
+        raise UserError(f'{folder} has no model.safetensors' +
+                        (f' but {other}, a format that can run any program when it is read: ask its author for safetensors'
                         if other else ': take it from a copy'))
     try:
         cfg = config.get('pretrained_cfg', config)
         c,*sides = cfg['input_size']
-        if c != 3 or len(sides) != 2 or sides[0] != sides[1]: raise ValueError(f'its images are {c} x {" x ".join(map(str, sides))}, not RGB squares')
+        if c != 3 or len(sides) != 2 or sides[0] != sides[1]:
+            raise ValueError(f'its images are {c} x {" x ".join(map(str, sides))}, not RGB squares')
         images = check_images(sides[0], cfg['mean'], cfg['std'], cfg.get('crop_pct', 1.), cfg.get('interpolation', 'bicubic'))
         args = _arguments(config.get('model_args') or {})
-    except (TypeError, ValueError, KeyError, AttributeError) as e: raise UserError(f'{folder/"config.json"} does not describe a network ({type(e).__name__}: {first_line(e)}): take it from a copy') from None
+    except (TypeError, ValueError, KeyError, AttributeError) as e:
+        raise UserError(f'{folder/"config.json"} does not describe a network ({type(e).__name__}: {first_line(e)}): '
+                        'take it from a copy') from None
     check_backbone(config['architecture'])
     def tensors():
         try: return read_safetensors(weights)[0]
@@ -86,9 +93,11 @@ def check_images(px, mean, std, crop_pct=1., interpolation='bicubic'):
     "What a network's images are, as `pretrained_cfg` has it; ValueError for what none can be"
     def numbers(v): return isinstance(v, list | tuple) and len(v) == 3 and all(isinstance(n, int | float) and math.isfinite(n) for n in v)
     if type(px) is not int or not 1 <= px <= LARGEST_SIDE: raise ValueError(f'images of {px!r} px: from 1 to {LARGEST_SIDE} can be')
-    if not numbers(mean) or not numbers(std) or min(std) <= 0: raise ValueError(f'mean {mean!r}, std {std!r}: three numbers each, those of std positive')
+    if not numbers(mean) or not numbers(std) or min(std) <= 0:
+        raise ValueError(f'mean {mean!r}, std {std!r}: three numbers each, those of std positive')
     if not isinstance(crop_pct, int | float) or not 0 < crop_pct <= 1: raise ValueError(f'crop_pct {crop_pct!r}: above 0, at most 1')
-    if interpolation not in ('bicubic', 'bilinear', 'nearest', 'lanczos', 'random'): raise ValueError(f'interpolation {interpolation!r} is none')
+    if interpolation not in ('bicubic', 'bilinear', 'nearest', 'lanczos', 'random'):
+        raise ValueError(f'interpolation {interpolation!r} is none')
     return dict(input_size=(3, px, px), mean=tuple(mean), std=tuple(std), crop_pct=crop_pct, interpolation=interpolation)
 
 def _arguments(args):
@@ -97,9 +106,11 @@ def _arguments(args):
         if isinstance(v, list): return depth and len(v) <= 64 and all(small(o, depth-1) for o in v)
         return v is None or isinstance(v, bool) or (isinstance(v, str) and len(v) <= 100) or (isinstance(v, int | float) and abs(v) <= 4096)
     def total(v): return sum(map(total, v)) if isinstance(v, list) else v if isinstance(v, int) else 0
-    own = [*inspect.signature(timm.create_model).parameters, 'features_only', 'out_indices', 'feature_cfg', 'num_classes', 'in_chans', 'img_size']
+    own = [*inspect.signature(timm.create_model).parameters, 'features_only', 'out_indices', 'feature_cfg', 'num_classes', 'in_chans',
+           'img_size']
     for k,v in args.items():
-        if (k in own or k.startswith('pretrained')) and k not in ('num_classes', 'in_chans', 'img_size'): raise ValueError(f'{k} is no argument of an architecture')
+        if (k in own or k.startswith('pretrained')) and k not in ('num_classes', 'in_chans', 'img_size'):
+            raise ValueError(f'{k} is no argument of an architecture')
         if not small(v): raise ValueError(f'{k} is too large')
         if re.search('depth|layer|block|repeat', k) and total(v) > 256: raise ValueError(f'{k} is too large')
     return {k:tuple(v) if isinstance(v, list) else v for k,v in args.items() if k not in own} # those left out follow from the images
@@ -112,7 +123,8 @@ def _with_weights(arch, images, args, path, tensors):
     arch,px = arch.partition('.')[0],images['input_size'][-1]
     try:
         with torch.device('meta'): shape = create_backbone(arch, 0, px, **args)
-    except Exception as e: raise UserError(f'{path.parent}: {arch} cannot be built as is said there ({first_line(e)}): take its files from a copy') from None
+    except Exception as e:
+        raise UserError(f'{path.parent}: {arch} cannot be built as is said there ({first_line(e)}): take its files from a copy') from None
     prefixes = shape.pretrained_cfg.get('classifier') or ()
     prefixes = tuple(f'{p}.' for p in ([prefixes] if isinstance(prefixes, str) else prefixes))
     try:
@@ -130,15 +142,19 @@ def _from_hub(repo):
     "The folder with config.json and model.safetensors of a Hugging Face repository, user/name or user/name@revision"
     repo,_,revision = repo.partition('@')
     try: files = [hf_hub_download(repo, f, revision=revision or None) for f in ('config.json', 'model.safetensors')]
-    except EntryNotFoundError: raise UserError(f'hf-hub:{repo} lacks config.json or model.safetensors, the only formats that are read: ask its author for them') from None
-    except Exception as e: raise UserError(f'the weights of hf-hub:{repo} cannot be had ({first_line(e)}): check the name and the connection') from None
+    except EntryNotFoundError:
+        raise UserError(f'hf-hub:{repo} lacks config.json or model.safetensors, the only formats that are read: '
+                        'ask its author for them') from None
+    except Exception as e:
+        raise UserError(f'the weights of hf-hub:{repo} cannot be had ({first_line(e)}): check the name and the connection') from None
     return Path(files[0]).parent
 
 def images_of(net):
     "Side, mean and std of the images that a timm network takes, as its `pretrained_cfg` has them"
     cfg = getattr(net, 'pretrained_cfg', None)
     if not cfg or not {'input_size', 'mean', 'std'} <= cfg.keys(): raise UserError(
-        f'a {type(net).__name__} does not say what images it takes (pretrained_cfg): give a timm model, or set input_size, mean and std there')
+        f'a {type(net).__name__} does not say what images it takes (pretrained_cfg): '
+        'give a timm model, or set input_size, mean and std there')
     return cfg['input_size'][1],list(cfg['mean']),list(cfg['std'])
 
 

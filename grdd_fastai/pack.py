@@ -23,7 +23,8 @@ from .storage import locked, new_memmap, part_name, read_json, sweep, user_path
 __all__ = ['Split', 'FewShotData', 'few_shot_data', 'default_cache', 'decode']
 
 BLOCK = 1024 # images decoded at a time
-FORMATS = ('PNG', 'JPEG', 'MPO', 'BMP', 'WEBP', 'GIF', 'TIFF', 'PPM', 'AVIF', 'JPEG2000') # that are decoded; others may run programs, as EPS does
+# that are decoded; others may run programs, as EPS does
+FORMATS = ('PNG', 'JPEG', 'MPO', 'BMP', 'WEBP', 'GIF', 'TIFF', 'PPM', 'AVIF', 'JPEG2000')
 LARGEST_SIDE = 1024 # of packed images, and of those a network may ask for
 MEGAPIXELS = 89 # of an image that is decoded without being asked about
 
@@ -45,7 +46,7 @@ def default_cache():
 
 
 def decode(image, px, allow_large=False):
-    "The bytes of an image in any format -> RGB uint8 (px, px, 3): upright, shorter side to `px`, centre crop; `allow_large` as in `open_image`"
+    "The bytes of an image -> RGB uint8 (px, px, 3): upright, shorter side to `px`, centre crop; `allow_large` as in `open_image`"
     im = upright_rgb(open_image(io.BytesIO(image), allow_large))
     return np.asarray(im if im.size == (px, px) else ImageOps.fit(im, (px, px), Image.Resampling.BICUBIC))
 
@@ -59,7 +60,9 @@ def open_image(file, allow_large=False):
         warnings.simplefilter('ignore', Image.DecompressionBombWarning) # the size is looked at here
         Image.init()
         im = Image.open(file, formats=[f for f in FORMATS if f in Image.OPEN])
-    if not allow_large and im.width*im.height > MEGAPIXELS*10**6: raise ValueError(f'it has {im.width} x {im.height} pixels, more than {MEGAPIXELS} million: make it smaller or allow it by --allow-large')
+    if not allow_large and im.width*im.height > MEGAPIXELS*10**6:
+        raise ValueError(f'it has {im.width} x {im.height} pixels, more than {MEGAPIXELS} million: '
+                         'make it smaller or allow it by --allow-large')
     return im
 
 def upright_rgb(im):
@@ -73,7 +76,8 @@ def _to_8_bit(a, mode):
     top = a.max() if a.size else 0
     full = 1 if mode == 'F' and top <= 1 else 255 if top <= 255 else 65535 if top <= 65535 else top
     out = np.empty(a.shape, np.uint8)
-    for row,levels in zip(out, a): row[:] = (levels * (255/full)).clip(0, 255) # a row at a time: floating-point levels of a large image would fill the memory
+    # a row at a time: floating-point levels of a large image would fill the memory
+    for row,levels in zip(out, a): row[:] = (levels * (255/full)).clip(0, 255)
     return out
 
 
@@ -96,9 +100,11 @@ class FewShotData:
         self.shared = meta.get('shared', []) # images that two splits have: (split, filename, split before, filename)
         self.folder = folder
         pair = np.array(self.stats, float)
-        if type(self.px) is not int or pair.shape != (2, 3) or not np.isfinite(pair).all() or pair[1].min() <= 0: raise ValueError('its meta.json is no data set\'s')
+        if type(self.px) is not int or pair.shape != (2, 3) or not np.isfinite(pair).all() or pair[1].min() <= 0:
+            raise ValueError('its meta.json is no data set\'s')
         for s in SPLITS:
-            if not all((folder/f'{s}.{kind}').is_file() for kind in ('csv', 'npy')): raise ValueError(f'{s}.csv or {s}.npy is no regular file')
+            if not all((folder/f'{s}.{kind}').is_file() for kind in ('csv', 'npy')):
+                raise ValueError(f'{s}.csv or {s}.npy is no regular file')
             df = pd.read_csv(folder/f'{s}.csv', dtype=str, keep_default_na=False, encoding_errors='surrogateescape')
             images = np.load(folder/f'{s}.npy', mmap_mode='r')
             if len(images) != len(df): raise ValueError(f'{s}.csv has {len(df)} rows for {len(images)} images')
@@ -118,12 +124,16 @@ def few_shot_data(
 
     Warns of classes and images that two splits seem to share. UserError for data that cannot be read.
     """
-    if not isinstance(px, int | np.integer) or isinstance(px, bool) or not 1 <= px <= LARGEST_SIDE: raise UserError(f'images of {px!r} px are asked for: px must be from 1 to {LARGEST_SIDE}')
-    if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32: raise UserError(f'the seed is {seed!r}: give a whole number, 0 or more')
+    if not isinstance(px, int | np.integer) or isinstance(px, bool) or not 1 <= px <= LARGEST_SIDE:
+        raise UserError(f'images of {px!r} px are asked for: px must be from 1 to {LARGEST_SIDE}')
+    if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
+        raise UserError(f'the seed is {seed!r}: give a whole number, 0 or more')
     source = DemoSource(seed) if isinstance(data, str) and data == 'demo' and not Path('demo').exists() else open_source(data, seed)
     try: cache,stamp = user_path(cache or default_cache(), '--cache').resolve(),source.stamp()
-    except (OSError, RuntimeError) as e: raise UserError(f'the cache folder {cache} cannot be used ({getattr(e, "strerror", None) or e}): give --cache another') from None
-    if cache.is_relative_to(Path(source.path).resolve()): raise UserError(f'the cache folder {cache} lies inside the data {source.path}: give --cache another')
+    except (OSError, RuntimeError) as e:
+        raise UserError(f'the cache folder {cache} cannot be used ({getattr(e, "strerror", None) or e}): give --cache another') from None
+    if cache.is_relative_to(Path(source.path).resolve()):
+        raise UserError(f'the cache folder {cache} lies inside the data {source.path}: give --cache another')
     px = int(px)
     key = hashlib.sha256(f'{source.key} {px}'.encode(errors='surrogateescape')).hexdigest()[:12]
     folder = cache/f'{source.name[:60]}-{px}-{key}'
@@ -132,7 +142,8 @@ def few_shot_data(
     with locked(cache/f'.{folder.name}.lock'): # of several processes one packs, the others wait
         if _stamp(folder) == stamp:
             try: return _warned(FewShotData(folder))
-            except Exception as e: print(f'{folder} is damaged ({type(e).__name__}: {e}) and packed anew', file=sys.stderr) # whatever the damage
+            except Exception as e: # whatever the damage
+                print(f'{folder} is damaged ({type(e).__name__}: {e}) and packed anew', file=sys.stderr)
         _pack(source, px, stamp, folder, allow_large)
         return _warned(FewShotData(folder))
 
@@ -143,8 +154,10 @@ def _stamp(folder):
 
 def _warned(data):
     "`data`, after a warning of the images that two of its splits share"
-    if data.shared: print(f'warning: {data.name}: {len(data.shared)} images are in two splits, so that one of them does not measure what is new: ' +
-                          '; '.join(f'{a} ({s}) is {b} ({t})' for s,a,t,b in data.shared[:3]) + (' ...' if len(data.shared) > 3 else ''), file=sys.stderr)
+    if data.shared:
+        print(f'warning: {data.name}: {len(data.shared)} images are in two splits, so that one of them does not measure what is new: ' +
+              '; '.join(f'{a} ({s}) is {b} ({t})' for s,a,t,b in data.shared[:3]) + (' ...' if len(data.shared) > 3 else ''),
+              file=sys.stderr)
     return data
 
 def _shared(images, source):
@@ -183,7 +196,8 @@ def _pack(source, px, stamp, folder, allow_large):
             csv = df[['filename','label']].to_csv(index=False).encode(errors='surrogateescape')
             (tmp/f'{s}.csv').write_bytes(csv)
             fingerprint.update(csv)
-        meta = dict(name=source.name, px=px, source=str(source.path), stamp=stamp, fingerprint=fingerprint.hexdigest(), stats=_stats(histogram), shared=_shared(images, source))
+        meta = dict(name=source.name, px=px, source=str(source.path), stamp=stamp, fingerprint=fingerprint.hexdigest(),
+                    stats=_stats(histogram), shared=_shared(images, source))
         (tmp/'meta.json').write_text(json.dumps(meta | dict(check=_check(meta))))
         shutil.rmtree(folder, ignore_errors=True)
         tmp.rename(folder)
@@ -204,4 +218,5 @@ def _decode_row(source, split, row, px, allow_large):
     except UserError: raise
     except Exception as e:
         why = 'it is no image that is known' if isinstance(e, UnidentifiedImageError) else e
-        raise UserError(f'{source.path}, {split} row {row+2}: {path} does not decode ({why}): replace the image or remove the row') from None
+        raise UserError(f'{source.path}, {split} row {row+2}: {path} does not decode ({why}): '
+                        'replace the image or remove the row') from None

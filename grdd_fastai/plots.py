@@ -52,9 +52,11 @@ def plot_sweep(
         for i,((seed,shot),line) in enumerate(of.groupby(['seed', 'shot'])):
             at = [values.index(v) for v in line.value]
             order = np.argsort(at)
-            ax.errorbar(np.take(at, order), line.accuracy.to_numpy()[order], line.ci95.to_numpy()[order], marker=MARKERS[i % 8], color=COLORS[i % 8],
+            ax.errorbar(np.take(at, order), line.accuracy.to_numpy()[order], line.ci95.to_numpy()[order], marker=MARKERS[i % 8],
+                        color=COLORS[i % 8],
                         capsize=3, lw=1.5, label=f'{shot}-shot, seed {seed}')
-        for (name,accuracy),style in zip(references.items(), ('--', ':', '-.')): ax.axhline(accuracy, ls=style, color='0.4', lw=1.2, label=name)
+        for (name,accuracy),style in zip(references.items(), ('--', ':', '-.')):
+            ax.axhline(accuracy, ls=style, color='0.4', lw=1.2, label=name)
         ax.set(xticks=range(len(values)), xticklabels=[f'{v:g}' for v in values], xlabel=symbol)
         _plain(ax)
     axes[0,0].set_ylabel(ylabel)
@@ -73,7 +75,8 @@ def plot_tsne(
         for i,c in enumerate(np.unique(y)):
             ax.scatter(*points[y == c].T, s=14, marker=MARKERS[i % 8], color=COLORS[i % 8], alpha=.75, linewidths=0, label=names[c])
         ax.set(title=title, xticks=[], yticks=[])
-    fig.legend(*axes[0,0].get_legend_handles_labels(), loc='outside lower center', ncols=len(np.unique(y)), frameon=False, fontsize=9, markerscale=1.6)
+    fig.legend(*axes[0,0].get_legend_handles_labels(), loc='outside lower center', ncols=len(np.unique(y)), frameon=False, fontsize=9,
+               markerscale=1.6)
     return fig
 
 
@@ -81,7 +84,8 @@ def plot_relatedness(
     panels, # T -> (whole, decoupled): the softmax over the matrix (NS, NQ), and over each of its rows
 ) -> Figure:
     "A column per temperature: weights without and with decoupling, each as a multiple of the uniform weight of its softmax"
-    fig,axes = plt.subplots(2, len(panels), figsize=(1.9*len(panels) + 1, 3.1), layout='constrained', squeeze=False, sharex=True, sharey=True)
+    fig,axes = plt.subplots(2, len(panels), figsize=(1.9*len(panels) + 1, 3.1), layout='constrained', squeeze=False, sharex=True,
+                            sharey=True)
     for column,(T,(whole,decoupled)) in zip(axes.T, panels.items()):
         for ax,w,uniform in zip(column, (whole, decoupled), (1/whole.size, 1/whole.shape[1])):
             ratio = w/uniform

@@ -61,11 +61,16 @@ class Folder:
         found,self.left_out = [],[]
         folders,visits = [''],Counter()
         while folders: folders += self._entries(folders.pop(), visits, found)
-        if self.left_out: print(f'{self.path}: {len(self.left_out)} links that lead out of the folder, nowhere or in a circle, pipes and devices are left out, '
-                                f'{min(self.left_out)} the first', file=sys.stderr)
+        if self.left_out:
+            print(f'{self.path}: {len(self.left_out)} links that lead out of the folder, '
+                  'nowhere or in a circle, pipes and devices are left out, '
+                  f'{min(self.left_out)} the first', file=sys.stderr)
         return sorted(found)
     def _entries(self, below, visits, found):
-        "Append the files in the folder `below` to `found` and return its folders; links lead to each folder a few times at most, so that a circle ends"
+        """Append the files in the folder `below` to `found` and return its folders
+
+        Links are followed to each folder a few times at most, so that a circle of links ends.
+        """
         inner = []
         try: entries = list(os.scandir(self.root/below))
         except OSError as e: raise UserError(f'{self.path/below} cannot be read ({e.strerror}): mend it or remove it') from None
@@ -113,7 +118,8 @@ class Zip:
         except Exception as e: raise UserError(f'{self.path}: {f} cannot be read from the archive ({e}): fetch it again') from None
     def _check_size(self, f):
         size = self.infos[f].file_size
-        if size > LARGEST: raise UserError(f'{self.path}: {f} would unpack to {size >> 20} MiB: remove it, no file of a data set is so large')
+        if size > LARGEST:
+            raise UserError(f'{self.path}: {f} would unpack to {size >> 20} MiB: remove it, no file of a data set is so large')
     def lines(self, f):
         "The text of a member, unpacked as it is read"
         self._check_size(f)
@@ -144,7 +150,9 @@ class CifarPickles:
             names,self.images = tables['meta']['fine_label_names'],{}
             for part in ('train','test'):
                 images,labels = tables[part]['data'],tables[part]['fine_labels']
-                if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or not isinstance(labels, list) or len(labels) != len(images): raise ValueError('no array of images')
+                if (not isinstance(images, np.ndarray) or images.dtype != np.uint8 or not isinstance(labels, list)
+                    or len(labels) != len(images)):
+                    raise ValueError('no array of images')
                 images = images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
                 for i,(image,y) in enumerate(zip(images, labels)):
                     self.images[f'{names[y]}/{part}_{i:05d}.png'] = image
@@ -177,15 +185,18 @@ def _open_tree(path):
         prefix = next((f.removesuffix('meta') for f in tree.files if f.endswith('cifar-100-python/meta')), None)
         return tree if prefix is None else CifarPickles(path, tree.read, prefix)
     try:
-        if not tarfile.is_tarfile(path): raise UserError(f'{path} is neither a folder, a zip nor a tar archive: unpack it and give its folder')
+        if not tarfile.is_tarfile(path):
+            raise UserError(f'{path} is neither a folder, a zip nor a tar archive: unpack it and give its folder')
         with tarfile.open(path) as tar:
             members = {posixpath.normpath(m.name):m for m in tar.getmembers() if m.isfile() and m.size <= LARGEST}
             metas = [f for f in members if posixpath.basename(f) == 'meta']
             if not metas: raise UserError(f"{path} is not CIFAR-100's python archive: unpack it and give its folder")
-            parts = {f:tar.extractfile(members[f]).read() for f in (posixpath.join(posixpath.dirname(metas[0]), part) for part in ('meta','train','test')) if f in members}
+            parts = {f:tar.extractfile(members[f]).read()
+                     for f in (posixpath.join(posixpath.dirname(metas[0]), part) for part in ('meta','train','test')) if f in members}
             while tar.fileobj.read(2**20): pass # the archive's own checksum stands at its end
         return CifarPickles(path, parts.__getitem__, metas[0].removesuffix('meta'))
-    except (EOFError, tarfile.TarError, zlib.error, OSError) as e: raise UserError(f'{path} is not a whole archive ({e}): fetch it again') from None
+    except (EOFError, tarfile.TarError, zlib.error, OSError) as e:
+        raise UserError(f'{path} is not a whole archive ({e}): fetch it again') from None
 
 
 # ---- which images belong to which split: one function a layout, each a frame or None --------------------------------
@@ -197,7 +208,8 @@ def _split_csvs(tree, seed):
     base,frames = min(csvs, key=lambda f: (f.count('/'), f)),[]
     for split in SPLITS:
         name = f'{base}{split}.csv'
-        if not tree.has(name): raise UserError(f'{tree.path}: {base}train.csv is there but {name} is not: give all of train.csv, val.csv and test.csv')
+        if not tree.has(name):
+            raise UserError(f'{tree.path}: {base}train.csv is there but {name} is not: give all of train.csv, val.csv and test.csv')
         frames.append(_read_csv(tree, name).assign(split=split))
     return pd.concat(frames, ignore_index=True)
 
@@ -206,13 +218,17 @@ def _read_csv(tree, name):
     where,base,found,seen = f'{tree.path}, {name}',name.rpartition('/')[0],[],set()
     def image(n, filename, label):
         row = f'{where}, row {n}'
-        if not filename or not label: raise UserError(f'{row}: the {"label" if filename else "filename"} is empty: fill it in or remove the row')
+        if not filename or not label:
+            raise UserError(f'{row}: the {"label" if filename else "filename"} is empty: fill it in or remove the row')
         f = posixpath.normpath(filename)
-        if f.startswith(('/', '../')) or f == '..': raise UserError(f'{row}: {filename} lies outside the data folder: give a path relative to images/ or to the CSV')
+        if f.startswith(('/', '../')) or f == '..':
+            raise UserError(f'{row}: {filename} lies outside the data folder: give a path relative to images/ or to the CSV')
         path = next((p for p in (posixpath.join(base, 'images', f), posixpath.join(base, f)) if tree.has(p)), None)
         if path in seen: raise UserError(f'{row}: {filename} is listed twice: an image may be in one row only')
         seen.add(path)
-        if path is None: raise UserError(f'{row}: {filename} is neither in images/ beside the CSV nor beside it, or is a link out of the folder: add the image or remove the row')
+        if path is None:
+            raise UserError(f'{row}: {filename} is neither in images/ beside the CSV nor beside it, or is a link out of the folder: '
+                            'add the image or remove the row')
         return filename,label,path
     try:
         with tree.lines(name) as lines:
@@ -220,13 +236,15 @@ def _read_csv(tree, name):
             header = next(rows, None)
             if not header: raise UserError(f'{where} is empty: it needs the columns filename,label and a row an image')
             missing = [c for c in ('filename','label') if c not in header]
-            if missing: raise UserError(f'{where} lacks the column{"s"[:len(missing)-1]} {", ".join(missing)}: it has {", ".join(header[:20])}')
+            if missing:
+                raise UserError(f'{where} lacks the column{"s"[:len(missing)-1]} {", ".join(missing)}: it has {", ".join(header[:20])}')
             twice = next((c for c in ('filename','label') if header.count(c) > 1), None)
             if twice: raise UserError(f'{where} has {header.count(twice)} columns {twice}: leave one of them')
             columns = header.index('filename'),header.index('label')
             for n,row in enumerate(rows, 2):
                 if not row: continue
-                if len(row) != len(header): raise UserError(f'{where}, row {n} has {len(row)} fields, the header {len(header)}: mend the row')
+                if len(row) != len(header):
+                    raise UserError(f'{where}, row {n} has {len(row)} fields, the header {len(header)}: mend the row')
                 found.append(image(n, *(row[c] for c in columns)))
     except UserError: raise
     except (csv.Error, UnicodeDecodeError) as e: raise UserError(f'{where} is not a readable CSV ({e}): save it as CSV in UTF-8') from None
@@ -250,13 +268,17 @@ def _official_cifar_fs(tree, seed):
         if not tree.has(f): raise UserError(f'{tree.path} lacks {f}: fetch CIFAR-FS again')
         try:
             with tree.lines(f) as lines: names = {c for line in whole_lines(lines) for c in line.split()}
-        except (UnicodeDecodeError, ValueError) as e: raise UserError(f'{tree.path}, {f} is no list of classes ({e}): fetch CIFAR-FS again') from None
+        except (UnicodeDecodeError, ValueError) as e:
+            raise UserError(f'{tree.path}, {f} is no list of classes ({e}): fetch CIFAR-FS again') from None
         for c in sorted(names):
-            if c in split_of: raise UserError(f'{tree.path}: class {c} is in both {split_of[c]} and {split}: the classes of the splits must be disjoint')
+            if c in split_of:
+                raise UserError(f'{tree.path}: class {c} is in both {split_of[c]} and {split}: the classes of the splits must be disjoint')
             split_of[c] = split
     df = _images(tree, roots[0]+'data/')
     missing = sorted(set(split_of) - set(df.label))
-    if missing: raise UserError(f'{tree.path}: class {missing[0]} is in splits/bertinetto but has no images in {roots[0]}data/: fetch CIFAR-FS again')
+    if missing:
+        raise UserError(f'{tree.path}: class {missing[0]} is in splits/bertinetto but has no images in {roots[0]}data/: '
+                        'fetch CIFAR-FS again')
     return df.assign(split=df.label.map(split_of)).dropna()
 
 def _split_folders(tree, seed):
@@ -265,7 +287,8 @@ def _split_folders(tree, seed):
     parts = df.path.str.split('/')
     for depth in range(parts.str.len().max() - 2):
         split = parts.str[depth].str.lower().map(ALIASES).where(parts.str.len() > depth + 2)
-        if set(split.dropna()) == set(SPLITS): return _without(tree, df.assign(split=split), split.isna(), 'outside the train, val and test folders')
+        if set(split.dropna()) == set(SPLITS):
+            return _without(tree, df.assign(split=split), split.isna(), 'outside the train, val and test folders')
 
 def _known_classes(tree, seed):
     "Class folders, at any depth and in any part, that are exactly a committed class list's: the list splits them"
@@ -281,7 +304,9 @@ def _class_folders(tree, seed):
     "Class folders: 64/16/20 % of the classes by `seed`"
     df = _images(tree)
     classes = sorted(df.label.unique())
-    if len(classes) < 3: raise UserError(f'{tree.path} has {len(classes)} class folder{"s"[:len(classes)!=1]}: at least 3 are needed, one for each of train, val and test')
+    if len(classes) < 3:
+        raise UserError(f'{tree.path} has {len(classes)} class folder{"s"[:len(classes)!=1]}: '
+                        'at least 3 are needed, one for each of train, val and test')
     n_val,n_test = (max(1, round(r*len(classes))) for r in (.16, .2))
     random.Random(seed).shuffle(classes)
     split_of = {c:'val' if i < n_val else 'test' if i < n_val+n_test else 'train' for i,c in enumerate(classes)}
@@ -294,7 +319,9 @@ def _without(tree, df, drop, why):
 def _images(tree, prefix=''):
     "Every image below `prefix`, labelled with its folder's name"
     paths = [f for f in tree.files if f.startswith(prefix) and '/' in f and IMAGES.search(f)]
-    if not paths: raise UserError(f'{tree.path}: no split CSVs and no images in class folders found: see data/README.md for the layouts that are read')
+    if not paths:
+        raise UserError(f'{tree.path}: no split CSVs and no images in class folders found: '
+                        'see data/README.md for the layouts that are read')
     nameless = next((f for f in paths if not f.split('/')[-2].strip()), None)
     if nameless is not None: raise UserError(f'{tree.path}: {nameless} lies in a class folder without a name: give it one')
     return pd.DataFrame(dict(filename=[f.removeprefix(prefix) for f in paths], label=[f.split('/')[-2] for f in paths], path=paths))
@@ -314,16 +341,19 @@ class Source:
     def _check(self, df):
         for column in ('label', 'filename'):
             bad = next((v for v in df[column].unique() if CONTROL.search(v)), None)
-            if bad is not None: raise UserError(f'{self.path}: the {column} {bad!r} holds a control character, such as the end of a line: rename it')
+            if bad is not None:
+                raise UserError(f'{self.path}: the {column} {bad!r} holds a control character, such as the end of a line: rename it')
         splits = df.groupby('label').split.unique()
         for label,s in splits[splits.str.len() > 1].items():
             raise UserError(f'{self.path}: class {label} is in both {s[0]} and {s[1]}: the classes of the splits must be disjoint')
         alike = {}
-        for label,(s,) in splits.items(): alike.setdefault(unicodedata.normalize('NFKC', ' '.join(label.split())).casefold(), []).append((label, s))
+        for label,(s,) in splits.items():
+            alike.setdefault(unicodedata.normalize('NFKC', ' '.join(label.split())).casefold(), []).append((label, s))
         for of in alike.values():
             of.sort(key=lambda o: SPLITS.index(o[1]))
-            if len({s for _,s in of}) > 1: print(f'warning: {self.path}: the classes ' + ' and '.join(f'{label!r} ({s})' for label,s in of) +
-                                                 ' differ in case, blanks or Unicode form alone: if they are one class, the splits are not disjoint', file=sys.stderr)
+            if len({s for _,s in of}) > 1:
+                print(f'warning: {self.path}: the classes ' + ' and '.join(f'{label!r} ({s})' for label,s in of) +
+                      ' differ in case, blanks or Unicode form alone: if they are one class, the splits are not disjoint', file=sys.stderr)
         again = df[df.duplicated('path')]
         if len(again): raise UserError(f'{self.path}: {again.filename.iloc[0]} is listed twice: an image may be in one row only')
         for s in SPLITS:
@@ -355,7 +385,8 @@ def _download():
     from fastai.data.external import URLs, untar_data
     try: return untar_data(URLs.CIFAR_100)
     except Exception as e:
-        raise UserError(f'CIFAR-100 could not be fetched ({type(e).__name__}: {e}): give --data the path of a data set, or --demo') from None
+        raise UserError(f'CIFAR-100 could not be fetched ({type(e).__name__}: {e}): '
+                        'give --data the path of a data set, or --demo') from None
 
 
 def prepare(

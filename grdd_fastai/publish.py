@@ -68,15 +68,23 @@ weights are under {license}.
 
 
 def load_trained(folder, fingerprint=None):
-    "`Trained`, without its classifier, of a finished run's folder, as `Study` leaves it; UserError if it was trained on other data than `fingerprint`'s"
+    """`Trained`, without its classifier, of a finished run's folder, as `Study` leaves it
+
+    UserError if it is none, or if it was trained on other data than `fingerprint`'s.
+    """
     folder = user_path(folder)
-    try: card,began = (read_json(folder/f, keys=keys) for f,keys in (('net.json', dict(fingerprint=str)), ('settings.json', dict(settings=dict))))
+    try:
+        card,began = (read_json(folder/f, keys=keys)
+                      for f,keys in (('net.json', dict(fingerprint=str)), ('settings.json', dict(settings=dict))))
     except UserError as e: raise UserError(f'{folder} holds no finished training ({e}): give the folder of one') from None
-    if fingerprint not in (None, card['fingerprint']): raise UserError(f'{folder} was trained on other data: give --data what it was trained on')
+    if fingerprint not in (None, card['fingerprint']):
+        raise UserError(f'{folder} was trained on other data: give --data what it was trained on')
     trained = Trained(load_network(folder), folder, began['settings'])
     try: measured(trained, {})
     except UserError: raise
-    except Exception as e: raise UserError(f'{folder}: its files do not say how the network was trained ({type(e).__name__}: {first_line(e)}): take them from a copy') from None
+    except Exception as e:
+        raise UserError(f'{folder}: its files do not say how the network was trained ({type(e).__name__}: {first_line(e)}): '
+                        'take them from a copy') from None
     return trained
 
 
@@ -95,8 +103,10 @@ def measured(trained, scores):
         return {k:v for k,v in YOUNGER.items() if k in of} | {k:whole(v) if isinstance(v, dict) else v for k,v in s.items()}
     return dict(
         scores=found, supervision='CL' if 'student' not in settings else 'CL+GR' if settings['teacher'] else 'CL+EL',
-        settings=whole(settings), run=trained.folder.name, sha256=card['sha256'], stats=card['stats'], px=card['px'], classes=card['classes'],
-        fingerprint=card['fingerprint'], dataset=trained.read('data.json')['name'], trained={k:began.get(k) for k in ('commit','device','torch_threads','versions')} | dict(command=began.get('command') and command(shlex.split(began['command'])[1:])))
+        settings=whole(settings), run=trained.folder.name, sha256=card['sha256'], stats=card['stats'], px=card['px'],
+        classes=card['classes'], fingerprint=card['fingerprint'], dataset=trained.read('data.json')['name'],
+        trained={k:began.get(k) for k in ('commit','device','torch_threads','versions')} | dict(
+            command=began.get('command') and command(shlex.split(began['command'])[1:])))
 
 
 def publish(
@@ -136,12 +146,16 @@ def check_own(folder, about):
         raise UserError(f'{folder} holds {there[0]} of something else: give --out another folder, or remove it')
 
 def push(folder, hub, minutes=MINUTES):
-    "Upload the folder to the Hugging Face repository `hub` (user/name), made if it is not there; UserError if that takes longer than `minutes`"
+    """Upload the folder to the Hugging Face repository `hub` (user/name), which is made if it is not there
+
+    UserError if that fails or takes longer than `minutes`.
+    """
     done = queue.Queue()
     def upload():
         try:
             HfApi(library_name='grdd_fastai').create_repo(hub, exist_ok=True)
-            HfApi(library_name='grdd_fastai').upload_folder(repo_id=hub, folder_path=folder, allow_patterns=FILES, commit_message='Weights, config and model card')
+            HfApi(library_name='grdd_fastai').upload_folder(repo_id=hub, folder_path=folder, allow_patterns=FILES,
+                                                            commit_message='Weights, config and model card')
             done.put(None)
         except BaseException as e: done.put(first_line(e))
     threading.Thread(target=upload, daemon=True).start() # one that hangs ends with the process
@@ -155,10 +169,12 @@ def model_card(net, about, name, load, n_base):
     shots = sorted({shot for of in split.values() for shot in of})
     lines = ['| classes | ' + ' | '.join(shots) + ' |', '|---' * (len(shots) + 1) + '|']
     for k,of in split.items():
-        lines.append(f'| {dict(val="validation").get(k, k)} | ' + ' | '.join(f"{of[s]['accuracy']:.2f} ± {of[s]['ci95']:.2f}" if s in of else '' for s in shots) + ' |')
+        lines.append(f'| {dict(val="validation").get(k, k)} | ' +
+                     ' | '.join(f"{of[s]['accuracy']:.2f} ± {of[s]['ci95']:.2f}" if s in of else '' for s in shots) + ' |')
     return CARD.format(
         license=LICENSE, name=name, load=load, arch=net.pretrained_cfg['architecture'], parameters=sum(p.numel() for p in net.parameters()),
-        features=net.num_features, supervision=about['supervision'], n_classes=len(about['classes']), dataset=about['dataset'], px=about['px'],
+        features=net.num_features, supervision=about['supervision'], n_classes=len(about['classes']), dataset=about['dataset'],
+        px=about['px'],
         mean=mean, std=std, n=max(s['n'] for of in split.values() for s in of.values()), table='\n'.join(lines), check=CHECK, n_base=n_base,
         training=training(about))
 
@@ -166,7 +182,9 @@ def training(about):
     "How the network was trained, in Markdown"
     s,t = about['settings'],about['trained']
     stages = {'start':s['student'], 'teacher':s['teacher'], 'stage two':s} if 'student' in s else {'network':s}
-    lines = [f'- {what}: ' + ', '.join(f'{k} {v}' for k,v in of.items() if k not in ('student','teacher')) for what,of in stages.items() if of]
+    lines = [f'- {what}: ' + ', '.join(f'{k} {v}' for k,v in of.items() if k not in ('student','teacher'))
+             for what,of in stages.items() if of]
     if t['command']: lines.append(f'- command: `OMP_NUM_THREADS={t["torch_threads"]} {t["command"]}`') # runs of before have none
-    return '\n'.join([*lines, f'- data: {about["dataset"]}, fingerprint `{about["fingerprint"][:16]}`; commit `{t["commit"]}`, {t["device"]}, '
+    return '\n'.join([*lines,
+                      f'- data: {about["dataset"]}, fingerprint `{about["fingerprint"][:16]}`; commit `{t["commit"]}`, {t["device"]}, '
                       f'{t["torch_threads"]} threads, torch {t["versions"]["torch"]}, timm {t["versions"]["timm"]}'])

@@ -48,10 +48,12 @@ STAGES = ('student_cl', 'teacher', 'student_grdd', 'net')
 @cache
 def git_commit():
     "Commit of the checkout this package runs from, '+' if its code was changed since; None outside one"
-    def git(*args): return subprocess.run(['git', '-C', Path(__file__).parent, *args], capture_output=True, text=True, check=True).stdout.strip()
+    def git(*args):
+        return subprocess.run(['git', '-C', Path(__file__).parent, *args], capture_output=True, text=True, check=True).stdout.strip()
     try:
         git('ls-files', '--error-unmatch', Path(__file__).name) # not somebody's repository around an installed package
-        return git('rev-parse', 'HEAD') + ('+' if git('status', '--porcelain', '--untracked-files=no', '--', '.', '../recipes', '../pyproject.toml') else '')
+        return (git('rev-parse', 'HEAD') +
+                ('+' if git('status', '--porcelain', '--untracked-files=no', '--', '.', '../recipes', '../pyproject.toml') else ''))
     except (OSError, subprocess.CalledProcessError): return None
 
 @cache
@@ -65,7 +67,8 @@ def device_name():
 def say(text):
     if ranks()[0] == 0: print(text, file=sys.stderr, flush=True)
 
-def versions(): return dict(grdd_fastai=__version__) | {k:version(k) for k in ('torch','torchvision','timm','fastai','albumentations','pandas','numpy')}
+def versions():
+    return dict(grdd_fastai=__version__) | {k:version(k) for k in ('torch','torchvision','timm','fastai','albumentations','pandas','numpy')}
 
 def default_out(name, demo):
     "A recipe's folder where no --out is given; a demo has one of its own"
@@ -76,7 +79,7 @@ def command(words=None):
     return shlex.join(['python', *map(public, sys.argv if words is None else words)])
 
 def public(word):
-    "A word of a command line without what only this machine has: of a path that leads out of the folder the name, of a recipe's with its folder"
+    "A word of a command line; of a path that leads out of the working folder only the name, and of a recipe's `recipes/` before it"
     flag,eq,value = word.partition('=') if word.startswith('--') else ('', '', word)
     def shown(piece):
         path = posixpath.normpath(piece.replace('\\', '/')) if re.search(r'[/\\]|^~', piece) else ''
@@ -114,7 +117,9 @@ def whole_weights(path, keys=None):
     try:
         tensors,_ = read_safetensors(f'{path}.safetensors')
         if card['sha256'] != digest(tensors): raise ValueError('the checksum is wrong')
-    except Exception as e: raise UserError(f'{path}.safetensors and its .json cannot be used ({first_line(e)}): remove both, or take them from a copy') from None
+    except Exception as e:
+        raise UserError(f'{path}.safetensors and its .json cannot be used ({first_line(e)}): '
+                        'remove both, or take them from a copy') from None
     return card,tensors
 
 
@@ -187,7 +192,10 @@ class Run:
         self.stack.enter_context(output_folder(self.given))
         said = False
         while True:
-            try: self.stack.enter_context(locked(self.out/'.lock', f'another run is at work in {self.out}: wait for it or give --out another')); return
+            try:
+                self.stack.enter_context(locked(self.out/'.lock',
+                                                f'another run is at work in {self.out}: wait for it or give --out another'))
+                return
             except Busy:
                 if not self.wait: raise
                 if stop := self.deadline.due(): raise stop from None
@@ -197,8 +205,11 @@ class Run:
 
     def _files(self):
         "Names of the run's own files that are in the folder"
-        of_stages = (f for s in STAGES for f in (f'{s}.safetensors', f'{s}.json', f'history_{s}.csv', f'checkpoint_{s}.safetensors', f'checkpoint_{s}.previous'))
-        return [f for f in ('settings.json', 'data.json', 'result.json', *of_stages) if os.path.lexists(self.out/f) and not (self.out/f).is_dir()]
+        of_stages = (f for s in STAGES
+                     for f in (f'{s}.safetensors', f'{s}.json', f'history_{s}.csv', f'checkpoint_{s}.safetensors',
+                               f'checkpoint_{s}.previous'))
+        return [f for f in ('settings.json', 'data.json', 'result.json', *of_stages)
+                if os.path.lexists(self.out/f) and not (self.out/f).is_dir()]
 
     def _look(self):
         "The finished run's result if this is to be resumed and there is one; UserError if the folder holds what must not be lost"
@@ -206,22 +217,28 @@ class Run:
         if self.old and not (isinstance(self.old.get('settings'), dict) and isinstance(self.old.get('torch_threads'), int)):
             raise UserError(f'{self.out/"settings.json"} is not a run\'s: give --out another folder')
         if not self.old and (files := self._files()): raise UserError(
-            f'{self.out} holds {files[0]} but no settings.json of a run that it could be of: bring that back from a copy, or give --out another folder')
+            f'{self.out} holds {files[0]} but no settings.json of a run that it could be of: '
+            'bring that back from a copy, or give --out another folder')
         if self.overwrite: return None
         result = read_json(self.out/'result.json', {})
         there = [f for f in self._files() if f.endswith('.safetensors') or f.startswith('checkpoint_')]
         if result.get('status') == 'finished': there.append('result.json')
         if not self.resumable:
-            if there: raise UserError(f'{self.out} holds {"a finished" if "result.json" in there else "an unfinished"} run: add --resume to ' +
-                                      ('print its result' if 'result.json' in there else 'go on with it') + ', --overwrite to delete it, or give --out another folder')
+            if there:
+                raise UserError(f'{self.out} holds {"a finished" if "result.json" in there else "an unfinished"} run: add --resume to ' +
+                                ('print its result' if 'result.json' in there else 'go on with it') +
+                                ', --overwrite to delete it, or give --out another folder')
             return None
         self.resume = bool(self.old)
         mine = json.loads(json.dumps(self.settings, default=str))
         for k in sorted(mine.keys() | self.old['settings'].keys()) if self.old else ():
             a,b = self.old['settings'].get(k),mine.get(k)
-            if a != b: raise UserError(f'{self.out} was started with {k}={a}, not {b}: resume with the same settings, or give --out another folder')
+            if a != b:
+                raise UserError(f'{self.out} was started with {k}={a}, not {b}: '
+                                'resume with the same settings, or give --out another folder')
         seconds = result.get('seconds', 0.)
-        if not isinstance(seconds, int | float) or isinstance(seconds, bool): raise UserError(f'{self.out/"result.json"} is damaged (seconds is no number): remove it, or give --out another folder')
+        if not isinstance(seconds, int | float) or isinstance(seconds, bool):
+            raise UserError(f'{self.out/"result.json"} is damaged (seconds is no number): remove it, or give --out another folder')
         self.seconds_before = seconds
         return self._verified(result) if result.get('status') == 'finished' else None
 
@@ -233,7 +250,8 @@ class Run:
             if name not in STAGES: continue
             card,_ = whole_weights(self.out/name)
             if not named or (isinstance(weights, dict) and weights.get(name) == card['sha256']): continue
-            raise UserError(f'{self.out/"result.json"} is of other weights than {name}.safetensors: take both from a copy, or give --out another folder')
+            raise UserError(f'{self.out/"result.json"} is of other weights than {name}.safetensors: '
+                            'take both from a copy, or give --out another folder')
         return result
 
     def begin(self, data):
@@ -244,7 +262,8 @@ class Run:
             if began != data.fingerprint: raise UserError(
                 f'the data changed since {self.out} was started: bring back the data it began with, or give --out another folder')
             if self.old['torch_threads'] != torch.get_num_threads(): self.say(
-                f'started with {self.old["torch_threads"]} threads, now {torch.get_num_threads()}: the weights will differ in their last bits')
+                f'started with {self.old["torch_threads"]} threads, now {torch.get_num_threads()}: '
+                'the weights will differ in their last bits')
         else:
             if files := self._files():
                 if self.overwrite: self.say(f'--overwrite: deleting {", ".join(files)} in {self.out}')

@@ -29,7 +29,8 @@ def score_networks(
     ways:str='5', # classes an episode, separated by commas
     shots:str='1,5', # support images a class, separated by commas
     queries:str='15', # query images a class, separated by commas
-    classifiers:str='cosine', # separated by commas, or all: cosine, centroid, simpleshot_l2n, neighbour, ridge, logistic, tim_gd, tim_adm, ...
+    # separated by commas, or all: cosine, centroid, simpleshot_l2n, neighbour, ridge, logistic, tim_gd, tim_adm, ...
+    classifiers:str='cosine',
     query_distribution:str='balanced', # or dirichlet: as many queries in all, unevenly over the classes
     support_views:int=0, # of each support image, augmented as in training, to be the support in its place (0: the image as it is)
     jitter:bool=True, # leave out the views' colour jitter
@@ -45,7 +46,8 @@ def score_networks(
     if not networks: raise UserError('no network is given: name one, such as convnet4.grdd_cifarfs')
     if score not in SPLITS: raise UserError(f'--score is {score}: it is one of {", ".join(SPLITS)}')
     check_settings(dict(seed=seed, test_episodes=test_episodes))
-    if query_distribution not in QUERIES: raise UserError(f'--query-distribution is {query_distribution}: it is one of {", ".join(QUERIES)}')
+    if query_distribution not in QUERIES:
+        raise UserError(f'--query-distribution is {query_distribution}: it is one of {", ".join(QUERIES)}')
     if support_views < 0: raise UserError(f'--support-views is {support_views}: it must be at least 0')
     names = list(CLASSIFIERS) if classifiers == 'all' else classifiers.split(',')
     for name in names: get_classifier(name)
@@ -68,18 +70,21 @@ def score_networks(
         for w,k,q in kinds:
             for name,e in evaluate(h, y, w, k, q, test_episodes, seed, using, query_distribution, views).items():
                 scores.setdefault((w, k, q, name), {})[of],f = e,CLASSIFIERS[name]
-                rows.append(dict(network=of, way=w, shot=k, query=q, classifier=name, accuracy=round(e.accuracy, 3), ci95=round(e.ci95, 3), n=len(e.episodes),
+                rows.append(dict(network=of, way=w, shot=k, query=q, classifier=name, accuracy=round(e.accuracy, 3), ci95=round(e.ci95, 3),
+                                 n=len(e.episodes),
                                  transductive=f.transductive, balanced=f.balanced, episodes=e.drawn))
                 say(f'{of}, {w}-way {k}-shot, {e.classifier}: {e}')
                 if score == 'novel': log_novel(out, results, of, weights[of], rows[-1], query_distribution, support_views)
     table,pairs = pd.DataFrame(rows),[]
     for (w,k,q,name),of in scores.items():
-        if len(of) > 1: pairs.append(compare(of, {n:[next(iter(nets))] for n in list(of)[1:]}).assign(way=w, shot=k, query=q, classifier=name))
+        if len(of) > 1:
+            pairs.append(compare(of, {n:[next(iter(nets))] for n in list(of)[1:]}).assign(way=w, shot=k, query=q, classifier=name))
     pairs = pd.concat(pairs, ignore_index=True) if pairs else pd.DataFrame()
 
     say('\n' + table.drop(columns='episodes').to_string(index=False))
     if len(pairs): say('\n' + pairs.to_string(index=False, float_format='{:.3g}'.format))
-    record = dict(split=score, queries=query_distribution, support_views=support_views, jitter=jitter, seed=seed, px=px, scores=rows, weights=weights, data=dict(name=data.name, fingerprint=data.fingerprint),
+    record = dict(split=score, queries=query_distribution, support_views=support_views, jitter=jitter, seed=seed, px=px, scores=rows,
+                  weights=weights, data=dict(name=data.name, fingerprint=data.fingerprint),
                   command=command(), commit=git_commit(), device=device_name(), versions=versions(), time=now())
     asked = [weights, data.fingerprint, score, kinds, names, query_distribution, support_views, jitter, seed, test_episodes]
     slug = re.sub('[^a-z0-9.]+', '-', '-'.join([*(Path(n).name for n in weights), score, query_distribution]).lower())[:100]
@@ -97,5 +102,6 @@ def score_networks(
 def log_novel(out, results, of, weights, row, queries, views):
     "A line in the log of every scoring of the novel classes"
     for folder in [out, *([results] if results else [])]:
-        log_line(folder/'novel_scorings.jsonl', dict(time=now(), commit=git_commit(), what=Path(of).name, weights=weights[:16], way=row['way'], shot=row['shot'], queries=queries,
+        log_line(folder/'novel_scorings.jsonl', dict(time=now(), commit=git_commit(), what=Path(of).name, weights=weights[:16],
+                                                     way=row['way'], shot=row['shot'], queries=queries,
                  support_views=views, classifier=row['classifier'], accuracy=row['accuracy'], ci95=row['ci95'], test_episodes=row['n']))

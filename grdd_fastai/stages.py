@@ -15,7 +15,8 @@ __all__ = ['STAGE_ONE', 'READINGS', 'SCHEDULES', 'stage_two_settings', 'stage_on
 SCHEDULES = ('poly', 'step', 'one_cycle')
 
 # Stage one as the paper has it
-STAGE_ONE = dict(arch='resnet12', pretrained=False, epochs=90, schedule='poly', lr=0.05, rotation=True, rotation_from='logits', classifier='linear', smoothing=0., jitter=True, augment='batch',
+STAGE_ONE = dict(arch='resnet12', pretrained=False, epochs=90, schedule='poly', lr=0.05, rotation=True, rotation_from='logits',
+                 classifier='linear', smoothing=0., jitter=True, augment='batch',
                  opt='sgd', bs=64, seed=0)
 
 # Stage two, reading by reading; docs/readings.md says what each setting is, and what was measured
@@ -28,7 +29,8 @@ READINGS = dict(
                        schedule='one_cycle', lr=2e-2)) # the best on validation classes
 READINGS['muon'] = READINGS['best'] | dict(opt='muon', lr=1e-2) # the best from a stage one by Muon, whose weights SGD hardly moves
 LABELS_ALONE = dict(best=dict(lr=1e-2), muon=dict(lr=3e-3)) # what CL+EL does best with, where that differs
-DISTILL = ('decouple', 'kl_weight', 'hinton', 'reverse', 'reduction', 'center', 'teacher_view', 'teacher_output') # of `RelatednessDistiller`
+# of `RelatednessDistiller`
+DISTILL = ('decouple', 'kl_weight', 'hinton', 'reverse', 'reduction', 'center', 'teacher_view', 'teacher_output')
 
 
 def stage_two_settings(reading, labels_alone=False, **changes):
@@ -36,16 +38,22 @@ def stage_two_settings(reading, labels_alone=False, **changes):
     if reading not in READINGS: raise UserError(f'unknown reading {reading!r}: it is one of {", ".join(READINGS)}')
     return READINGS[reading] | (LABELS_ALONE.get(reading, {}) if labels_alone else {}) | {k:v for k,v in changes.items() if v is not None}
 
-BOUNDS = {'test_episodes':'from 1 to 100000000', 'episodes':'from 1 to 100000', **dict.fromkeys(('epochs','teacher_epochs','stage_one_epochs','meta_epochs','query','meta_query',
+BOUNDS = {'test_episodes':'from 1 to 100000000', 'episodes':'from 1 to 100000',
+          **dict.fromkeys(('epochs','teacher_epochs','stage_one_epochs','meta_epochs','query','meta_query',
                            'per_step','bs','images','classes'), 'at least 1'), **dict.fromkeys(('way','meta_way'), 'at least 2'),
-          **dict.fromkeys(('lr','meta_lr','T','scale','max_minutes'), 'positive'), 'gamma':'at least 0', 'smoothing':'at least 0 and below 1',
+          **dict.fromkeys(('lr','meta_lr','T','scale','max_minutes'), 'positive'), 'gamma':'at least 0',
+          'smoothing':'at least 0 and below 1',
           **dict.fromkeys(('seed','stage_one_seed'), 'from 0 to 4294967295'),
-          **dict.fromkeys(('schedule','meta_schedule'), f'one of {", ".join(SCHEDULES)}'), 'teacher_view':'same or clean', 'classifier':' or '.join(CATEGORY_CLASSIFIERS),
+          **dict.fromkeys(('schedule','meta_schedule'), f'one of {", ".join(SCHEDULES)}'), 'teacher_view':'same or clean',
+          'classifier':' or '.join(CATEGORY_CLASSIFIERS),
           'augment':' or '.join(AUGMENTATIONS), **dict.fromkeys(('opt','meta_opt'), ' or '.join(OPTIMISERS))}
-WITHIN = {'at least 1':lambda v: 1 <= v <= 10**6, 'from 1 to 100000000':lambda v: 1 <= v <= 10**8, 'from 1 to 100000':lambda v: 1 <= v <= 10**5, 'at least 2':lambda v: v >= 2, 'positive':lambda v: 0 < v < math.inf, 'at least 0':lambda v: 0 <= v < math.inf,
+WITHIN = {'at least 1':lambda v: 1 <= v <= 10**6, 'from 1 to 100000000':lambda v: 1 <= v <= 10**8,
+          'from 1 to 100000':lambda v: 1 <= v <= 10**5, 'at least 2':lambda v: v >= 2, 'positive':lambda v: 0 < v < math.inf,
+          'at least 0':lambda v: 0 <= v < math.inf,
           'from 0 to 4294967295':lambda v: 0 <= v < 2**32, BOUNDS['schedule']:lambda v: v in SCHEDULES,
           'same or clean':lambda v: v in ('same', 'clean'), BOUNDS['classifier']:lambda v: v in CATEGORY_CLASSIFIERS,
-          BOUNDS['augment']:lambda v: v in AUGMENTATIONS, BOUNDS['opt']:lambda v: v in OPTIMISERS, 'at least 0 and below 1':lambda v: 0 <= v < 1}
+          BOUNDS['augment']:lambda v: v in AUGMENTATIONS, BOUNDS['opt']:lambda v: v in OPTIMISERS,
+          'at least 0 and below 1':lambda v: 0 <= v < 1}
 
 WHOLE = [k for k,bound in BOUNDS.items() if bound.startswith(('at least 1', 'at least 2', 'from'))]
 
@@ -67,7 +75,8 @@ def fitting(s, k):
 def stage_one(data, s, **kwargs):
     "Learner of the global learner and its fit, for the settings `s` of `STAGE_ONE`"
     dls = category_dls(data, bs=s['bs'], aug=train_augmentation(data.px, s['jitter'], s['augment']), seed=s['seed'])
-    return global_learner(dls, s['arch'], rotation=s['rotation'], rotation_from=s['rotation_from'], classifier=s['classifier'], smoothing=s['smoothing'], pretrained=s['pretrained'], opt_func=OPTIMISERS[s['opt']],
+    return global_learner(dls, s['arch'], rotation=s['rotation'], rotation_from=s['rotation_from'], classifier=s['classifier'],
+                          smoothing=s['smoothing'], pretrained=s['pretrained'], opt_func=OPTIMISERS[s['opt']],
                           seed=s['seed'], **kwargs),fitting(s, dls.train.bs)
 
 def stage_two(data, s, student, teacher=None, bank=None, **kwargs):
@@ -78,7 +87,8 @@ def stage_two(data, s, student, teacher=None, bank=None, **kwargs):
     and `query` queries of each, or as many as there are.
     """
     n_images = np.bincount(data.train.y)
-    dls = episodic_dls(data, min(s['way'], len(n_images)), s['shot'], max(1, min(s['query'], n_images.min() - s['shot'])), s['episodes'], s['per_step'],
+    dls = episodic_dls(data, min(s['way'], len(n_images)), s['shot'], max(1, min(s['query'], n_images.min() - s['shot'])), s['episodes'],
+                       s['per_step'],
                        aug=train_augmentation(data.px, s['jitter'], s['augment']), seed=s['seed'])
     distill = None if teacher is None else {k:s[k] for k in DISTILL} | dict(bank=bank)
     learn = meta_learner(dls, student, teacher, s['T'], s['gamma'], s['scale'], s['mean'], opt_func=OPTIMISERS[s['opt']],

@@ -21,7 +21,8 @@ try:
 except ImportError: # Windows: no locks
     fcntl = None
 
-__all__ = ['Busy', 'atomic_write', 'write_json', 'read_bytes', 'read_json', 'read_safetensors', 'user_path', 'on_cpu', 'digest', 'save_tensors', 'load_tensors', 'check_state', 'load_state',
+__all__ = ['Busy', 'atomic_write', 'write_json', 'read_bytes', 'read_json', 'read_safetensors', 'user_path', 'on_cpu', 'digest',
+           'save_tensors', 'load_tensors', 'check_state', 'load_state',
            'new_memmap', 'filled_array', 'load_array', 'locked', 'output_folder']
 
 LARGEST = 2**28 # bytes of a file that is read at once
@@ -40,7 +41,8 @@ def user_path(path, what='the path'):
         found = Path(path).expanduser()
         found.exists() # OSError for a name that is too long
         return found
-    except (RuntimeError, ValueError, OSError, TypeError) as e: raise UserError(f'{what} {path!r} cannot be used ({getattr(e, "strerror", None) or e}): give another') from None
+    except (RuntimeError, ValueError, OSError, TypeError) as e:
+        raise UserError(f'{what} {path!r} cannot be used ({getattr(e, "strerror", None) or e}): give another') from None
 
 
 # ---- reading and writing ----------------------------------------------------------------------------------------------
@@ -96,21 +98,24 @@ def read_bytes(path, limit=LARGEST, first=-1):
     fd = os.open(path, os.O_RDONLY | NONBLOCK)
     with open(fd, 'rb') as f:
         about = os.fstat(fd)
-        if not stat.S_ISREG(about.st_mode): raise OSError(errno.EINVAL, 'it is a folder' if stat.S_ISDIR(about.st_mode) else 'it is not a regular file')
+        if not stat.S_ISREG(about.st_mode):
+            raise OSError(errno.EINVAL, 'it is a folder' if stat.S_ISDIR(about.st_mode) else 'it is not a regular file')
         if about.st_size > limit: raise OSError(errno.EFBIG, f'it has {about.st_size >> 20} MiB, more than the {limit >> 20} that are read')
         return f.read(first)
 
 def read_json(path, default=None, keys=None):
     """The JSON object in the file at `path`, as a dict; `default` where there is no such file
 
-    UserError if it is missing without a `default`, is no JSON object, or lacks one of `keys` or has it of another type: name -> type or types.
+    UserError if the file is missing without a `default`, if it is no JSON object, or if one of `keys` (name -> type or types) is missing
+    or of another type.
     """
     def no_number(text): raise ValueError(f'{text} is no JSON')
     try:
         found = json.loads(read_bytes(path, 2**26), parse_constant=no_number)
         if not isinstance(found, dict): raise ValueError('it is not a JSON object')
         for k,kind in (keys or {}).items():
-            if not isinstance(found.get(k), kind) or (kind is not bool and isinstance(found.get(k), bool)): raise ValueError(f'{k} is missing or no {getattr(kind, "__name__", "such value")}')
+            if not isinstance(found.get(k), kind) or (kind is not bool and isinstance(found.get(k), bool)):
+                raise ValueError(f'{k} is missing or no {getattr(kind, "__name__", "such value")}')
         return found
     except FileNotFoundError:
         if default is not None: return default
@@ -130,7 +135,9 @@ def read_safetensors(path, header_only=False):
     if size > 2**26: raise ValueError('its header is too long')
     header = json.loads(read_bytes(path, 2**40, size)[8:])
     metadata = header.pop('__metadata__', {})
-    if header_only: return {k:torch.empty(v['shape'], dtype=torch.float32 if v['dtype'].startswith(('F', 'BF')) else torch.int64, device='meta') for k,v in header.items()},metadata
+    if header_only:
+        return {k:torch.empty(v['shape'], dtype=torch.float32 if v['dtype'].startswith(('F', 'BF')) else torch.int64, device='meta')
+                for k,v in header.items()},metadata
     return load(read_bytes(path, 2**40)),metadata
 
 def on_cpu(tensors): return {k:v.detach().cpu().contiguous() for k,v in tensors.items()}
@@ -168,9 +175,13 @@ def check_state(model, tensors, where):
     "UserError, naming the file `where`, unless `tensors` are exactly those of `model` by name and shape"
     own = model.state_dict()
     wrong = ([f'{k} is missing' for k in own if k not in tensors] + [f'{k} is none of its tensors' for k in tensors if k not in own] +
-             [f'{k} has the shape {tuple(tensors[k].shape)}, not {tuple(v.shape)}' for k,v in own.items() if k in tensors and tensors[k].shape != v.shape] +
-             [f'{k} holds {tensors[k].dtype}, not {v.dtype}' for k,v in own.items() if k in tensors and tensors[k].is_floating_point() != v.is_floating_point()])
-    if wrong: raise UserError(f'{where} does not fit the network ({wrong[0]}' + (f', and {len(wrong)-1} more' if wrong[1:] else '') + '): it is of another, take the right file')
+             [f'{k} has the shape {tuple(tensors[k].shape)}, not {tuple(v.shape)}'
+              for k,v in own.items() if k in tensors and tensors[k].shape != v.shape] +
+             [f'{k} holds {tensors[k].dtype}, not {v.dtype}'
+              for k,v in own.items() if k in tensors and tensors[k].is_floating_point() != v.is_floating_point()])
+    if wrong:
+        raise UserError(f'{where} does not fit the network ({wrong[0]}' + (f', and {len(wrong)-1} more' if wrong[1:] else '') +
+                        '): it is of another, take the right file')
 
 def load_state(model, tensors, where):
     "Load `tensors` into `model` where `check_state` finds that they are its own"
@@ -257,7 +268,8 @@ def output_folder(path, flag='--out'):
                     f.flush()
                     os.fsync(f.fileno())
             finally: tmp.unlink(missing_ok=True) # whoever holds the folder's lock may have swept it
-        except (OSError, ValueError) as e: raise UserError(f'the folder {folder} cannot be written ({getattr(e, "strerror", None) or e}): give {flag} another') from None
+        except (OSError, ValueError) as e:
+            raise UserError(f'the folder {folder} cannot be written ({getattr(e, "strerror", None) or e}): give {flag} another') from None
         yield folder
     finally:
         with contextlib.suppress(OSError):

@@ -22,9 +22,12 @@ from .storage import load_tensors, locked, read_json, save_tensors
 __all__ = ['Study', 'Trained']
 
 VALID = dict(n_way=5, k_shot=1, n_query=15) # episodes of the validation classes that choose the epoch kept
-YOUNGER = dict(pretrained=False, teacher_output='features', classifier='linear', smoothing=0., jitter=True, augment='albumentations', opt='sgd') # settings that came after the first records: where they are as before they name nothing
+# settings that came after the first records: where they are as before they name nothing
+YOUNGER = dict(pretrained=False, teacher_output='features', classifier='linear', smoothing=0., jitter=True, augment='albumentations',
+               opt='sgd')
 SPLITS = dict(val='val', novel='test')
-EPISODIC = ('way','shot','query','episodes','per_step','epochs','schedule','lr','scale','mean','init','seed','jitter','augment','opt') # what CL+EL depends on
+# what CL+EL depends on
+EPISODIC = ('way','shot','query','episodes','per_step','epochs','schedule','lr','scale','mean','init','seed','jitter','augment','opt')
 EPISODES_SEED = dict(val=1, novel=0) # not the episodes that chose the epoch; those of the other recipes
 
 
@@ -61,7 +64,8 @@ class Study:
             if not run.result:
                 run.say(f'{folder.name}: {json.dumps(settings)}')
                 run.begin(self.data)
-            card = dict(classes=self.data.train.vocab, px=self.data.px, stats=self.data.stats, fingerprint=self.data.fingerprint, settings=settings)
+            card = dict(classes=self.data.train.vocab, px=self.data.px, stats=self.data.stats, fingerprint=self.data.fingerprint,
+                        settings=settings)
             net,val_accuracy = run.stage('net', *make(), arch=arch, **card)
             if not run.result: run.finish(val_accuracy=round(val_accuracy, 3))
         return Trained(net, run.out, settings)
@@ -83,7 +87,8 @@ class Study:
     def meta_net(self, student, teacher, s):
         "Stage two from a `Trained` student by the settings `s` of a reading: CL+EL where `teacher` is None, else CL+GR"
         s = as_before(s)
-        full = (s if teacher else {k:v for k,v in s.items() if k in EPISODIC}) | dict(student=student.settings, teacher=teacher and teacher.settings)
+        full = (s if teacher else {k:v for k,v in s.items() if k in EPISODIC}) | dict(
+            student=student.settings, teacher=teacher and teacher.settings)
         def make():
             start = student.net if s['init'] == 'cl' else create_backbone(student.settings['arch'], 0, self.data.px, s['seed'])
             bank = self.bank(teacher) if teacher and s['teacher_view'] == 'clean' else None
@@ -104,8 +109,10 @@ class Study:
         if path.exists():
             with suppress(UserError, KeyError): # a score that is damaged, or none, is made again
                 tensors,meta = load_tensors(path)
-                if meta['weights'] == weights and 'about' in meta: return Evaluation(tensors['episodes'].numpy(), meta['drawn']),meta['about']
-        if self.embedded[0] != (of := (weights, split)): self.embedded = of,self.embed(trained.net, SPLITS[split]) # of the shot before, mostly
+                if meta['weights'] == weights and 'about' in meta:
+                    return Evaluation(tensors['episodes'].numpy(), meta['drawn']),meta['about']
+        if self.embedded[0] != (of := (weights, split)): # of the shot before, mostly
+            self.embedded = of,self.embed(trained.net, SPLITS[split])
         scored = evaluate(*self.embedded[1], VALID['n_way'], shot, VALID['n_query'], n, EPISODES_SEED[split])
         scored.drawn += f', {split} classes of {self.data.fingerprint[:8]}'
         about = dict(time=now(), commit=git_commit(), device=device_name())

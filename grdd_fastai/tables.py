@@ -52,7 +52,9 @@ class Table(NamedTuple):
 @processes()
 def table(
     name, # of the experiment: names its files
-    rows, # row name -> row: see `CL`, `EL`, `GR`; `versus` names the rows it is compared with, `paper` the paper's accuracies by (data set, phi, psi)
+    # row name -> row: see `CL`, `EL`, `GR`; `versus` names the rows it is compared with, `paper` the paper's accuracies by
+    # (data set, phi, psi)
+    rows,
     keep:str=None, # the rows wanted, separated by commas (all); those they are compared with come along
     data:str=None, # raw data set in any layout of data/README.md (none: fetch CIFAR-FS)
     out:str=None, # folder for networks, tables and figures; networks there are used again (runs/experiments; demo: runs/experiments-demo)
@@ -63,7 +65,8 @@ def table(
     shots:str='1', # shots to score, separated by commas
     student:str=None, # timm model (convnet4)
     teacher:str=None, # timm model (resnet12; demo: convnet4_128)
-    pretrained:bool=False, # start both from timm's default weights for their names; a name with a tag, as resnet18.a1_in1k, has its weights anyway
+    # start both from timm's default weights for their names; a name with a tag, as resnet18.a1_in1k, has its weights anyway
+    pretrained:bool=False,
     epochs:int=None, # of the student's stage one (90; demo: 3)
     teacher_epochs:int=None, # of the teacher's stage one (90; demo: 3)
     schedule:str=None, # of stage one: poly, step or one_cycle (poly; demo: one_cycle)
@@ -96,16 +99,20 @@ def table(
     if out is None: out = default_out('experiments', demo)
     shared(lambda: writable(out, results))
     out = user_path(out, '--out')
-    say(f'*** DEMO: small settings{"" if data else " on drawn characters"}; not a result about GRDD ***' if demo else f'{name}: {len(rows)} rows, seeds {seeds}')
+    say(f'*** DEMO: small settings{"" if data else " on drawn characters"}; not a result about GRDD ***' if demo
+        else f'{name}: {len(rows)} rows, seeds {seeds}')
     data = few_shot_data('demo' if demo and data is None else data, 32, cache, allow_large=allow_large)
     for split in (data.val, data.test):
         for shot in shots: check_episode(split, VALID['n_way'], shot, VALID['n_query'])
 
     logs = [out, *([results] if results else [])]
     study,nets,scores,failed,stop = Study(data, out, max_minutes, logs),{},{},[],None
-    two = {alone:stage_two_settings(reading, alone, epochs=s['meta_epochs'], lr=meta_lr, episodes=s['episodes'], jitter=jitter, opt=meta_opt) for alone in (False, True)}
-    common = dict(schedule=s['schedule'], lr=s['lr'], rotation=rotation and not demo, classifier=classifier, smoothing=smoothing, jitter=jitter, opt=opt, bs=bs, pretrained=pretrained)
-    roles = dict(student=dict(arch=s['student'], epochs=s['epochs'], **common), teacher=dict(arch=s['teacher'], epochs=s['teacher_epochs'], **common))
+    two = {alone:stage_two_settings(reading, alone, epochs=s['meta_epochs'], lr=meta_lr, episodes=s['episodes'], jitter=jitter,
+                                    opt=meta_opt) for alone in (False, True)}
+    common = dict(schedule=s['schedule'], lr=s['lr'], rotation=rotation and not demo, classifier=classifier, smoothing=smoothing,
+                  jitter=jitter, opt=opt, bs=bs, pretrained=pretrained)
+    roles = dict(student=dict(arch=s['student'], epochs=s['epochs'], **common),
+                 teacher=dict(arch=s['teacher'], epochs=s['teacher_epochs'], **common))
     for seed,key in itertools.product(seeds, rows):
         try:
             nets[key, seed] = train(study, rows[key], roles, seed, two, seed if stage_one_seed is None else stage_one_seed)
@@ -134,7 +141,9 @@ def table(
     for r in records if results and ranks()[0] == 0 else []: write_record(results, r)
     if stop: say(f'stopped ({stop}) at {key}, seed {seed}{stop.where}: the same command goes on')
     status = 'stopped' if stop else 'failed' if failed else 'finished'
-    if ranks()[0] == 0: print(json.dumps(dict(experiment=name, csv=str(out/f'{name}_{score}.csv'), rows=len(scored), failed=failed, demo=demo, status=status)))
+    if ranks()[0] == 0:
+        print(json.dumps(dict(experiment=name, csv=str(out/f'{name}_{score}.csv'), rows=len(scored), failed=failed, demo=demo,
+                              status=status)))
     if stop and stop.code: sys.exit(stop.code)
     return Table(scored, pairs, nets, study, failed)
 
@@ -175,7 +184,9 @@ def record(name, key, row, seed, start, split, shots, made, scores, data):
     def trained(t):
         began,card = t.read('settings.json'),t.read('net.json')
         return {k:began.get(k) for k in ('commit','device','torch_threads','versions')} | dict(
-            run=t.folder.name, arch=card['arch'], initial_weights=external_weights(card['arch'], t.settings.get('pretrained', False)) or 'random', weights=card['sha256'], val_accuracy=round(card['val_accuracy'], 3),
+            run=t.folder.name, arch=card['arch'],
+            initial_weights=external_weights(card['arch'], t.settings.get('pretrained', False)) or 'random',
+            weights=card['sha256'], val_accuracy=round(card['val_accuracy'], 3),
             minutes=round(t.read('result.json')['seconds']/60, 1))
     networks = {k:trained(t) for k,t in made.items() if t}
     def difference(d): return dict(difference=round(d.mean, 3), ci95=round(d.ci95, 3), p=float(f'{d.p:.3g}'), clear=d.clear)
@@ -206,8 +217,10 @@ def writable(out, results):
 
 def frames(rows, records, scores):
     "Tidy DataFrames: a line per row, seed and shot; a line per comparison, seed and shot, and one over all seeds"
-    scored = [dict(row=r['row'], supervision=r['supervision'], phi=r['phi'], psi=r['psi'], seed=r['seed'], split=r['split'], shot=int(shot[:-5]),
-                   accuracy=v['accuracy'], ci95=v['ci95'], n=v['n'], paper=(r['paper'] or {}).get(shot), weights=r['networks']['net']['weights'][:8])
+    scored = [dict(row=r['row'], supervision=r['supervision'], phi=r['phi'], psi=r['psi'], seed=r['seed'], split=r['split'],
+                   shot=int(shot[:-5]),
+                   accuracy=v['accuracy'], ci95=v['ci95'], n=v['n'], paper=(r['paper'] or {}).get(shot),
+                   weights=r['networks']['net']['weights'][:8])
               for r in records for shot,v in r['scores'].items()]
     versus,pairs = {k:row.get('versus', ()) for k,row in rows.items()},[]
     for shot in sorted({shot for *_,shot in scores}):

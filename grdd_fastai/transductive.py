@@ -22,7 +22,8 @@ def entropy_gradient(p, alpha):
     "d/dp of Shannon's entropy, alpha = 1, or of Tsallis' (1 - sum p^alpha) / (alpha - 1), but for a constant"
     return -(p + EPS).log() if alpha == 1 else -alpha/(alpha - 1) * p.pow(alpha - 1)
 
-def information_maximisation(support, support_y, query, scale, ce_weight, marginal_weight, conditional_weight, alpha, lr, steps, betas=(.9, .999), eps=1e-8):
+def information_maximisation(support, support_y, query, scale, ce_weight, marginal_weight, conditional_weight, alpha, lr, steps,
+                             betas=(.9, .999), eps=1e-8):
     "Adam on the class weights W, from the prototypes: min ce_weight*CE - marginal_weight*H(Y_Q) + conditional_weight*H(Y_Q|X_Q)"
     z_s,z_q,Y = F.normalize(support, dim=-1),F.normalize(query, dim=-1),one_hot(support_y, support)
     W = prototypes(z_s, support_y)
@@ -52,7 +53,8 @@ def tim_gd(support, support_y, query,
 
 @register_classifier('alpha_tim', transductive=True)
 def alpha_tim(support, support_y, query,
-    alpha=None, # of both entropies of the queries, above 1 it allows them to be spread unevenly; None: 2, 5 from 2 support images a class, 7 from 5
+    # of both entropies of the queries, above 1 it allows them to be spread unevenly; None: 2, 5 from 2 support images a class, 7 from 5
+    alpha=None,
     scale=15., ce_weight=1., marginal_weight=1., conditional_weight=1., lr=1e-4, steps=1000,
 ):
     "TIM with Tsallis' entropies, for queries that are not balanced (arXiv 2204.11181)"
@@ -107,7 +109,8 @@ def by_shot(support, support_y, few, some, many):
 def bd_cspn(support, support_y, query,
     scale=10., # of the cosines in the weights of an image
     normalize=True, # features to unit length first
-    shift=False, # classify the queries moved by the difference of the support's mean and theirs; the prototypes are made with them either way
+    # classify the queries moved by the difference of the support's mean and theirs; the prototypes are made with them either way
+    shift=False,
 ):
     """Prototypes rectified by the queries' own predictions, and the squared distances to them (BD-CSPN, arXiv 1911.10713)
 
@@ -154,7 +157,8 @@ def sinkhorn(cost, scale, steps, tol, log_v=None):
     """
     E,NQ,C = cost.shape
     log_v = cost.new_zeros(E, C) if log_v is None else log_v
-    K = (-scale*(cost - cost.amin(-1, keepdim=True))).exp().mT.contiguous() # (E, C, NQ); a factor a row changes nothing and keeps it from vanishing
+    # (E, C, NQ); a factor a row changes nothing and keeps it from vanishing
+    K = (-scale*(cost - cost.amin(-1, keepdim=True))).exp().mT.contiguous()
     live,v,row = torch.arange(E, device=cost.device),log_v.exp(),None
     for step in range(steps):
         rows = (K*v.unsqueeze(-1)).sum(1).clamp_min(TINY)                                  # sums of the rows, (E, NQ)
@@ -174,7 +178,8 @@ def pt_map(support, support_y, query,
     scale=10., # lambda, of the squared distances in the transport
     lr=0.2, # how far the prototypes move
     steps=20,
-    normalize=True, # after the power: unit length, the mean of the support and that of the queries to zero, each by itself, and unit length again
+    # after the power: unit length, the mean of the support and that of the queries to zero, each by itself, and unit length again
+    normalize=True,
     sinkhorn_steps=1000, tol=1e-6,
 ):
     "Prototypes moved by an optimal transport plan that gives each class equally many queries (PT-MAP, arXiv 2006.03806)"

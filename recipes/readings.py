@@ -56,7 +56,8 @@ CHANGES = { # row -> (kind of row, changes of BASE)
     'teacher probabilities mean of groups': (GR, dict(teacher_output='probabilities', reduction='mean')),
     'teacher probabilities mean of groups gamma=1': (GR, dict(teacher_output='probabilities', reduction='mean', gamma=1.)),
     'teacher logits mean of groups gamma=1': (GR, dict(teacher_output='logits', reduction='mean', gamma=1.)),
-    'teacher probabilities mean of groups gamma=1 augmented': (GR, dict(teacher_output='probabilities', reduction='mean', gamma=1., teacher_view='same')),
+    'teacher probabilities mean of groups gamma=1 augmented': (GR, dict(teacher_output='probabilities', reduction='mean', gamma=1.,
+                                                                        teacher_view='same')),
     'mean of groups gamma=1 weight 5 augmented': (GR, dict(reduction='mean', gamma=1., kl_weight=5., teacher_view='same')),
     'best':                     (GR, BEST),
     'best lr=0.05':             (GR, BEST | dict(lr=5e-2)),
@@ -90,7 +91,8 @@ PAPER = { # the literal words, and the same in wide episodes
     'paper wide':               dict(way=20, query=6),
     'paper lr=0.01':            dict(lr=1e-2),
 }
-ONE = dict(rotation=False, rotation_from='logits', classifier='linear', smoothing=0., jitter=True, schedule='one_cycle', lr=0.1, opt='sgd', bs=64)
+ONE = dict(rotation=False, rotation_from='logits', classifier='linear', smoothing=0., jitter=True, schedule='one_cycle', lr=0.1, opt='sgd',
+           bs=64)
 MUON = dict(opt='muon', lr=0.02, bs=128)
 STAGE_ONE = { # CL alone; with rotation a quarter of the epochs, for the same number of images
     'stage one':                            {},
@@ -118,7 +120,8 @@ def readings(images, epochs):
     def versus(k, *others): return dict(versus=[o for o in others if o != k])
     return {'CL': CL,
             **{k:kind | versus(k, 'CL', 'CL+EL') | dict(stage_two=sized(BASE | change, images)) for k,(kind,change) in CHANGES.items()},
-            **{k:GR | versus(k, 'CL', 'CL+EL') | dict(stage_two=sized(LITERAL | dict(epochs=BASE['epochs']) | change, images)) for k,change in PAPER.items()},
+            **{k:GR | versus(k, 'CL', 'CL+EL') | dict(stage_two=sized(LITERAL | dict(epochs=BASE['epochs']) | change, images))
+               for k,change in PAPER.items()},
             **{k:CL | versus(k, 'stage one') | dict(stage_one=one(change)) for k,change in STAGE_ONE.items()}}
 
 @call_parse
@@ -133,7 +136,8 @@ def main(
     "What the paper leaves open, measured"
     check_settings(dict(images=images, stage_one_epochs=stage_one_epochs))
     images,stage_one_epochs = images or (2000 if demo else 400_000),stage_one_epochs or (4 if demo else 40)
-    if stage_one_epochs % 4: raise UserError(f'--stage-one-epochs is {stage_one_epochs}: it must be a multiple of 4, a quarter is trained with rotation')
+    if stage_one_epochs % 4:
+        raise UserError(f'--stage-one-epochs is {stage_one_epochs}: it must be a multiple of 4, a quarter is trained with rotation')
     made = table('readings', readings(images, stage_one_epochs), rows, demo=demo, **kwargs)
     if len(made.scored): save_figure(plot_rows(made.scored, 'Readings'), made.path('readings'))
     made.check()

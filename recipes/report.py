@@ -31,7 +31,8 @@ command, seed, settings, data fingerprint, the commit of the scoring and commit,
 its command, at the commit of the scoring, gives the number again. Accuracies are 5-way, 15 queries a class, in percent, by the sum of
 cosines; ± is the 95% interval over episodes, sd the standard deviation over training seeds. Differences are paired, on the very same
 episodes, in points; one is **bold** where there are several seeds and every seed's interval lies on the same side of zero: only such an
-ordering counts. A seed is one of the student's two stages, or of the second alone where a table says so; a teacher of another architecture is the same network for all of them. The
+ordering counts. A seed is one of the student's two stages, or of the second alone where a table says so; \
+a teacher of another architecture is the same network for all of them. The
 validation classes choose; the novel ones are scored at the end. The paper's numbers are on the novel classes at 90 + 15 epochs, and
 stand only beside its own architectures.
 '''
@@ -65,7 +66,8 @@ def compared(rs, shot):
 def section(rows, split, root):
     shots = sorted({shot for rs in rows.values() for r in rs for shot in r['scores']})
     paper = {s for rs in rows.values() for r in rs for s in r['paper'] or {} if s in shots}
-    head = ['row', 'phi → psi', *(h for s in shots for h in (f'{s}, {CLASSES[split]}', *([f'paper, {s}, novel', 'ours - paper'] if s in paper else []))),
+    head = ['row', 'phi → psi',
+            *(h for s in shots for h in (f'{s}, {CLASSES[split]}', *([f'paper, {s}, novel', 'ours - paper'] if s in paper else []))),
             *(f'difference, {s}' for s in shots), 'records']
     lines = [f'| {" | ".join(head)} |', '|' + '---|'*len(head)]
     for (row,_),rs in rows.items():
@@ -83,15 +85,20 @@ def section(rows, split, root):
 def described(s):
     "Settings of a stage one in words: two that differ in any of them but the seed read differently"
     external = ['from external weights'] if s.get('pretrained') or '.' in s['arch'] else []
-    rotation = 'no rotation' if not s['rotation'] else 'rotation' if s.get('rotation_from', 'logits') == 'logits' else 'rotation from probabilities'
-    words = [s['arch'], *external, f"{s['epochs']} epochs", f"{s['schedule']} to {s['lr']}", s.get('opt', 'sgd'), f"batch {s['bs']}", f"{s.get('classifier', 'linear')} classifier", rotation]
+    rotation = ('no rotation' if not s['rotation'] else 'rotation' if s.get('rotation_from', 'logits') == 'logits'
+                else 'rotation from probabilities')
+    words = [s['arch'], *external, f"{s['epochs']} epochs", f"{s['schedule']} to {s['lr']}", s.get('opt', 'sgd'), f"batch {s['bs']}",
+             f"{s.get('classifier', 'linear')} classifier", rotation]
     if s.get('smoothing'): words.append(f"label smoothing {s['smoothing']}")
     if not s.get('jitter', True): words.append('no jitter')
     if s.get('augment', 'albumentations') == 'albumentations': words.append('albumentations') # what there was before it could be chosen
     return ', '.join(words)
 
 def by_start(rows):
-    "The rows by the student's stage one, the longest first: (words on psi's and phi's stage one, rows); rows that compare stages one are together"
+    """The rows by the student's stage one, the longest first: (words on psi's and phi's stage one, rows)
+
+    Rows that compare stages one are together.
+    """
     groups,epochs = defaultdict(dict),{}
     for (row,same),rs in rows.items():
         s = rs[0]['settings'].get('student', rs[0]['settings'])
@@ -109,7 +116,8 @@ def about(rows):
     nets = {n['run']:n for r in rs for n in r['networks'].values()}
     def each(values): return ', '.join(sorted({str(v) for v in values}))
     return (f"{each(r['data']['name'] for r in rs)} (fingerprint {each(r['data']['fingerprint'][:8] for r in rs)}), "
-            f"{each(s['n'] for r in rs for s in r['scores'].values())} episodes; {len(nets)} networks, {sum(n['minutes'] for n in nets.values())/60:.1f} hours on "
+            f"{each(s['n'] for r in rs for s in r['scores'].values())} episodes; "
+            f"{len(nets)} networks, {sum(n['minutes'] for n in nets.values())/60:.1f} hours on "
             f"{each(n['device'] for n in nets.values())}, threads a training: {each(n['torch_threads'] for n in nets.values())}, "
             f"torch {each(n['versions']['torch'] for n in nets.values())}.")
 
@@ -123,26 +131,33 @@ def beside(root):
     for f in sorted((root/WEIGHTS).glob('*/measured.json')):
         of = json.loads(f.read_text())['scores']['novel']
         cells = [f"{of[s]['accuracy']:.2f} ± {of[s]['ci95']:.2f}" for s in ('1-shot','5-shot')]
-        lines.append(f"| **`{f.parent.name}`, ours** | {NETWORKS[f.parent.name.partition('.')[0]]} | {' | '.join(cells)} | [card]({WEIGHTS}/{f.parent.name}/README.md) |")
-    return '\n'.join([*lines, *(f'| {what} | {net} | {one} | {five} | [{arxiv}](https://arxiv.org/abs/{arxiv}) |' for what,net,one,five,arxiv in PUBLISHED)])
+        lines.append(f"| **`{f.parent.name}`, ours** | {NETWORKS[f.parent.name.partition('.')[0]]} "
+                     f"| {' | '.join(cells)} | [card]({WEIGHTS}/{f.parent.name}/README.md) |")
+    return '\n'.join([*lines, *(f'| {what} | {net} | {one} | {five} | [{arxiv}](https://arxiv.org/abs/{arxiv}) |'
+                                for what,net,one,five,arxiv in PUBLISHED)])
 
 def inference(folder):
     "Every classifier on the published weights: a table for each record of recipes/evaluate_weights.py"
     parts = []
     for f in sorted(Path(folder).glob('inference-*.json')):
         r = json.loads(f.read_text())
-        kinds,of = list(dict.fromkeys((s['way'], s['shot'], s['query']) for s in r['scores'])),{(s['network'], s['classifier'], (s['way'], s['shot'], s['query'])):s for s in r['scores']}
+        kinds,of = (list(dict.fromkeys((s['way'], s['shot'], s['query']) for s in r['scores'])),
+                    {(s['network'], s['classifier'], (s['way'], s['shot'], s['query'])):s for s in r['scores']})
         support = f"each support image as {r['support_views']} augmented views" if r['support_views'] else 'the support as it is'
-        parts.append(f"{CLASSES[r['split']].capitalize()} classes, {r['queries']} queries, {support}; {', '.join(sorted({str(s['n']) for s in r['scores']}))} episodes; "
+        parts.append(f"{CLASSES[r['split']].capitalize()} classes, {r['queries']} queries, {support}; "
+                     f"{', '.join(sorted({str(s['n']) for s in r['scores']}))} episodes; "
                      f"{r['data']['name']}; [record](results/{f.name}), commit {str(r['commit'])[:8]}, {r['device']}\n")
-        lines = ['| network | classifier | queries seen | ' + ' | '.join(f'{w}-way {k}-shot, {q} queries' for w,k,q in kinds) + ' |', '|' + '---|'*(3 + len(kinds))]
+        lines = ['| network | classifier | queries seen | ' + ' | '.join(f'{w}-way {k}-shot, {q} queries' for w,k,q in kinds) + ' |',
+                 '|' + '---|'*(3 + len(kinds))]
         for network,name in dict.fromkeys((s['network'], s['classifier']) for s in r['scores']):
             s = of[network, name, kinds[0]]
             seen = 'one' if not s['transductive'] else 'all, taken to be balanced' if s['balanced'] else 'all'
-            lines.append(f'| {network} | {name} | {seen} | ' + ' | '.join(f"{of[network, name, k]['accuracy']:.2f} ± {of[network, name, k]['ci95']:.2f}" for k in kinds) + ' |')
-        papers = r['split'] == 'novel' and r['queries'] == 'balanced' and r['data']['name'] == 'cifar_fs' and not r['support_views'] and kinds == [(5, 1, 15), (5, 5, 15)]
+            lines.append(f'| {network} | {name} | {seen} | ' +
+                         ' | '.join(f"{of[network, name, k]['accuracy']:.2f} ± {of[network, name, k]['ci95']:.2f}" for k in kinds) + ' |')
+        papers = (r['split'] == 'novel' and r['queries'] == 'balanced' and r['data']['name'] == 'cifar_fs' and not r['support_views']
+                  and kinds == [(5, 1, 15), (5, 5, 15)])
         if papers: lines += ['| GRDD-TIM, ConvNet-4, the paper | tim | all, taken to be balanced | 79.9 ± 0.2 | 87.9 ± 0.2 |',
-                                                                                          '| GRDD-TIM, ResNet-12, the paper | tim | all, taken to be balanced | 85.4 ± 0.2 | 91.1 ± 0.2 |']
+                             '| GRDD-TIM, ResNet-12, the paper | tim | all, taken to be balanced | 85.4 ± 0.2 | 91.1 ± 0.2 |']
         parts += ['\n'.join(lines) + '\n']
     return parts
 
@@ -152,31 +167,40 @@ def benchmark(path):
     of = defaultdict(dict)
     for line in r['lines']: of[line['method']].update(line)
     lines = ['| method | easyfsl, us an episode | ours | ratio | accuracy, easyfsl | ours |', '|---|---|---|---|---|---|']
-    lines += [f"| {k} | {o['easyfsl_us']:,.0f} | {o['ours_us']:,.0f} | {o['ratio']:.1f} | {o['accuracy_easyfsl']:.2f} | {o['accuracy_ours']:.2f} ({o['episodes']} episodes) |"
+    lines += [f"| {k} | {o['easyfsl_us']:,.0f} | {o['ours_us']:,.0f} | {o['ratio']:.1f} "
+              f"| {o['accuracy_easyfsl']:.2f} | {o['accuracy_ours']:.2f} ({o['episodes']} episodes) |"
               for k,o in of.items() if 'ratio' in o]
-    lines += [f"| {k} | | {1e6/o['episodes_per_second']:,.0f} ({o['episodes_per_second']:.0f} episodes/s) | | | |" for k,o in of.items() if 'episodes_per_second' in o]
+    lines += [f"| {k} | | {1e6/o['episodes_per_second']:,.0f} ({o['episodes_per_second']:.0f} episodes/s) | | | |"
+              for k,o in of.items() if 'episodes_per_second' in o]
     e = of['evaluation']
-    return '\n'.join([*lines, '', f"Ten thousand 5-way 1-shot episodes of 12,000 images and their ConvNet-4 forward pass take {e['forward_and_episodes_over_forward']:.2f} times "
-        f"the forward pass alone ({e['forward_s']:.1f} s + {e['episodes_10000_s']:.1f} s, {e['threads']} threads).", '', taken(r, 'torch', 'numpy', 'easyfsl')])
+    return '\n'.join([
+        *lines, '', "Ten thousand 5-way 1-shot episodes of 12,000 images and their ConvNet-4 forward pass take "
+        f"{e['forward_and_episodes_over_forward']:.2f} times "
+        f"the forward pass alone ({e['forward_s']:.1f} s + {e['episodes_10000_s']:.1f} s, {e['threads']} threads).", '',
+        taken(r, 'torch', 'numpy', 'easyfsl')])
 
 def novel_log(path):
     if not path.exists(): return 'The novel classes have not been scored yet.'
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return '\n'.join(['| time | network | shot | accuracy | episodes | commit |', '|---|---|---|---|---|---|',
-                      *(f"| {o['time']} | {o['what']}{''.join(', ' + str(o[k]) for k in ('classifier','queries') if k in o)} | {o['shot']} | {o['accuracy']:.2f} ± {o['ci95']:.2f} | {o['test_episodes']} | {o['commit'][:8]} |" for o in lines)])
+                      *(f"| {o['time']} | {o['what']}{''.join(', ' + str(o[k]) for k in ('classifier','queries') if k in o)} | {o['shot']} "
+                        f"| {o['accuracy']:.2f} ± {o['ci95']:.2f} | {o['test_episodes']} | {o['commit'][:8]} |" for o in lines)])
 
 def taken(r, *packages):
     "Where and by what a benchmark's lines were taken"
-    return f"{r['device']}, {r['cores']} cores; {', '.join(f'{k} {v}' for k,v in r['versions'].items() if k in packages)}; commit {r['commit'][:8]}, `{r['command']}`"
+    return (f"{r['device']}, {r['cores']} cores; {', '.join(f'{k} {v}' for k,v in r['versions'].items() if k in packages)}; "
+            f"commit {r['commit'][:8]}, `{r['command']}`")
 
 def as_they_are(path):
     "A benchmark's lines as tables, one for each kind of line"
     r,kinds = json.loads(path.read_text()),defaultdict(list)
     for line in r['lines']: kinds[tuple(line)].append(line)
     def cell(v): return f'{v:,}' if isinstance(v, (int, float)) and not isinstance(v, bool) else str(v)
-    tables = ['\n'.join(['| ' + ' | '.join(keys) + ' |', '|---'*len(keys) + '|', *('| ' + ' | '.join(map(cell, line.values())) + ' |' for line in lines)]) for keys,lines in kinds.items()]
+    tables = ['\n'.join(['| ' + ' | '.join(keys) + ' |', '|---'*len(keys) + '|',
+                         *('| ' + ' | '.join(map(cell, line.values())) + ' |' for line in lines)]) for keys,lines in kinds.items()]
     floor = next((line['gflop_per_image'] for line in r['lines'] if (line['name'], line.get('px')) == ('resnet12', 32)), None)
-    counted = [f'Counted floor of the paper\'s stage one on CIFAR-FS: 90 epochs of 38,400 images at four rotations, {floor} GFLOP each with ResNet-12: {90*38400*4*floor*1e9:.2g} floating-point operations.'] if floor else []
+    counted = ['Counted floor of the paper\'s stage one on CIFAR-FS: 90 epochs of 38,400 images at four rotations, '
+               f'{floor} GFLOP each with ResNet-12: {90*38400*4*floor*1e9:.2g} floating-point operations.'] if floor else []
     return '\n\n'.join([*tables, *counted, taken(r, 'torch', 'fastai', 'albumentations', 'easyfsl')])
 
 def between(text, measured, after=''):
@@ -210,4 +234,6 @@ def main(
     readme = root/'README.md'
     readme.write_text(between(readme.read_text(), beside(root)))
     doc,rows = root/'docs'/'readings.md',found['readings'].get('val')
-    if rows: doc.write_text(between(doc.read_text(), '\n\n'.join([about(rows), *(f'{words}\n\n' + section(of, 'val', '../results/') for words,of in by_start(rows))])))
+    if rows:
+        doc.write_text(between(doc.read_text(), '\n\n'.join(
+            [about(rows), *(f'{words}\n\n' + section(of, 'val', '../results/') for words,of in by_start(rows))])))

@@ -29,6 +29,7 @@ def main(
     if scored.empty: return made.check() # stopped, or every row failed
     values = scored.assign(symbol=scored.row.str.split('=').str[0], value=scored.row.str.extract('=(.*)', expand=False).astype(float))
     sweeps = {symbol:values[values.symbol == symbol] for symbol in ('gamma', 'T') if (values.symbol == symbol).any()}
-    lines = {f'{row}, {shot}-shot':of.accuracy.mean() for (row,shot),of in scored[scored.row.isin(['CL', 'CL+EL'])].groupby(['row', 'shot'])}
+    lines = {f'{row}, {shot}-shot':of.accuracy.mean()
+             for (row,shot),of in scored[scored.row.isin(['CL', 'CL+EL'])].groupby(['row', 'shot'])}
     if sweeps: save_figure(plot_sweep(sweeps, lines), made.path('sweep'))
     made.check()

@@ -20,11 +20,13 @@ ROWS = {
     'CL':                     CL | small | paper(64.6, None, 'convnet4'),
     'CL+EL':                  EL | small | paper(66.7, None, 'convnet4') | dict(versus=['CL']),
     'CL+GR from small':       GR | small | paper(67.3, 'convnet4', 'convnet4') | dict(phi='student', versus=['CL', 'CL+EL']),
-    'CL+GR from large':       GR | small | paper(69.3, 'resnet12', 'convnet4', 84.7) | dict(phi='teacher', versus=['CL', 'CL+EL', 'CL+GR from small']),
+    'CL+GR from large':       GR | small | paper(69.3, 'resnet12', 'convnet4', 84.7) | dict(
+        phi='teacher', versus=['CL', 'CL+EL', 'CL+GR from small']),
     'large CL':               CL | large | paper(74.9, None, 'resnet12'),
     'large CL+EL':            EL | large | paper(72.9, None, 'resnet12') | dict(versus=['large CL']),
     'large CL+GR from small': GR | large | paper(75.4, 'convnet4', 'resnet12') | dict(phi='student', versus=['large CL', 'large CL+EL']),
-    'large CL+GR from large': GR | large | paper(77.5, 'resnet12', 'resnet12', 89.1) | dict(phi='teacher', versus=['large CL', 'large CL+EL', 'large CL+GR from small']),
+    'large CL+GR from large': GR | large | paper(77.5, 'resnet12', 'resnet12', 89.1) | dict(
+        phi='teacher', versus=['large CL', 'large CL+EL', 'large CL+GR from small']),
 }
 
 @call_parse

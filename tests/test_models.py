@@ -47,7 +47,8 @@ def test_timm_contract(name):
     for k in ('input_size','pool_size','mean','std','interpolation','crop_pct','first_conv','classifier'): assert cfg[k], k
     assert isinstance(net.get_submodule(cfg['classifier']), nn.Linear)
     for k in (cfg['first_conv'],) if isinstance(cfg['first_conv'], str) else cfg['first_conv']: assert net.get_submodule(k).in_channels == 1
-    assert [f['num_chs'] for f in net.feature_info] == [net.get_submodule(f['module'])(y).shape[1] for f,y in zip(net.feature_info, _stage_inputs(net, x))]
+    channels = [net.get_submodule(f['module'])(y).shape[1] for f,y in zip(net.feature_info, _stage_inputs(net, x))]
+    assert [f['num_chs'] for f in net.feature_info] == channels
 
 def _stage_inputs(net, x):
     for stage in net.stages:
@@ -174,7 +175,8 @@ def test_dropblock_drops_whole_squares_and_keeps_the_mean():
     corners = torch.rand(64, 8, 6, 4) < .2/9 * 48/24
     expected = torch.ones(64, 8, 8, 6)
     for n,c,i,j in corners.nonzero().tolist(): expected[n, c, i:i+3, j:j+3] = 0
-    assert 0 < corners.sum() and torch.allclose(y, expected * expected.numel()/expected.sum()) and y.mean().item() == pytest.approx(1, abs=1e-5)
+    assert 0 < corners.sum() and torch.allclose(y, expected * expected.numel()/expected.sum())
+    assert y.mean().item() == pytest.approx(1, abs=1e-5)
     assert drop(torch.ones(2, 3, 1, 1)).isfinite().all() # a map smaller than a square
 
 def test_gradient_checkpointing_changes_no_gradient():
