@@ -6,8 +6,9 @@
 Stage one with rotation and stage two with the teacher's features known beforehand, ConvNet-4 and ResNet-12, 32 and 84 px: `fit`, that is
 loading, augmentation, rotation or episodes, loss, the optimiser and every callback, against forward, cross-entropy, backward and SGD step
 of the network alone on a resident batch of the same shape, in the same precision and memory format. The two take turns in one process; a
-line has the medians of their times for a step and `ratio`, bare / recipe: 1 is a step that costs the network's arithmetic and no more. A batch
-is the recipe's (64 images at four rotations; 20-way 1-shot with 6 queries), halved until a bare step takes less than `--step` seconds.
+line has the medians of their times for a step and `ratio`, bare / recipe: 1 is a step that costs the network's arithmetic and no more. A
+batch is the recipe's (64 images at four rotations; 20-way 1-shot with 6 queries), halved until a bare step takes less than `--step`
+seconds.
 
 A line `teacher` has stage two's step with the features known and with the teacher's forward pass on the batch, teacher and student alike.
 The last line is ConvNet-4's stage one at 32 px against plain fastai: an item at a time through albumentations, float32, contiguous, the
