@@ -32,7 +32,7 @@ RATES = {'same':lambda k: 1., 'root':lambda k: k**0.5, 'size':lambda k: float(k)
 def accuracy(net, data, n_episodes): return evaluate(*embed(net, plain_dl(data, 'val')), n_episodes=n_episodes, seed=1).accuracy
 
 def first_stage(data, seed, epochs):
-    "The trained Learner, by as many processes as there are"
+    "Train stage one in the processes that are there, and return its Learner"
     learn,fit = stage_one(data, STAGE_ONE | dict(arch='convnet4', epochs=epochs, bs=BS, seed=seed), keep_best=False)
     with learn.distrib_ctx(), learn.no_bar(), learn.no_logging(): fit(learn)
     return learn

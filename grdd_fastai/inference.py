@@ -74,7 +74,7 @@ def check_settings_of(classifier, settings):
 SCALE = 1e-9,1e15 # of features whose lengths float32 can hold
 
 def check_scale(h):
-    "Features as they are; UserError if they are not finite, all zero, or too large or small for their lengths to be"
+    "Return the features unchanged; UserError if they are not finite, all zero, or too large or too small to compute with"
     low,high = h.aminmax()
     if not (torch.isfinite(low) and torch.isfinite(high)):
         raise UserError('the features hold NaN or infinite values: the network diverged, lower its learning rate')

@@ -90,7 +90,7 @@ def _of_a_folder(folder):
     return _with_weights(config['architecture'], images, args, weights, tensors)
 
 def check_images(px, mean, std, crop_pct=1., interpolation='bicubic'):
-    "What a network's images are, as `pretrained_cfg` has it; ValueError for what none can be"
+    "Side and normalisation of a network's images as `pretrained_cfg` holds them; ValueError if they are impossible"
     def numbers(v): return isinstance(v, list | tuple) and len(v) == 3 and all(isinstance(n, int | float) and math.isfinite(n) for n in v)
     if type(px) is not int or not 1 <= px <= LARGEST_SIDE: raise ValueError(f'images of {px!r} px: from 1 to {LARGEST_SIDE} can be')
     if not numbers(mean) or not numbers(std) or min(std) <= 0:
@@ -113,7 +113,7 @@ def _arguments(args):
             raise ValueError(f'{k} is no argument of an architecture')
         if not small(v): raise ValueError(f'{k} is too large')
         if re.search('depth|layer|block|repeat', k) and total(v) > 256: raise ValueError(f'{k} is too large')
-    return {k:tuple(v) if isinstance(v, list) else v for k,v in args.items() if k not in own} # those left out follow from the images
+    return {k:tuple(v) if isinstance(v, list) else v for k,v in args.items() if k not in own} # the arguments that are left out follow from the images
 
 def _with_weights(arch, images, args, path, tensors):
     """The backbone with the tensors of the file at `path`, exactly its own but for a classifier's

@@ -27,7 +27,7 @@ from .storage import read_bytes, user_path
 __all__ = ['SPLITS', 'Source', 'open_source', 'prepare', 'class_list']
 
 SPLITS = ('train', 'val', 'test') # base, validation and novel classes
-LINKS = 4 # to one folder that are followed
+LINKS = 4 # links to one folder that are followed at most
 LONGEST = 2**20 # characters in a line of a text file
 LARGEST = 2**28 # bytes a member of an archive may unpack to
 ALIASES = dict(train='train', base='train', val='val', valid='val', validation='val', test='test', novel='test')
@@ -87,7 +87,7 @@ class Folder:
             else: self.left_out.append(f)
         return inner
     def _inside(self, f):
-        "Where the file `f` really lies, None outside of the folder or nowhere"
+        "The real path of `f`, or None if it leads out of the folder or nowhere"
         try: real = (self.root/f).resolve(strict=True)
         except (OSError, ValueError, RuntimeError): return None # a dangling link, a circle, or a name no file can have
         return real if real.is_relative_to(self.root) else None
@@ -214,7 +214,7 @@ def _split_csvs(tree, seed):
     return pd.concat(frames, ignore_index=True)
 
 def _read_csv(tree, name):
-    "The rows of a CSV, read one by one: what is wrong with one ends the reading there"
+    "Read the rows of a CSV one by one, and stop with a sentence at the first that is wrong"
     where,base,found,seen = f'{tree.path}, {name}',name.rpartition('/')[0],[],set()
     def image(n, filename, label):
         row = f'{where}, row {n}'
@@ -253,7 +253,7 @@ def _read_csv(tree, name):
     return pd.DataFrame(found, columns=['filename','label','path'])
 
 def whole_lines(f):
-    "The lines of an open text file one by one, ValueError for one that is too long to be a row"
+    "Yield the lines of an open text file; ValueError for a line that is too long to be a row"
     while line := f.readline(LONGEST):
         if len(line) == LONGEST: raise ValueError(f'a line has more than {LONGEST} characters')
         yield line

@@ -140,7 +140,7 @@ def publish(
 
 
 def check_own(folder, about):
-    "UserError if the folder holds files by the names of those that are written, unless they are of the very same weights"
+    "UserError if the folder already holds files by the names in `FILES`, unless they belong to the same weights"
     there = [f for f in FILES if os.path.lexists(folder/f)]
     if there and read_json(folder/'measured.json', dict(sha256='')).get('sha256') != about.get('sha256'):
         raise UserError(f'{folder} holds {there[0]} of something else: give --out another folder, or remove it')

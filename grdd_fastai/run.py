@@ -173,7 +173,7 @@ class Run:
             self.stack.enter_context(contextlib.redirect_stdout(sys.stderr))
             self.stack.enter_context(deterministic(self.settings.get('deterministic', False)))
             self.stack.enter_context(self.deadline)
-            if not self.result: self.result = self._look() # again: the process that was waited for may have finished it
+            if not self.result: self.result = self._look() # look again: the process that we waited for may have finished the run
         except BaseException:
             self.stack.close()
             raise
@@ -243,7 +243,7 @@ class Run:
         return self._verified(result) if result.get('status') == 'finished' else None
 
     def _verified(self, result):
-        "A finished result whose weights are whole and those it names"
+        "Check that the weights are whole and are those that the finished result names; return the result"
         versions,weights = self.old.get('versions'),result.get('weights')
         named = isinstance(versions, dict) and 'grdd_fastai' in versions # results of before did not name their weights
         for name in self.plan:

@@ -35,7 +35,7 @@ class Busy(UserError):
 
 
 def user_path(path, what='the path'):
-    "A path a user gave, with ~ as the home folder; UserError for what no file can be named"
+    "The path that a user gave, with ~ replaced by the home folder; UserError if no file can have that name"
     try:
         if '\0' in str(path): raise ValueError('it holds a null character')
         found = Path(path).expanduser()
@@ -52,12 +52,12 @@ def part_name(path):
     return path.with_name(f'.{path.name}.{secrets.token_hex(8)}.part')
 
 def temporary(path):
-    "A new, empty file beside `path` (its name, and the file open for writing)"
+    "Make a new, empty file beside `path`; return its name and the file, open for writing"
     tmp = part_name(path)
     return tmp,os.fdopen(os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NOFOLLOW, 0o666), 'wb')
 
 def sweep(folder, name=''):
-    "Remove what killed processes left half written in `folder` (of the file or folder `name`); only for who holds its lock"
+    "Remove the half-written files that killed processes left in `folder`, with `name` only those of it; the caller holds the lock"
     for f in folder.iterdir():
         if not (f.name.startswith(f'.{name}') and HALF_WRITTEN.fullmatch(f.name)): continue
         if f.is_dir() and not f.is_symlink(): shutil.rmtree(f, ignore_errors=True)

@@ -212,7 +212,7 @@ def write_record(folder, r):
     with output_folder(Path(folder).expanduser()/r['experiment'], '--results') as folder: write_json(folder/r['file'], r)
 
 def writable(out, results):
-    "UserError, before any work is done for them, unless both folders take files; `results` may be none"
+    "Raise UserError before any work is done if one of the folders cannot be written; `results` may be None"
     with output_folder(out), output_folder(out if results is None else results, '--results'): pass
 
 def frames(rows, records, scores):

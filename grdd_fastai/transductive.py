@@ -101,7 +101,7 @@ def rectified_prototypes(support, support_y, query, scale):
     return torch.where(n > 0, new, p),shifted
 
 def by_shot(support, support_y, few, some, many):
-    "The setting for 1, 2 to 4, and 5 or more support images a class, as many as the classes have on average"
+    "Choose a setting by the mean number of support images a class: `few` for 1, `some` for 2 to 4, `many` from 5"
     shots = support.shape[1] / (int(support_y.max()) + 1)
     return few if shots < 2 else some if shots < 5 else many
 
