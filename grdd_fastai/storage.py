@@ -57,7 +57,7 @@ def temporary(path):
     return tmp,os.fdopen(os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NOFOLLOW, 0o666), 'wb')
 
 def sweep(folder, name=''):
-    "Remove the half-written files that killed processes left in `folder`, with `name` only those of it; the caller holds the lock"
+    "Remove the half-written files that killed processes left in `folder`, of `name` if it is given; the caller holds the lock"
     for f in folder.iterdir():
         if not (f.name.startswith(f'.{name}') and HALF_WRITTEN.fullmatch(f.name)): continue
         if f.is_dir() and not f.is_symlink(): shutil.rmtree(f, ignore_errors=True)
