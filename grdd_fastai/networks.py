@@ -113,7 +113,8 @@ def _arguments(args):
             raise ValueError(f'{k} is no argument of an architecture')
         if not small(v): raise ValueError(f'{k} is too large')
         if re.search('depth|layer|block|repeat', k) and total(v) > 256: raise ValueError(f'{k} is too large')
-    return {k:tuple(v) if isinstance(v, list) else v for k,v in args.items() if k not in own} # the arguments that are left out follow from the images
+    # the arguments that are left out follow from the images
+    return {k:tuple(v) if isinstance(v, list) else v for k,v in args.items() if k not in own}
 
 def _with_weights(arch, images, args, path, tensors):
     """The backbone with the tensors of the file at `path`, exactly its own but for a classifier's
