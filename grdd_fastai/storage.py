@@ -257,21 +257,25 @@ def output_folder(path, flag='--out'):
     """
     if not str(path).strip(): raise UserError(f'{flag} is empty: give it the name of a folder')
     folder = user_path(path, f'{flag}')
-    made = [f for f in (folder, *folder.parents) if not os.path.lexists(f)]
+    made,room = [f for f in (folder, *folder.parents) if not os.path.lexists(f)],None
     try:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            tmp,f = temporary(folder/'room')
-            try:
-                with f:
-                    f.write(bytes(2**16))
-                    f.flush()
-                    os.fsync(f.fileno())
-            finally: tmp.unlink(missing_ok=True) # whoever holds the folder's lock may have swept it
+            for attempt in range(20):
+                try:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    room,f = temporary(folder/'room') # stays until the end, so that no other process takes the folder for an empty one
+                    break
+                except FileNotFoundError: # another process has just removed the folder that it made for nothing
+                    if attempt == 19: raise
+            with f:
+                f.write(bytes(2**16))
+                f.flush()
+                os.fsync(f.fileno())
         except (OSError, ValueError) as e:
             raise UserError(f'the folder {folder} cannot be written ({getattr(e, "strerror", None) or e}): give {flag} another') from None
         yield folder
     finally:
         with contextlib.suppress(OSError):
+            if room: room.unlink(missing_ok=True) # whoever holds the folder's lock may have swept it
             if folder in made and {f.name for f in folder.iterdir()} == {'.lock'}: (folder/'.lock').unlink()
             for f in made: f.rmdir()

@@ -747,3 +747,19 @@ def test_more_arguments_of_evaluate(bad):
 def test_more_arguments_that_cannot_be(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     says(lambda: call(create_backbone('convnet4', 0)))
+
+def test_folders_that_many_make_and_leave_at_once(tmp_path):
+    "Some write and some find nothing to write: nobody's folder goes while another is in it"
+    errors = []
+    def work(i):
+        try:
+            for n in range(40):
+                with output_folder(tmp_path/'a'/'b') as folder:
+                    if (i + n) % 3 == 0:
+                        atomic_write(folder/f'{i}-{n}', 'x')
+                        (folder/f'{i}-{n}').unlink()
+        except BaseException as e: errors.append(e)
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert not errors and not [f for f in tmp_path.rglob('*') if f.is_file()]
