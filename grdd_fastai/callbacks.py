@@ -11,7 +11,7 @@ from fastai.learner import Recorder, ValueMetric
 from torch.nn.parallel import DistributedDataParallel
 
 from .data import rows_by_class
-from .distributed import ranks, unwrapped
+from .distributed import backbone_of, ranks, unwrapped
 from .errors import UserError
 from .evaluate import embed, evaluate, features
 from .losses import kl_relatedness, relatedness
@@ -210,8 +210,8 @@ class FewShotAccuracy(ShowsMetrics):
         rows_by_class(self.dls.valid.labels(), e['n_way'], e['k_shot'], e['n_query'], 'the validation set')
     def measure(self):
         "`Evaluation` of the model as it is"
-        model,several = unwrapped(self.model),isinstance(self.model, DistributedDataParallel)
-        h,y = embed(getattr(model, 'backbone', model), self.dls.valid.plain(), amp_dtype(self.learn), shared=several)
+        several = isinstance(self.model, DistributedDataParallel)
+        h,y = embed(backbone_of(self.learn), self.dls.valid.plain(), amp_dtype(self.learn), shared=several)
         return evaluate(h, y, **self.episodes, shared=several)
     def after_train(self):
         if not hasattr(self.learn, 'lr_finder'): self.last = self.measure().accuracy

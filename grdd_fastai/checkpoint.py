@@ -87,7 +87,7 @@ def load_learner_state(learn, tensors, meta, where='the checkpoint'):
     ps,state = [p for g in opt.param_groups for p in g['params']],{}
     for k,v in part(tensors, 'opt/').items():
         i,name = k.split('/')
-        if v.ndim and v.shape != ps[int(i)].shape: # fused optimisers would read beyond it
+        if v.ndim and v.shape != ps[int(i)].shape: # a fused optimiser would read past its end
             raise UserError(f'{where} holds {k} of shape {tuple(v.shape)}, not {tuple(ps[int(i)].shape)}: give --out another folder')
         if v.shape == ps[int(i)].shape: v = torch.empty_like(ps[int(i)]).copy_(v) # in the parameter's memory layout
         state.setdefault(int(i), {})[name] = v

@@ -25,7 +25,7 @@ def ranks():
 
 @contextmanager
 def processes():
-    "Join the processes that `accelerate launch` or torchrun started, if they did, and part at the end"
+    "Join the processes that `accelerate launch` or torchrun started, if any, and leave the group at the end"
     check_launch(os.environ)
     if join := int(os.environ.get('WORLD_SIZE', 1)) > 1 and ranks()[1] == 1:
         try:
@@ -113,6 +113,11 @@ def effective(k):
 def unwrapped(model):
     "The network itself, which a distributed fit wraps"
     return model.module if isinstance(model, DistributedDataParallel) else model
+
+def backbone_of(learn):
+    "The network that a Learner of either stage trains, without stage one's heads and without what a distributed fit wraps around it"
+    model = unwrapped(learn.model)
+    return getattr(model, 'backbone', model)
 
 
 class Summed(torch.autograd.Function):

@@ -258,7 +258,7 @@ def evaluate(
     bank,V = (h, 1) if views is None else (views.flatten(0, 1), len(views))
     budget = CHUNK[h.device.type != 'cpu'] * max(getattr(getattr(f, 'func', f), 'at_once', 1) for f in of.values()) # a partial's, too
     size = max(1, budget // max(1, n_way*(V*k_shot + n_query)*h[0].numel()*h.element_size()))
-    # one array a classifier: many small ones would fragment the memory
+    # one array per classifier, since many small arrays would fragment the memory
     accs,(rank,n) = {k:np.zeros(n_episodes) for k in of},ranks() if shared else (0, 1)
     names = {k:k if isinstance(k, str) else getattr(k, '__name__', str(k)) for k in of}
     for block,(support,query,query_y) in enumerate(QUERIES[query_distribution](y, n_way, k_shot, n_query, n_episodes, seed)):

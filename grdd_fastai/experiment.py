@@ -28,7 +28,7 @@ def grdd(
     way:int=5, # C, classes an episode
     shot:int=1, # K, support images a class
     px:int=32, # side of the images
-    name:str='grdd', # of the recipe: names the folder where no --out is given
+    name:str='grdd', # the recipe's name, which names the folder if no --out is given
     data:str=None, # raw data set in any layout of data/README.md (none: fetch CIFAR-FS)
     out:str=None, # folder for results, histories and weights (runs/ and the recipe's name; demo: with -demo after it)
     cache:str=None, # folder for decoded images (none: ~/.cache/grdd_fastai)

@@ -55,7 +55,7 @@ def why_not_finite(name, support, support_y, query, logits):
     return UserError(f'{name} gives logits that are not finite: its settings do not suit features of this size, try normalised ones')
 
 def check_settings_of(classifier, settings):
-    "UserError for a setting that the classifier (its name, or a function) does not have"
+    "Raise UserError for a setting that the classifier, given by name or as a function, does not have"
     f = get_classifier(classifier)
     known = inspect.signature(f).parameters
     if any(p.kind is p.VAR_KEYWORD for p in known.values()): return
@@ -71,7 +71,7 @@ def check_settings_of(classifier, settings):
         raise UserError(f'{name} has no setting {wrong!r}: ' +
                         (f'its settings are {", ".join(list(known)[3:])}' if len(known) > 3 else 'it has none'))
 
-SCALE = 1e-9,1e15 # of features whose lengths float32 can hold
+SCALE = 1e-9,1e15 # smallest and largest feature whose squared length float32 can hold
 
 def check_scale(h):
     "Return the features unchanged; UserError if they are not finite, all zero, or too large or too small to compute with"

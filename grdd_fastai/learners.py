@@ -21,7 +21,7 @@ from torch import nn
 from .callbacks import FewShotAccuracy, KeepBest, LightRecorder, RelatednessDistiller, Rotation, Seeded, ShowsMetrics
 from .cpu import keep_freed_memory
 from .data import EpisodicDL
-from .distributed import Distributed, ranks
+from .distributed import Distributed, backbone_of, ranks
 from .errors import UserError, first_line
 from .evaluate import features
 from .losses import EpisodicLoss, relatedness
@@ -35,7 +35,7 @@ CATEGORY_CLASSIFIERS = ('linear', 'cosine')
 
 
 def check_backbone(arch, px=None, pretrained=False):
-    "UserError unless `arch` names a timm model, with weights where it has a tag or is to be `pretrained`, that takes images of side `px`"
+    "Raise UserError unless `arch` is a timm model that takes images of side `px` and, with a tag or `pretrained`, has weights"
     if not timm.is_model(arch):
         near = difflib.get_close_matches(arch, timm.list_models(), 3)
         raise UserError(f"unknown backbone {arch!r}: give a timm model's name" + (f', such as {", ".join(near)}' if near else ''))
@@ -64,7 +64,7 @@ def create_backbone(
     num_classes=0, # 0 for features
     px=32, # image side, for networks whose shape depends on it
     seed=0, # of the initial weights; the caller's random state is left alone
-    pretrained=False, # the weights of the architecture's default tag, where `arch` has none
+    pretrained=False, # use the weights of the default tag if `arch` has no tag
     **kwargs # of `timm.create_model`
 ):
     "`timm.create_model` with seeded random weights, or with the pretrained ones of a tag (`external_weights`)"
@@ -196,7 +196,7 @@ def global_learner(
 ) -> Learner:
     "Stage one: a Learner of the global learner phi; `learn.model.backbone` is the network"
     check_dls(dls)
-    if isinstance(arch, Learner): arch = getattr(arch.model, 'backbone', arch.model)
+    if isinstance(arch, Learner): arch = backbone_of(arch)
     if not isinstance(arch, str | nn.Module):
         raise UserError(f'the backbone is a {type(arch).__name__}: give the name of a timm model, or one')
     if not isinstance(smoothing, int | float) or not 0 <= smoothing < 1:
@@ -234,8 +234,8 @@ def meta_learner(
     model = create_backbone(student, 0, dls.one_batch()[0].shape[-1], seed) if isinstance(student, str) else copy.deepcopy(student)
     if hasattr(model, 'reset_classifier'): model.reset_classifier(0)
     if teacher is None and distill: raise UserError('distill is given without a teacher: give both, or neither for episodic labels alone')
-    if isinstance(teacher, Learner): teacher = getattr(teacher.model, 'backbone', teacher.model)
-    if isinstance(student, Learner): student = getattr(student.model, 'backbone', student.model)
+    if isinstance(teacher, Learner): teacher = backbone_of(teacher)
+    if isinstance(student, Learner): student = backbone_of(student)
     if not isinstance(student, str | nn.Module):
         raise UserError(f'the student is a {type(student).__name__}: give a network, a Learner of one, or the name of a timm model')
     if distill is not None and not isinstance(distill, dict): raise UserError(f'distill is {distill!r}: give a dict of settings')

@@ -79,8 +79,8 @@ class FewShotBackbone(nn.Module):
         self,
         x, # images (B, in_chans, H, W)
         indices=None, # of the stages: the last n for a number, all for None
-        norm=False, # there is no norm after the last stage, whatever this says
-        stop_early=False, # leave out the stages after the last wanted one
+        norm=False, # has no effect: there is no norm after the last stage
+        stop_early=False, # do not run the stages after the last wanted one
         output_fmt='NCHW', # no other is known
         intermediates_only=False, # leave out the last feature map
     ):
@@ -194,7 +194,7 @@ class ScheduledDropBlock(nn.Module):
         k = min(self.block_size, H, W)
         places = H-k+1,W-k+1
         corners = torch.rand(B, C, *places, device=x.device) < self.rate() * (H*W) / (k*k*places[0]*places[1]) # section 3.2
-        kept = 1 - F.max_pool2d(F.pad(corners.float(), [k-1]*4), k, stride=1) # every corner grown to its square
+        kept = 1 - F.max_pool2d(F.pad(corners.float(), [k-1]*4), k, stride=1) # grow every corner to its square
         return x * (kept * (kept.numel() / kept.sum().clamp(min=1))).to(x.dtype)
 
 

@@ -23,7 +23,7 @@ from .storage import locked, new_memmap, part_name, read_json, sweep, user_path
 __all__ = ['Split', 'FewShotData', 'few_shot_data', 'default_cache', 'decode']
 
 BLOCK = 1024 # images decoded at a time
-# that are decoded; others may run programs, as EPS does
+# the image formats that are decoded; others, such as EPS, may run programs
 FORMATS = ('PNG', 'JPEG', 'MPO', 'BMP', 'WEBP', 'GIF', 'TIFF', 'PPM', 'AVIF', 'JPEG2000')
 LARGEST_SIDE = 1024 # of packed images, and of those a network may ask for
 MEGAPIXELS = 89 # of an image that is decoded without being asked about
@@ -161,7 +161,7 @@ def _warned(data):
     return data
 
 def _shared(images, source):
-    "Images of a split that one before has too, pixel by pixel: [(split, filename, split before, filename)]"
+    "Images that two splits share, pixel by pixel: [(split, filename, earlier split, filename)]"
     first,found = {},[]
     for s,of in images.items():
         mine = {}

@@ -12,7 +12,7 @@ from fastai.learner import Learner
 from PIL import Image
 from torch import nn
 
-from .distributed import unwrapped
+from .distributed import backbone_of
 from .errors import UserError
 from .evaluate import checked_logits, features, is_missing
 from .inference import check_scale, check_settings_of, get_classifier
@@ -37,7 +37,7 @@ class FewShotClassifier:
         allow_large=False, # also decode images of 89 to 179 megapixels
         **settings # of the classifier
     ):
-        if isinstance(network, Learner): network = getattr(unwrapped(network.model), 'backbone', unwrapped(network.model))
+        if isinstance(network, Learner): network = backbone_of(network)
         self.net,self.allow_large = (network if isinstance(network, nn.Module) else load_network(network)).eval(),allow_large
         if not isinstance(bs, int) or bs < 1: raise UserError(f'bs is {bs!r}: it must be at least 1')
         if px is not None and (not isinstance(px, int) or isinstance(px, bool) or not 1 <= px <= LARGEST_SIDE):

@@ -27,7 +27,7 @@ from .storage import read_bytes, user_path
 __all__ = ['SPLITS', 'Source', 'open_source', 'prepare', 'class_list']
 
 SPLITS = ('train', 'val', 'test') # base, validation and novel classes
-LINKS = 4 # links to one folder that are followed at most
+LINKS = 4 # at most so many links to the same folder are followed
 LONGEST = 2**20 # characters in a line of a text file
 LARGEST = 2**28 # bytes a member of an archive may unpack to
 ALIASES = dict(train='train', base='train', val='val', valid='val', validation='val', test='test', novel='test')
@@ -121,7 +121,7 @@ class Zip:
         if size > LARGEST:
             raise UserError(f'{self.path}: {f} would unpack to {size >> 20} MiB: remove it, no file of a data set is so large')
     def lines(self, f):
-        "The text of a member, unpacked as it is read"
+        "Open a member as text; it is unpacked while it is read"
         self._check_size(f)
         try: return io.TextIOWrapper(self.zip.open(self.infos[f]), 'utf-8-sig', newline='')
         except Exception as e: raise UserError(f'{self.path}: {f} cannot be read from the archive ({e}): fetch it again') from None

@@ -158,7 +158,7 @@ def push(folder, hub, minutes=MINUTES):
                                                             commit_message='Weights, config and model card')
             done.put(None)
         except BaseException as e: done.put(first_line(e))
-    threading.Thread(target=upload, daemon=True).start() # one that hangs ends with the process
+    threading.Thread(target=upload, daemon=True).start() # a daemon thread, so that a hanging upload ends with the process
     try: error = done.get(timeout=60*minutes)
     except queue.Empty: error = f'no answer in {minutes:g} minutes'
     if error is not None: raise UserError(f'{hub} was not pushed ({error}): log in with hf auth login and push {folder} again')

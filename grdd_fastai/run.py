@@ -21,7 +21,7 @@ from safetensors.torch import save
 
 from . import __version__
 from .checkpoint import Checkpoint, Deadline, SkipBatches, StopOnNaN, load_checkpoint, previous
-from .distributed import ranks, replica, shared
+from .distributed import backbone_of, ranks, replica, shared
 from .errors import UserError, first_line
 from .storage import (
     NOFOLLOW,
@@ -158,7 +158,7 @@ class Run:
     """
     def __init__(self, out, settings, resume=False, max_minutes=None, plan=(), wait=False, overwrite=False):
         self.given,self.out,self.settings,self.stdout,self.plan,self.wait = out,user_path(out, '--out'),settings,sys.stdout,list(plan),wait
-        self.resumable,self.resume,self.overwrite = resume,resume,overwrite # allowed to go on, and whether there is something to go on with
+        self.resumable,self.resume,self.overwrite = resume,resume,overwrite # whether it may go on, and whether there is a run to go on with
         self.start,self.seconds_before,self.deadline,self.begun = time.monotonic(),0.,Deadline(max_minutes),False
         if resume and overwrite: raise UserError('--resume goes on with a run and --overwrite deletes it: give one of them')
 
@@ -284,7 +284,7 @@ class Run:
 
     def stage(self, name, learn, fit, **card):
         "Fit a Learner, or go on with it, or load what it came to: the network and its best validation accuracy"
-        net,path,checkpoint = getattr(learn.model, 'backbone', learn.model),self.out/name,self.out/f'checkpoint_{name}.safetensors'
+        net,path,checkpoint = backbone_of(learn),self.out/name,self.out/f'checkpoint_{name}.safetensors'
         if self.resume and Path(f'{path}.json').exists(): best = load_weights(net, path)['val_accuracy']
         else:
             self._fit(name, learn, fit, checkpoint)

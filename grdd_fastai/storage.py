@@ -25,7 +25,7 @@ __all__ = ['Busy', 'atomic_write', 'write_json', 'read_bytes', 'read_json', 'rea
            'save_tensors', 'load_tensors', 'check_state', 'load_state',
            'new_memmap', 'filled_array', 'load_array', 'locked', 'output_folder']
 
-LARGEST = 2**28 # bytes of a file that is read at once
+LARGEST = 2**28 # most bytes of a file that is read as a whole
 NOFOLLOW,NONBLOCK = getattr(os, 'O_NOFOLLOW', 0),getattr(os, 'O_NONBLOCK', 0)
 HALF_WRITTEN = re.compile(r'\..+\.[0-9a-f]{16}\.part', re.DOTALL) # names of `part_name`
 
@@ -39,7 +39,7 @@ def user_path(path, what='the path'):
     try:
         if '\0' in str(path): raise ValueError('it holds a null character')
         found = Path(path).expanduser()
-        found.exists() # OSError for a name that is too long
+        found.exists() # raises OSError if the name is too long
         return found
     except (RuntimeError, ValueError, OSError, TypeError) as e:
         raise UserError(f'{what} {path!r} cannot be used ({getattr(e, "strerror", None) or e}): give another') from None
@@ -265,7 +265,7 @@ def output_folder(path, flag='--out'):
                     folder.mkdir(parents=True, exist_ok=True)
                     room,f = temporary(folder/'room') # stays until the end, so that no other process takes the folder for an empty one
                     break
-                except FileNotFoundError: # another process has just removed the folder that it made for nothing
+                except FileNotFoundError: # another process has just removed the folder, which it had made and not used
                     if attempt == 19: raise
             with f:
                 f.write(bytes(2**16))

@@ -107,7 +107,7 @@ class Study:
         "`Evaluation`, and when and by which commit it was made"
         path,weights = trained.folder/f'{split}_{shot}shot_{n}.safetensors',trained.read('net.json')['sha256']
         if path.exists():
-            with suppress(UserError, KeyError): # a score that is damaged, or none, is made again
+            with suppress(UserError, KeyError): # a damaged or missing score is computed again
                 tensors,meta = load_tensors(path)
                 if meta['weights'] == weights and 'about' in meta:
                     return Evaluation(tensors['episodes'].numpy(), meta['drawn']),meta['about']

@@ -45,7 +45,7 @@ class Table(NamedTuple):
     failed: list
     def path(self, name): return self.study.out/f'{name}_{self.scored.split.iloc[0]}.png'
     def check(self):
-        "UserError if a row failed: everything else is there"
+        "Raise UserError if a row failed; the other rows are written by then"
         if self.failed: raise UserError(f'{len(self.failed)} of the rows failed, {self.failed[0]}')
 
 

@@ -85,7 +85,7 @@ def norm_gradients():
     rank,n = ranks()
     torch.manual_seed(0)
     x,y,found = torch.randn(48, 3, 32, 32, dtype=torch.float64),torch.randint(6, (48,)),{}
-    for arch in ('resnet12', 'efficientnet_lite0'): # the second with timm's BatchNormAct2d
+    for arch in ('resnet12', 'efficientnet_lite0'): # the second one uses timm's BatchNormAct2d
         net = (create_backbone(arch, 6, 32, drop_path_rate=0.) if arch != 'resnet12'
                else ResNet12(num_classes=6, widths=(4,8,8,8), block_drop_rate=0.))
         net = net.double().train()
