@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from grdd_fastai.pack import Split
-from grdd_fastai.run import command, device_name, git_commit, now, versions
-from grdd_fastai.storage import write_json
+from grdd_fastai.core.storage import write_json
+from grdd_fastai.data.cache import Split
+from grdd_fastai.runs.provenance import command, device_name, git_commit, now, versions
 
 LINES = []
 

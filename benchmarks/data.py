@@ -12,8 +12,8 @@ import time
 from common import MadeUp, say, write
 from fastcore.script import call_parse
 
-from grdd_fastai.augment import train_augmentation
-from grdd_fastai.data import category_dls, episodic_dls
+from grdd_fastai.data.augment import train_augmentation
+from grdd_fastai.data.blocks import category_dls, episodic_dls
 
 
 def per_image(dl, least=1.):

@@ -20,10 +20,10 @@ from easyfsl.datasets import FeaturesDataset
 from fastcore.script import call_parse
 
 import grdd_fastai  # noqa: F401
-from grdd_fastai.cpu import keep_freed_memory
-from grdd_fastai.evaluate import evaluate, sample_episodes
-from grdd_fastai.inference import CLASSIFIERS
-from grdd_fastai.precision import autocast_dtype
+from grdd_fastai.core.device import autocast_dtype, keep_freed_memory
+from grdd_fastai.data.episodes import sample_episodes
+from grdd_fastai.fewshot.classifiers import CLASSIFIERS
+from grdd_fastai.fewshot.evaluate import evaluate
 
 WAY,SHOT,QUERY = 5,1,15
 # method -> easyfsl's class, our classifier, with easyfsl's definitions where it has settings for them, episodes timed of each

@@ -22,8 +22,9 @@ from fastcore.script import call_parse
 from PIL import Image
 from torchvision import transforms as T
 
-from grdd_fastai.data import episodic_dls
-from grdd_fastai.learners import create_backbone, meta_learner
+from grdd_fastai.data.blocks import episodic_dls
+from grdd_fastai.models.create import create_backbone
+from grdd_fastai.stage_two import meta_learner
 
 EPISODE = 5,1,15
 PX = 32

@@ -19,10 +19,11 @@ from common import say, write
 from fastcore.script import call_parse
 from scipy.stats import t
 
-from grdd_fastai.data import plain_dl
-from grdd_fastai.distributed import processes, ranks
-from grdd_fastai.evaluate import embed, evaluate
-from grdd_fastai.pack import few_shot_data
+from grdd_fastai.core.distributed import processes, ranks
+from grdd_fastai.data.blocks import plain_dl
+from grdd_fastai.data.cache import few_shot_data
+from grdd_fastai.fewshot.embed import embed
+from grdd_fastai.fewshot.evaluate import evaluate
 from grdd_fastai.stages import READINGS, STAGE_ONE, stage_one, stage_two
 
 BS = 50

@@ -74,7 +74,7 @@ def pngs(path, n_images, n_classes, px=32):
             z.writestr(f'{("train","val","test")[max(0, c % 10 - 7)]}/c{c:05d}/{i:07d}.png', shapes[i % 256])
 
 def prepare(path, cache):
-    from grdd_fastai.pack import few_shot_data
+    from grdd_fastai.data.cache import few_shot_data
     return seconds(few_shot_data, path, cache=cache)
 
 class Steps(Callback):
@@ -85,24 +85,24 @@ class Steps(Callback):
         if self.iter + 1 == self.n: raise CancelFitException()
 
 def train(path, cache):
-    from grdd_fastai.pack import few_shot_data
+    from grdd_fastai.data.cache import few_shot_data
     from grdd_fastai.stages import STAGE_ONE, stage_one
     data = few_shot_data(path, cache=cache)
     learn,fit = stage_one(data, STAGE_ONE | dict(arch='convnet4', epochs=1, rotation=False), valid=dict(n_query=5), cbs=Steps(100))
     with learn.no_bar(), learn.no_logging(): return seconds(fit, learn)
 
 def embed(path, cache):
-    from grdd_fastai.data import plain_dl
-    from grdd_fastai.evaluate import embed
-    from grdd_fastai.learners import create_backbone
-    from grdd_fastai.pack import few_shot_data
+    from grdd_fastai.data.blocks import plain_dl
+    from grdd_fastai.data.cache import few_shot_data
+    from grdd_fastai.fewshot.embed import embed
+    from grdd_fastai.models.create import create_backbone
     dl = plain_dl(few_shot_data(path, cache=cache), 'test')
     return seconds(embed, create_backbone('convnet4'), dl)
 
 def evaluate(n_images, n_classes, n_episodes):
     import torch
 
-    from grdd_fastai.evaluate import evaluate
+    from grdd_fastai.fewshot.evaluate import evaluate
     h,y = torch.rand(n_images, 64),torch.arange(n_images)*n_classes//n_images
     return seconds(evaluate, h, y, 5, 1, 5, n_episodes)
 

@@ -26,8 +26,8 @@ from fastai.torch_core import default_device
 from fastcore.script import call_parse
 from torch.utils.flop_counter import FlopCounterMode
 
-from grdd_fastai.learners import create_backbone
-from grdd_fastai.precision import amp, autocast_dtype
+from grdd_fastai.core.device import amp, autocast_dtype
+from grdd_fastai.models.create import create_backbone
 from grdd_fastai.stages import READINGS, STAGE_ONE, stage_one, stage_two
 
 N_CLASSES = 64

@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .errors import UserError
+from .core.errors import UserError
 
-__all__ = ['full_precision', 'relatedness', 'log_relatedness', 'kl_relatedness', 'class_relatedness', 'regularizer',
-           'EpisodicLoss']
+__all__ = ['full_precision', 'relatedness', 'log_relatedness', 'kl_relatedness', 'class_relatedness', 'regularizer', 'EpisodicLoss']
 
 
 def full_precision(f):

@@ -3,14 +3,16 @@ import math
 
 import numpy as np
 
-from .augment import AUGMENTATIONS, train_augmentation
-from .data import category_dls, episodic_dls
-from .distributed import effective
-from .errors import UserError
-from .learners import CATEGORY_CLASSIFIERS, global_learner, meta_learner
-from .optim import OPTIMISERS
+from .core.errors import UserError
+from .data.augment import AUGMENTATIONS, train_augmentation
+from .data.blocks import category_dls, episodic_dls
+from .stage_one import CATEGORY_CLASSIFIERS, global_learner
+from .stage_two import meta_learner
+from .training.distributed import effective
+from .training.optim import OPTIMISERS
 
-__all__ = ['STAGE_ONE', 'READINGS', 'SCHEDULES', 'stage_two_settings', 'stage_one', 'stage_two', 'check_settings']
+__all__ = ['SCHEDULES', 'STAGE_ONE', 'READINGS', 'stage_two_settings', 'check_settings', 'stage_one', 'stage_two']
+
 
 SCHEDULES = ('poly', 'step', 'one_cycle')
 

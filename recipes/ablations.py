@@ -9,9 +9,9 @@ with matched weight multiplies it by N_S.
 from fastcore.meta import delegates
 from fastcore.script import call_parse
 
-from grdd_fastai.plots import plot_rows, save_figure
+from grdd_fastai.experiments.plots import plot_rows, save_figure
+from grdd_fastai.experiments.table import CL, EL, GR, table
 from grdd_fastai.stages import stage_two_settings
-from grdd_fastai.tables import CL, EL, GR, table
 
 
 def ablations(two):

@@ -9,7 +9,7 @@ to --out as CSV and JSON; each network is compared with the first, paired on the
 from fastcore.meta import delegates
 from fastcore.script import call_parse
 
-from grdd_fastai.scoring import score_networks
+from grdd_fastai.experiments.score import score_networks
 
 
 @call_parse

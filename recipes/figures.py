@@ -13,14 +13,15 @@ from fastcore.meta import delegates
 from fastcore.script import call_parse
 from sklearn.manifold import TSNE
 
-from grdd_fastai.data import plain_dl
-from grdd_fastai.errors import UserError
-from grdd_fastai.evaluate import embed, sample_episodes
+from grdd_fastai.core.errors import UserError
+from grdd_fastai.core.storage import atomic_write
+from grdd_fastai.data.blocks import plain_dl
+from grdd_fastai.data.episodes import sample_episodes
+from grdd_fastai.experiments.plots import plot_relatedness, plot_tsne, save_figure
+from grdd_fastai.experiments.table import CL, EL, GR, table
+from grdd_fastai.fewshot.embed import embed
 from grdd_fastai.losses import log_relatedness, relatedness
-from grdd_fastai.plots import plot_relatedness, plot_tsne, save_figure
 from grdd_fastai.stages import check_settings
-from grdd_fastai.storage import atomic_write
-from grdd_fastai.tables import CL, EL, GR, table
 
 ROWS = {'CL': CL, 'CL+EL': EL, 'GRDD': GR}
 T = (0.05, 0.1, 0.5, 1., 4.)

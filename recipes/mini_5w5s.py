@@ -9,8 +9,8 @@ The defaults are the paper's ResNet-12 teacher and student and 90 + 15 epochs, w
 from fastcore.meta import delegates
 from fastcore.script import call_parse
 
-from grdd_fastai.errors import UserError
-from grdd_fastai.experiment import grdd
+from grdd_fastai.core.errors import UserError
+from grdd_fastai.grdd import grdd
 
 
 @call_parse

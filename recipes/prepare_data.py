@@ -6,7 +6,7 @@ The other recipes read raw data sets directly; this one is for looking at, editi
 """
 from fastcore.script import call_parse
 
-from grdd_fastai.prepare import prepare
+from grdd_fastai.data.sources import prepare
 
 
 @call_parse

@@ -7,11 +7,12 @@ hub as well, for `timm.create_model('hf-hub:user/name')`.
 """
 from fastcore.script import call_parse
 
-from grdd_fastai.pack import few_shot_data
-from grdd_fastai.publish import load_trained, measured, publish
-from grdd_fastai.storage import user_path
-from grdd_fastai.study import SPLITS, Study
-from grdd_fastai.tables import numbers, say, writable
+from grdd_fastai.core.distributed import say
+from grdd_fastai.core.storage import user_path
+from grdd_fastai.data.cache import few_shot_data
+from grdd_fastai.experiments.publish import load_trained, measured, publish
+from grdd_fastai.experiments.store import SPLITS, Study
+from grdd_fastai.experiments.table import numbers, writable
 
 
 @call_parse

@@ -10,10 +10,10 @@ docs/readings.md has what was measured.
 from fastcore.meta import delegates
 from fastcore.script import call_parse
 
-from grdd_fastai.errors import UserError
-from grdd_fastai.plots import plot_rows, save_figure
+from grdd_fastai.core.errors import UserError
+from grdd_fastai.experiments.plots import plot_rows, save_figure
+from grdd_fastai.experiments.table import CL, EL, GR, table
 from grdd_fastai.stages import READINGS, check_settings
-from grdd_fastai.tables import CL, EL, GR, table
 
 LITERAL = {k:v for k,v in READINGS['paper'].items() if k != 'jitter'} # --no-jitter is for all rows
 BASE = LITERAL | dict(way=20, query=6, T=0.1, scale=10., mean=True, schedule='one_cycle', lr=1e-2, epochs=1)

@@ -8,8 +8,8 @@ T divides the cosines: below 1 it sharpens the softmax, T = 0.25 multiplies them
 from fastcore.meta import delegates
 from fastcore.script import call_parse
 
-from grdd_fastai.plots import plot_sweep, save_figure
-from grdd_fastai.tables import CL, EL, GR, table
+from grdd_fastai.experiments.plots import plot_sweep, save_figure
+from grdd_fastai.experiments.table import CL, EL, GR, table
 
 GAMMA = (0., 0.05, 0.2, 1., 5.)
 T = (0.05, 0.1, 0.25, 1., 4.)

@@ -9,8 +9,8 @@ same command goes on where it was stopped. `--teacher` names the table's large n
 from fastcore.meta import delegates
 from fastcore.script import call_parse
 
-from grdd_fastai.plots import plot_rows, save_figure
-from grdd_fastai.tables import CL, EL, GR, table
+from grdd_fastai.experiments.plots import plot_rows, save_figure
+from grdd_fastai.experiments.table import CL, EL, GR, table
 
 small,large = dict(psi='student'),dict(psi='teacher')
 def paper(one_shot, phi, psi, five_shot=None): # the latter from Table 1

@@ -48,7 +48,7 @@ def cache(tmp_path_factory): return tmp_path_factory.mktemp('cache')
 
 @pytest.fixture(scope='session')
 def data(csv_set, cache):
-    from grdd_fastai.pack import few_shot_data
+    from grdd_fastai.data.cache import few_shot_data
     return few_shot_data(csv_set, px=16, cache=cache)
 
 @pytest.fixture(scope='session')
@@ -58,5 +58,5 @@ def real_zip():
 
 @pytest.fixture(scope='session')
 def real(real_zip, cache):
-    from grdd_fastai.pack import few_shot_data
+    from grdd_fastai.data.cache import few_shot_data
     return few_shot_data(real_zip, cache=cache)

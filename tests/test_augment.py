@@ -5,18 +5,9 @@ import torch
 import torchvision.transforms.functional as TF
 from scipy.stats import chisquare, ks_2samp, kstest
 
-from grdd_fastai.augment import (
-    AUGMENTATIONS,
-    ORDERS,
-    BatchAugmentation,
-    crop_and_flip,
-    jitter,
-    seeded,
-    train_augmentation,
-    uniforms,
-)
-from grdd_fastai.data import category_dls
-from grdd_fastai.errors import UserError
+from grdd_fastai.core.errors import UserError
+from grdd_fastai.data.augment import AUGMENTATIONS, ORDERS, BatchAugmentation, crop_and_flip, jitter, seeded, train_augmentation, uniforms
+from grdd_fastai.data.blocks import category_dls
 
 
 def images(n, px=32, seed=0):

@@ -12,9 +12,10 @@ from PIL import Image
 from test_prepare import cifar_archive, zipped
 from test_recipes import SMALL, recipe
 
-from grdd_fastai.errors import UserError
-from grdd_fastai.pack import few_shot_data
-from grdd_fastai.prepare import ArrayUnpickler, open_source, prepare
+from grdd_fastai.core.errors import UserError
+from grdd_fastai.data.archives import ArrayUnpickler
+from grdd_fastai.data.cache import few_shot_data
+from grdd_fastai.data.sources import open_source, prepare
 
 RNG = np.random.default_rng(0)
 

@@ -10,8 +10,10 @@ from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.transforms import ColReader, ColSplitter
 from fastai.vision.data import ImageBlock
 
-from grdd_fastai.data import EpisodicDL, SeededDL, category_dls, episode_block, episodic_dls
-from grdd_fastai.errors import UserError
+from grdd_fastai.core.errors import UserError
+from grdd_fastai.data.blocks import category_dls, episode_block, episodic_dls
+from grdd_fastai.data.episodes import EpisodicDL
+from grdd_fastai.data.loaders import SeededDL
 
 
 def pixels(data, x): "Undo normalisation"; mean,std = (torch.tensor(s).view(1, 3, 1, 1) for s in data.stats); return (x*std + mean)*255

@@ -14,13 +14,18 @@ from conftest import ROOT
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from grdd_fastai.data import category_dls, episodic_dls, plain_dl
-from grdd_fastai.distributed import check_launch, effective, ranks, shared_batch_norm
-from grdd_fastai.errors import UserError
-from grdd_fastai.evaluate import embed, evaluate, mean_ci95
-from grdd_fastai.learners import create_backbone, global_learner, meta_learner
-from grdd_fastai.models import ResNet12
+from grdd_fastai.core.distributed import check_launch, ranks
+from grdd_fastai.core.errors import UserError
+from grdd_fastai.data.blocks import category_dls, episodic_dls, plain_dl
+from grdd_fastai.fewshot.embed import embed
+from grdd_fastai.fewshot.evaluate import evaluate
+from grdd_fastai.fewshot.stats import mean_ci95
+from grdd_fastai.models.backbones import ResNet12
+from grdd_fastai.models.create import create_backbone
+from grdd_fastai.stage_one import global_learner
+from grdd_fastai.stage_two import meta_learner
 from grdd_fastai.stages import STAGE_ONE, fitting
+from grdd_fastai.training.distributed import effective, shared_batch_norm
 
 WORDS = dict(n_way=3, n_query=5, n_episodes=1100)
 
@@ -52,7 +57,7 @@ def test_all_images_are_embedded_once_in_any_number_of_processes(data):
 
 @pytest.mark.parametrize('n, k, factor', [(1, 1, 1), (4, 64, 1), (4, 1, 2), (3, 64, (63/64)**.5)])
 def test_the_rate_goes_with_the_root_of_the_step(n, k, factor, monkeypatch):
-    monkeypatch.setattr('grdd_fastai.distributed.ranks', lambda: (0, n))
+    monkeypatch.setattr('grdd_fastai.training.distributed.ranks', lambda: (0, n))
     seen = []
     learn = type('L', (), dict(fit_poly=lambda _, epochs, lr: seen.append(lr)))()
     fitting(STAGE_ONE | dict(lr=.1), k)(learn)
@@ -102,9 +107,9 @@ WORKER = f'''
 import sys, torch
 sys.path[:0] = {[str(ROOT), str(ROOT/'tests')]!r}
 from pathlib import Path
-from grdd_fastai.distributed import agreed, processes, ranks, shared
-from grdd_fastai.errors import UserError
-from grdd_fastai.pack import few_shot_data
+from grdd_fastai.core.distributed import agreed, processes, ranks, shared
+from grdd_fastai.core.errors import UserError
+from grdd_fastai.data.cache import few_shot_data
 from test_distributed import norm_gradients, steps
 folder,cache,out = sys.argv[1:]
 with processes():
@@ -128,7 +133,7 @@ def launch(*command, n=2):
 @pytest.fixture(scope='module')
 def both(faint, cache, tmp_path_factory):
     "What one process and the two of another came to"
-    from grdd_fastai.pack import few_shot_data
+    from grdd_fastai.data.cache import few_shot_data
     out = tmp_path_factory.mktemp('two')
     (out/'worker.py').write_text(WORKER)
     done = launch(out/'worker.py', faint, cache, out)
@@ -231,7 +236,7 @@ def test_processes_that_have_not_joined_are_a_sentence(data, monkeypatch):
     with pytest.raises(UserError, match='with processes'), learn.distrib_ctx(): pass
 
 def test_without_accelerate_there_is_a_sentence(monkeypatch):
-    from grdd_fastai.distributed import processes
+    from grdd_fastai.core.distributed import processes
     monkeypatch.setenv('WORLD_SIZE', '2')
     monkeypatch.setitem(sys.modules, 'accelerate', None)
     with pytest.raises(UserError, match='grdd-fastai.distributed'), processes(): pass

@@ -59,7 +59,7 @@ def test_readmes_few_photos_are_classified(tmp_path):
 
 def test_the_file_map_names_every_file():
     table = README.split('## Files')[1]
-    for f in [*(ROOT/'grdd_fastai').glob('*.py'), *(ROOT/'recipes').glob('*.py'), *(ROOT/'notebooks').glob('*.ipynb')]:
+    for f in [*(ROOT/'grdd_fastai').rglob('*.py'), *(ROOT/'recipes').glob('*.py'), *(ROOT/'notebooks').glob('*.ipynb')]:
         if f.name != '__init__.py': assert f'`{f.relative_to(ROOT)}`' in table, f
     for f in re.findall(r'`([\w/]+\.(?:py|md|ipynb))`', table): assert (ROOT/f).exists(), f
 
@@ -68,7 +68,7 @@ def test_readme_lists_every_backbone():
     for name in BACKBONES: assert f'`{name}`' in README
 
 def test_nothing_imports_a_recipe():
-    for f in (ROOT/'grdd_fastai').glob('*.py'): assert 'import recipes' not in f.read_text() and 'from recipes' not in f.read_text()
+    for f in (ROOT/'grdd_fastai').rglob('*.py'): assert 'import recipes' not in f.read_text() and 'from recipes' not in f.read_text()
 
 def test_dependencies_are_listed_once():
     env = (ROOT/'environment.yml').read_text()
@@ -102,7 +102,7 @@ def test_a_wheel_works_outside_the_clone(wheel, tmp_path):
     assert {'grdd_fastai/class_lists/cifar_fs.csv', 'grdd_fastai/class_lists/mini_imagenet.csv'} <= set(names)
     assert not [n for n in names if n.startswith(('tests','recipes','data'))]
     code = f"import sys; sys.path.insert(0, {str(tmp_path/'site')!r}); import grdd_fastai, timm; " \
-           "from grdd_fastai.prepare import class_list; " \
+           "from grdd_fastai.data.layouts import class_list; " \
            "assert 'site' in grdd_fastai.__file__ and len(class_list('mini_imagenet')) == 100 " \
            "and timm.create_model('convnet4.grdd_cifarfs', pretrained=True).num_features == 64"
     subprocess.run([sys.executable, '-c', code], check=True, cwd=tmp_path, env=os.environ | dict(HF_HUB_OFFLINE='1'))

@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from grdd_fastai.data import plain_dl
-from grdd_fastai.errors import UserError
-from grdd_fastai.evaluate import BLOCK, CHUNK, embed, evaluate, mean_ci95, sample_episodes, sample_unbalanced
-from grdd_fastai.learners import create_backbone
+from grdd_fastai.core.errors import UserError
+from grdd_fastai.data.blocks import plain_dl
+from grdd_fastai.data.episodes import BLOCK, sample_episodes, sample_unbalanced
+from grdd_fastai.fewshot.embed import embed
+from grdd_fastai.fewshot.evaluate import CHUNK, evaluate
+from grdd_fastai.fewshot.stats import mean_ci95
+from grdd_fastai.models.create import create_backbone
 
 Y = np.repeat(np.arange(8), 30)
 
@@ -93,7 +96,7 @@ def test_nothing_to_evaluate_is_one_sentence(kwargs):
 def test_wide_features_take_no_more_memory_and_change_nothing(monkeypatch):
     h = torch.randn(len(Y), 16, generator=torch.Generator().manual_seed(0))
     whole = evaluate(h, Y, n_episodes=200)
-    monkeypatch.setattr('grdd_fastai.evaluate.CHUNK', [3*5*16*16*4]*2) # three episodes
+    monkeypatch.setattr('grdd_fastai.fewshot.evaluate.CHUNK', [3*5*16*16*4]*2) # three episodes
     assert (evaluate(h, Y, n_episodes=200).episodes == whole.episodes).all()
 
 def test_features_are_classified_in_chunks_of_a_size():
@@ -210,8 +213,8 @@ def test_memory_does_not_grow_with_the_episodes():
     "The most a process of its own takes for ten times the episodes, beside the accuracies themselves (8 bytes each)"
     code = '''
 import resource, sys, torch
-from grdd_fastai.cpu import keep_freed_memory
-from grdd_fastai.evaluate import evaluate
+from grdd_fastai.core.device import keep_freed_memory
+from grdd_fastai.fewshot.evaluate import evaluate
 keep_freed_memory()
 torch.set_num_threads(1)
 h,y = torch.randn(600, 16),torch.arange(20).repeat_interleave(30)

@@ -17,18 +17,19 @@ from safetensors.torch import save_file
 from test_recipes import SMALL, recipe
 from test_resume import settings, stopped
 
-from grdd_fastai import storage
-from grdd_fastai.errors import UserError
-from grdd_fastai.evaluate import evaluate
-from grdd_fastai.learners import create_backbone
-from grdd_fastai.networks import load_network
-from grdd_fastai.pack import decode, few_shot_data
-from grdd_fastai.predict import FewShotClassifier
-from grdd_fastai.prepare import open_source, prepare
-from grdd_fastai.publish import publish
-from grdd_fastai.run import command, public, save_weights
-from grdd_fastai.storage import atomic_write, load_tensors, locked, output_folder, read_json, save_tensors
-from grdd_fastai.tables import CL, EL, table
+from grdd_fastai.core import storage
+from grdd_fastai.core.errors import UserError
+from grdd_fastai.core.storage import atomic_write, load_tensors, locked, output_folder, read_json, save_tensors
+from grdd_fastai.data.cache import few_shot_data
+from grdd_fastai.data.images import decode
+from grdd_fastai.data.sources import open_source, prepare
+from grdd_fastai.experiments.publish import publish
+from grdd_fastai.experiments.table import CL, EL, table
+from grdd_fastai.fewshot.evaluate import evaluate
+from grdd_fastai.fewshot.predict import FewShotClassifier
+from grdd_fastai.models.create import create_backbone
+from grdd_fastai.models.pretrained import load_network, save_weights
+from grdd_fastai.runs.provenance import command, public
 
 posix = pytest.mark.skipif(os.name != 'posix', reason='pipes, devices and links of POSIX')
 
@@ -242,9 +243,9 @@ def test_a_csv_of_blank_lines_takes_no_memory(root, tmp_path):
             for _ in range(50): f.write(b'\n'*2**20)
     code = f'''
 import resource
-from grdd_fastai.prepare import open_source
-from grdd_fastai.errors import UserError
-from grdd_fastai.evaluate import evaluate
+from grdd_fastai.data.sources import open_source
+from grdd_fastai.core.errors import UserError
+from grdd_fastai.fewshot.evaluate import evaluate
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try: open_source({str(tmp_path/'set.zip')!r})
 except UserError as e: print(e)
@@ -340,7 +341,7 @@ def test_a_finished_run_is_not_replaced(finished, csv_set, cache, tmp_path, capf
 def test_a_demo_has_a_folder_of_its_own(tmp_path, monkeypatch, cache):
     monkeypatch.chdir(tmp_path)
     seen = []
-    monkeypatch.setattr('grdd_fastai.experiment.Run', lambda out, *_, **__: seen.append(out) or (_ for _ in ()).throw(UserError('enough')))
+    monkeypatch.setattr('grdd_fastai.grdd.Run', lambda out, *_, **__: seen.append(out) or (_ for _ in ()).throw(UserError('enough')))
     for demo in (False, True):
         for name in ('cifarfs_5w1s', 'mini_5w5s'):
             with pytest.raises(UserError, match='enough'): recipe(name)(data='x', demo=demo)
@@ -421,7 +422,7 @@ def test_a_folder_that_is_deleted_hides_no_error(csv_set, cache, tmp_path, monke
     import shutil
     out = tmp_path/'run'
     def gone(*_): shutil.rmtree(out); raise UserError('the real error')
-    monkeypatch.setattr('grdd_fastai.run.History.after_epoch', gone)
+    monkeypatch.setattr('grdd_fastai.runs.run.History.after_epoch', gone)
     says(lambda: recipe('cifarfs_5w1s')(out=str(out), **settings(csv_set, cache)), 'the real error')
 
 def test_what_was_made_for_nothing_goes_again(tmp_path):
@@ -450,7 +451,7 @@ TINY = dict(student='convnet4', teacher='convnet4_128', epochs=1, teacher_epochs
 
 @pytest.mark.parametrize('where', ['out', 'results'])
 def test_a_folder_that_takes_no_files_is_said_before_the_first_training(csv_set, cache, tmp_path, monkeypatch, where):
-    monkeypatch.setattr('grdd_fastai.tables.train', lambda *_: pytest.fail('it trains'))
+    monkeypatch.setattr('grdd_fastai.experiments.table.train', lambda *_: pytest.fail('it trains'))
     given = dict(out=str(tmp_path/'out'), results=str(tmp_path/'results')) | {where:'/proc/x'}
     says(lambda: table('a', ROWS, data=str(csv_set), cache=str(cache), **given, **TINY), f'--{where}', '/proc/x')
     assert not list(tmp_path.iterdir())
@@ -458,7 +459,7 @@ def test_a_folder_that_takes_no_files_is_said_before_the_first_training(csv_set,
 def test_rows_that_fail_are_no_success(csv_set, cache, tmp_path, monkeypatch, capsys):
     "Every write of a run fails, as on a full disk: the exit code, the status and a sentence say so"
     def full(*_, **__): raise UserError('No space left on device')
-    monkeypatch.setattr('grdd_fastai.run.save_weights', full)
+    monkeypatch.setattr('grdd_fastai.runs.run.save_weights', full)
     says(lambda: recipe('table2')(rows='CL,CL+EL', data=str(csv_set), cache=str(cache), out=str(tmp_path/'out'), **TINY),
          '2 of the rows failed, CL, seed 0', 'No space left')
     said = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
@@ -500,7 +501,7 @@ def test_cards_have_no_paths_of_a_machine(tmp_path):
 def test_a_push_that_hangs_ends(tmp_path, monkeypatch):
     from types import SimpleNamespace
 
-    from grdd_fastai import publish as publishing
+    from grdd_fastai.experiments import publish as publishing
     monkeypatch.setattr(publishing, 'HfApi', lambda **_: SimpleNamespace(create_repo=lambda *_, **__: threading.Event().wait()))
     says(lambda: publishing.push(tmp_path, 'me/mine', minutes=.01), 'me/mine was not pushed (no answer in 0.01 minutes)')
 
@@ -536,7 +537,8 @@ def test_a_fit_that_fails_changes_no_classifier(tmp_path):
     says(lambda: few.fit([tmp_path/'gone.png']*2, ['x', 'y']), 'gone.png')
     assert few.vocab == ['dark', 'light'] and set(few.predict(images)) <= {'dark', 'light'}
 
-@pytest.mark.parametrize('where', ['grdd_fastai.storage.digest', 'grdd_fastai.run.digest', 'grdd_fastai.pack._fingerprint'])
+@pytest.mark.parametrize('where', ['grdd_fastai.core.storage.digest', 'grdd_fastai.models.pretrained.digest',
+                                   'grdd_fastai.data.cache._fingerprint'])
 def test_a_signal_is_never_taken_for_a_damaged_file(finished, csv_set, cache, tmp_path, monkeypatch, where):
     "It ends the program with its code, and no file is refused or made anew"
     out = (stopped(csv_set, cache, tmp_path/'run', 2) if 'storage' in where
@@ -713,7 +715,7 @@ def test_publish_says_what_it_cannot_write_before_it_scores(tmp_path):
 
 @posix
 def test_a_log_that_is_a_link_is_not_followed(tmp_path):
-    from grdd_fastai.run import log_line
+    from grdd_fastai.runs.provenance import log_line
     (tmp_path/'novel_scorings.jsonl').symlink_to('made')
     says(lambda: log_line(tmp_path/'novel_scorings.jsonl', dict(a=1)), 'cannot be written')
     assert not (tmp_path/'made').exists()

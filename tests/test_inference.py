@@ -11,11 +11,13 @@ from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 
-from grdd_fastai import inference, transductive
-from grdd_fastai.data import plain_dl
-from grdd_fastai.errors import UserError
-from grdd_fastai.evaluate import embed, evaluate, sample_episodes
-from grdd_fastai.inference import CLASSIFIERS, get_classifier
+from grdd_fastai.core.errors import UserError
+from grdd_fastai.data.blocks import plain_dl
+from grdd_fastai.data.episodes import sample_episodes
+from grdd_fastai.fewshot import inductive, transductive
+from grdd_fastai.fewshot.classifiers import CLASSIFIERS, get_classifier
+from grdd_fastai.fewshot.embed import embed
+from grdd_fastai.fewshot.evaluate import evaluate
 
 SLOW = dict(tim_gd=dict(steps=60, lr=1e-3), alpha_tim=dict(steps=60, lr=1e-3)) # fewer steps, longer ones
 GIVEN = SLOW | dict(simpleshot_cl2n=dict(mean=torch.tensor(.3)))
@@ -272,7 +274,7 @@ def test_bad_input_gets_a_sentence(name):
     with pytest.raises(UserError, match=r'takes support \(E, NS, D\)'): logits(name, s[0], s_y[0], q[0])
 
 def test_names_are_looked_up():
-    assert get_classifier('cosine') is inference.mean_cosine and get_classifier(len) is len
+    assert get_classifier('cosine') is inductive.mean_cosine and get_classifier(len) is len
     with pytest.raises(UserError, match="unknown classifier 'cosinus': it is one of cosine, "): get_classifier('cosinus')
     with pytest.raises(UserError, match='unknown classifier'): evaluate(torch.eye(8), torch.arange(8), classifier='cosinus')
 

@@ -11,12 +11,17 @@ from fastai.callback.schedule import *  # noqa: F401
 from fastai.callback.training import GradientAccumulation, GradientClip
 from test_losses import naive_kl, naive_R, naive_softmax
 
-from grdd_fastai.callbacks import FewShotAccuracy, RelatednessDistiller, rotate4
-from grdd_fastai.data import category_dls, episodic_dls, plain_dl
-from grdd_fastai.errors import UserError
-from grdd_fastai.evaluate import embed, evaluate
-from grdd_fastai.learners import create_backbone, global_learner, meta_learner, poly, step_down
-from grdd_fastai.precision import Autocast, autocast_dtype
+from grdd_fastai.core.device import autocast_dtype
+from grdd_fastai.core.errors import UserError
+from grdd_fastai.data.blocks import category_dls, episodic_dls, plain_dl
+from grdd_fastai.fewshot.embed import embed
+from grdd_fastai.fewshot.evaluate import evaluate
+from grdd_fastai.models.create import create_backbone
+from grdd_fastai.stage_one import global_learner, rotate4
+from grdd_fastai.stage_two import RelatednessDistiller, meta_learner
+from grdd_fastai.training.callbacks import Autocast
+from grdd_fastai.training.schedules import poly, step_down
+from grdd_fastai.training.validation import FewShotAccuracy
 
 VALID = dict(n_way=3, k_shot=1, n_query=5, n_episodes=20)
 
@@ -343,7 +348,7 @@ def test_impossible_validation_is_an_error_before_training(data):
     assert 'losses' not in vars(learn.grab)
 
 def test_the_teachers_bank_follows_the_data(data, csv_set, cache):
-    from grdd_fastai.pack import few_shot_data
+    from grdd_fastai.data.cache import few_shot_data
     learn = fit(stage_two(data, net(5), distill=dict(teacher_view='clean')))
     old = learn.relatedness_distiller.bank.clone()
     learn.dls = episodic_dls(few_shot_data(csv_set, px=24, cache=cache), 3, 2, 4, 2, aug=None)
@@ -359,7 +364,7 @@ def test_an_error_in_a_callback_stays_one_sentence(data):
 def test_the_defaults_are_the_best_readings():
     import inspect
 
-    from grdd_fastai.callbacks import RelatednessDistiller
+    from grdd_fastai.stage_two import RelatednessDistiller
     from grdd_fastai.stages import DISTILL, READINGS
     learner,distiller = (inspect.signature(f).parameters for f in (meta_learner, RelatednessDistiller))
     assert {k:learner[k].default for k in ('T','gamma','scale','mean')} == {k:READINGS['best'][k] for k in ('T','gamma','scale','mean')}

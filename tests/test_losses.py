@@ -5,14 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from grdd_fastai.losses import (
-    EpisodicLoss,
-    class_relatedness,
-    kl_relatedness,
-    log_relatedness,
-    regularizer,
-    relatedness,
-)
+from grdd_fastai.losses import EpisodicLoss, class_relatedness, kl_relatedness, log_relatedness, regularizer, relatedness
 
 E,WAY,SHOT,QUERY,D = 2,3,2,4,5
 

@@ -6,7 +6,7 @@ from timm.models import create_feature_extractor
 from torch import nn
 
 import grdd_fastai  # noqa: F401
-from grdd_fastai.models import ResNet12, ScheduledDropBlock
+from grdd_fastai.models.backbones import ResNet12, ScheduledDropBlock
 
 
 # name: parameters without classifier (counted by hand from widths), features at 32 px, at 84 px

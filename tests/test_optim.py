@@ -5,7 +5,7 @@ import torch
 from timm.optim import Muon as TimmMuon
 
 import grdd_fastai  # noqa: F401
-from grdd_fastai.optim import Muon, orthogonalized
+from grdd_fastai.training.optim import Muon, orthogonalized
 
 
 @pytest.mark.parametrize('shape, within', [((8, 8), .3), ((64, 576), .05), ((100, 20), .05), ((3, 16, 40), .05)])

@@ -7,9 +7,10 @@ import pytest
 from conftest import write_csv_set
 from PIL import Image
 
-from grdd_fastai.errors import UserError
-from grdd_fastai.pack import decode, few_shot_data
-from grdd_fastai.prepare import SPLITS
+from grdd_fastai.core.errors import UserError
+from grdd_fastai.data.cache import few_shot_data
+from grdd_fastai.data.images import decode
+from grdd_fastai.data.layouts import SPLITS
 
 
 def visible(folder): return [p for p in folder.iterdir() if not p.name.startswith('.')]
@@ -82,7 +83,7 @@ def test_a_damaged_cache_is_packed_anew(csv_set, tmp_path, capsys, name):
 def test_two_processes_pack_once(csv_set, tmp_path):
     import subprocess
     import sys
-    code = f"from grdd_fastai.pack import few_shot_data; few_shot_data({str(csv_set)!r}, px=16, cache={str(tmp_path/'c')!r})"
+    code = f"from grdd_fastai.data.cache import few_shot_data; few_shot_data({str(csv_set)!r}, px=16, cache={str(tmp_path/'c')!r})"
     ps = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code], stderr=subprocess.PIPE, text=True) for _ in range(2)]
     said = [p.communicate()[1] for p in ps]
     assert all(p.returncode == 0 for p in ps) and sum('packing' in s for s in said) == 1

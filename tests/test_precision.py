@@ -6,11 +6,11 @@ import torch
 from fastai.callback.core import Callback
 from test_learners import Grab, fit, net, same_state, stage_one, stage_two
 
-from grdd_fastai.precision import autocast_dtype
+from grdd_fastai.core.device import autocast_dtype
 
 
 @pytest.fixture
-def half(monkeypatch): monkeypatch.setattr('grdd_fastai.precision.autocast_dtype', lambda device: torch.float16)
+def half(monkeypatch): monkeypatch.setattr('grdd_fastai.training.callbacks.autocast_dtype', lambda device: torch.float16)
 
 
 def test_float16_gradients_are_scaled_and_the_steps_those_of_float32(data, half):

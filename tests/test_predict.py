@@ -7,12 +7,13 @@ from conftest import write_images
 from PIL import Image
 
 import grdd_fastai  # noqa: F401
-from grdd_fastai.data import category_dls, episodic_dls
-from grdd_fastai.errors import UserError
-from grdd_fastai.evaluate import features
-from grdd_fastai.learners import global_learner, meta_learner
-from grdd_fastai.pack import few_shot_data
-from grdd_fastai.predict import FewShotClassifier
+from grdd_fastai.core.errors import UserError
+from grdd_fastai.data.blocks import category_dls, episodic_dls
+from grdd_fastai.data.cache import few_shot_data
+from grdd_fastai.fewshot.predict import FewShotClassifier
+from grdd_fastai.models.create import features
+from grdd_fastai.stage_one import global_learner
+from grdd_fastai.stage_two import meta_learner
 
 
 @pytest.fixture(scope='module')

@@ -12,8 +12,9 @@ import pytest
 from conftest import write_csv_set, write_images
 from PIL import Image
 
-from grdd_fastai.errors import UserError
-from grdd_fastai.prepare import SPLITS, class_list, open_source, prepare
+from grdd_fastai.core.errors import UserError
+from grdd_fastai.data.layouts import SPLITS, class_list
+from grdd_fastai.data.sources import open_source, prepare
 
 
 def classes(source): return {s:sorted(df.label.unique()) for s,df in source.frames.items()}
@@ -210,7 +211,7 @@ def test_impossible_names_are_one_sentence(csv_set, tmp_path, name):
 
 def test_names_that_are_no_utf8_are_read(tmp_path, cache):
     for c in (b'caf\xe9', b'b', b'c'): write_images(tmp_path/os.fsdecode(c), ['1.png','2.png'])
-    from grdd_fastai.pack import few_shot_data
+    from grdd_fastai.data.cache import few_shot_data
     data = few_shot_data(tmp_path, px=8, cache=cache)
     assert os.fsdecode(b'caf\xe9') in data.train.vocab + data.val.vocab + data.test.vocab
 

@@ -13,13 +13,15 @@ from test_study import SMALL
 from timm.data import create_transform, resolve_model_data_config
 
 import grdd_fastai  # noqa: F401
-from grdd_fastai import publish as publishing
-from grdd_fastai.data import plain_dl
-from grdd_fastai.errors import UserError
-from grdd_fastai.evaluate import embed, evaluate
-from grdd_fastai.models import WEIGHTS
-from grdd_fastai.publish import load_trained
-from grdd_fastai.tables import CL, EL, table
+from grdd_fastai.core.errors import UserError
+from grdd_fastai.data.blocks import plain_dl
+from grdd_fastai.data.cache import few_shot_data
+from grdd_fastai.experiments import publish as publishing
+from grdd_fastai.experiments.publish import load_trained
+from grdd_fastai.experiments.table import CL, EL, table
+from grdd_fastai.fewshot.embed import embed
+from grdd_fastai.fewshot.evaluate import evaluate
+from grdd_fastai.models.backbones import WEIGHTS
 
 SHIPPED = sorted(p.parent.name for p in WEIGHTS.glob('*/config.json'))
 
@@ -49,7 +51,7 @@ def test_the_card_says_what_an_evaluation_gives(trained, faint, cache, tmp_path)
     run = nets['CL+EL']
     recipe('publish')(run=str(run.folder), out=str(tmp_path/'convnet4.mine'), results=str(tmp_path/'results'), **given)
     card,said = (tmp_path/'convnet4.mine'/'README.md').read_text(),json.loads((tmp_path/'convnet4.mine'/'measured.json').read_text())
-    data = grdd_fastai.pack.few_shot_data(faint, 32, cache)
+    data = few_shot_data(faint, 32, cache)
     for shot in (1, 5):
         e = evaluate(*embed(run.net, plain_dl(data, 'test')), 5, shot, 15, 60)
         assert said['scores']['novel'][f'{shot}-shot']['accuracy'] == pytest.approx(e.accuracy, abs=1e-3)

@@ -14,9 +14,10 @@ from conftest import ROOT, write_csv_set
 from PIL import Image
 from safetensors.torch import load_file
 
-from grdd_fastai.data import plain_dl
-from grdd_fastai.errors import UserError
-from grdd_fastai.evaluate import embed, evaluate
+from grdd_fastai.core.errors import UserError
+from grdd_fastai.data.blocks import plain_dl
+from grdd_fastai.fewshot.embed import embed
+from grdd_fastai.fewshot.evaluate import evaluate
 
 GRDD = ('cifarfs_5w1s','cifarfs_5w5s','mini_5w1s','mini_5w5s')
 SMALL = dict(teacher='convnet4', student='convnet4', epochs=1, meta_epochs=1, episodes=4, test_episodes=50, query=5)
@@ -53,7 +54,7 @@ def test_a_recipe_scores_with_several_classifiers(csv_set, cache, tmp_path):
 
 def test_weights_saved_are_those_scored(data, cache, csv_set, tmp_path):
     r = recipe('cifarfs_5w1s')(data=str(csv_set), cache=str(cache), out=str(tmp_path/'run'), **{**SMALL, 'test_episodes':200})
-    from grdd_fastai.pack import few_shot_data
+    from grdd_fastai.data.cache import few_shot_data
     data = few_shot_data(csv_set, px=32, cache=cache)
     for file,key in (('student_grdd','accuracy'), ('student_cl','accuracy_cl')):
         state,card = load_file(tmp_path/'run'/f'{file}.safetensors'),json.loads((tmp_path/'run'/f'{file}.json').read_text())

@@ -12,9 +12,10 @@ import pytest
 import torch
 from test_recipes import recipe
 
-from grdd_fastai import checkpoint, storage
-from grdd_fastai.errors import UserError
-from grdd_fastai.storage import load_tensors, save_tensors
+from grdd_fastai.core import storage
+from grdd_fastai.core.errors import UserError
+from grdd_fastai.core.storage import load_tensors, save_tensors
+from grdd_fastai.runs import checkpoint
 
 SMALL = dict(teacher='convnet4', student='convnet4_128', epochs=2, meta_epochs=2, episodes=3, test_episodes=20, query=3, bs=40)
 STAGES = ('student_cl','teacher','student_grdd')
@@ -108,7 +109,7 @@ def test_a_signal_saves_and_exits_with_its_code(csv_set, cache, tmp_path, undist
         name = 'skip_batches'
         def after_loss(self):
             if not hits: hits.append(1); os.kill(os.getpid(), number)
-    monkeypatch.setattr('grdd_fastai.run.SkipBatches', Signal)
+    monkeypatch.setattr('grdd_fastai.runs.run.SkipBatches', Signal)
     before = signal.getsignal(number)
     with pytest.raises(SystemExit) as e: recipe('cifarfs_5w1s')(out=str(out), **settings(csv_set, cache))
     assert e.value.code == code and signal.getsignal(number) is before and (out/'checkpoint_student_cl.safetensors').exists()

@@ -11,14 +11,14 @@ from conftest import ROOT
 from test_recipes import recipe
 
 import grdd_fastai  # noqa: F401
-from grdd_fastai.augment import train_augmentation
-from grdd_fastai.data import plain_dl
-from grdd_fastai.errors import UserError
-from grdd_fastai.evaluate import embed, evaluate
-from grdd_fastai.learners import create_backbone
-from grdd_fastai.networks import feature_bank, images_of, load_network
-from grdd_fastai.pack import few_shot_data
-from grdd_fastai.run import save_weights
+from grdd_fastai.core.errors import UserError
+from grdd_fastai.data.augment import train_augmentation
+from grdd_fastai.data.blocks import plain_dl
+from grdd_fastai.data.cache import few_shot_data
+from grdd_fastai.fewshot.embed import embed, feature_bank
+from grdd_fastai.fewshot.evaluate import evaluate
+from grdd_fastai.models.create import create_backbone, images_of
+from grdd_fastai.models.pretrained import load_network, save_weights
 
 
 @pytest.fixture(scope='module')
@@ -52,7 +52,7 @@ def test_features_are_embedded_once(two, faint_data, cache, monkeypatch):
     net = load_network(two/'student_cl')
     h,y = feature_bank(net, faint_data, 'test', cache=cache)
     assert torch.allclose(h, embed(net, plain_dl(faint_data, 'test'))[0], atol=1e-5) and (y.numpy() == faint_data.test.y).all()
-    monkeypatch.setattr('grdd_fastai.networks.embed', lambda *_, **__: pytest.fail('embedded again'))
+    monkeypatch.setattr('grdd_fastai.fewshot.embed.embed', lambda *_, **__: pytest.fail('embedded again'))
     assert torch.equal(feature_bank(net, faint_data, 'test', cache=cache)[0], h)
     other = load_network(two/'student_cl')
     other.pretrained_cfg = other.pretrained_cfg | dict(mean=(.5,.5,.5))

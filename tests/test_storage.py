@@ -2,8 +2,8 @@
 import numpy as np
 import pytest
 
-from grdd_fastai.errors import UserError
-from grdd_fastai.storage import filled_array, load_array
+from grdd_fastai.core.errors import UserError
+from grdd_fastai.core.storage import filled_array, load_array
 
 
 def test_an_array_is_filled_on_disk_and_mapped(tmp_path):

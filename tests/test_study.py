@@ -8,12 +8,14 @@ import torch
 from scipy.stats import ttest_rel
 from test_recipes import recipe
 
-from grdd_fastai.data import plain_dl
-from grdd_fastai.errors import UserError
-from grdd_fastai.evaluate import Difference, Evaluation, compare, embed, evaluate, over_seeds
+from grdd_fastai.core.errors import UserError
+from grdd_fastai.data.blocks import plain_dl
+from grdd_fastai.experiments.store import Study
+from grdd_fastai.experiments.table import CL, EL, GR, table
+from grdd_fastai.fewshot.embed import embed
+from grdd_fastai.fewshot.evaluate import evaluate
+from grdd_fastai.fewshot.stats import Difference, Evaluation, compare, over_seeds
 from grdd_fastai.stages import READINGS, STAGE_ONE, stage_two, stage_two_settings
-from grdd_fastai.study import Study
-from grdd_fastai.tables import CL, EL, GR, table
 
 SMALL = dict(student='convnet4', teacher='convnet4_128', epochs=1, teacher_epochs=1, schedule='one_cycle', lr=0.1,
              rotation=False, meta_epochs=1,
@@ -127,7 +129,7 @@ def test_episodic_labels_do_not_depend_on_the_distillations_settings(small, tmp_
 
 def test_the_bank_changes_nothing(data):
     "The teacher's features handed over, or embedded by the callback: the same losses"
-    from grdd_fastai.learners import create_backbone
+    from grdd_fastai.models.create import create_backbone
     s = READINGS['paper'] | dict(way=3, query=4, episodes=2, epochs=1)
     teacher,losses = create_backbone('convnet4_128', 0, 16, 1),[]
     for bank in (None, embed(teacher, plain_dl(data, 'train'))[0]):

@@ -1,0 +1,178 @@
+"""Images decoded once into a memory-mapped uint8 cache, row i = CSV row i."""
+import hashlib
+import json
+import os
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from fastcore.imports import IN_NOTEBOOK
+from fastprogress.fastprogress import progress_bar
+from PIL import UnidentifiedImageError
+
+from ..core.errors import UserError
+from ..core.storage import LARGEST_SIDE, default_cache, locked, new_memmap, part_name, read_json, sweep, user_path
+from .demo import DemoSource
+from .images import decode
+from .layouts import SPLITS
+from .sources import open_source
+
+__all__ = ['Split', 'FewShotData', 'few_shot_data']
+
+
+BLOCK = 1024 # images decoded at a time
+
+
+def _check(meta): return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+def _fingerprint(folder, splits):
+    "SHA-256 of the packed images and CSVs, read a block at a time"
+    h = hashlib.sha256()
+    for split in splits:
+        for at in range(0, len(split), BLOCK): h.update(np.ascontiguousarray(split.images[at:at+BLOCK]))
+    for split in splits: h.update((folder/f'{split.name}.csv').read_bytes())
+    return h.hexdigest()
+
+
+class Split:
+    "One split: `images` uint8 (N, px, px, 3), `y` int64 (N), `vocab` the class names, `df` (filename, label)"
+    def __init__(self, name, images, df):
+        self.name,self.images,self.df = name,images,df
+        self.vocab = sorted(df.label.unique())
+        self.y = df.label.map({c:i for i,c in enumerate(self.vocab)}).to_numpy(np.int64)
+    def __len__(self): return len(self.y)
+    def __repr__(self): return f'Split({self.name}: {len(self)} images, {len(self.vocab)} classes, {self.images.shape[1]} px)'
+
+
+class FewShotData:
+    "The splits `train`, `val` and `test` of a data set with the base classes' `stats` (mean, std) and a `fingerprint`"
+    def __init__(self, folder):
+        meta = read_json(folder/'meta.json')
+        if meta.pop('check') != _check(meta): raise ValueError('the checksum of its meta.json is wrong')
+        self.name,self.px,self.fingerprint,self.stats = (meta[k] for k in ('name','px','fingerprint','stats'))
+        self.shared = meta.get('shared', []) # images that two splits have: (split, filename, split before, filename)
+        self.folder = folder
+        pair = np.array(self.stats, float)
+        if type(self.px) is not int or pair.shape != (2, 3) or not np.isfinite(pair).all() or pair[1].min() <= 0:
+            raise ValueError('its meta.json is no data set\'s')
+        for s in SPLITS:
+            if not all((folder/f'{s}.{kind}').is_file() for kind in ('csv', 'npy')):
+                raise ValueError(f'{s}.csv or {s}.npy is no regular file')
+            df = pd.read_csv(folder/f'{s}.csv', dtype=str, keep_default_na=False, encoding_errors='surrogateescape')
+            images = np.load(folder/f'{s}.npy', mmap_mode='r')
+            if len(images) != len(df): raise ValueError(f'{s}.csv has {len(df)} rows for {len(images)} images')
+            setattr(self, s, Split(s, images, df))
+        if _fingerprint(folder, (self.train, self.val, self.test)) != self.fingerprint: raise ValueError('its checksum is wrong')
+    def __repr__(self): return f'FewShotData({self.name}: {self.train}, {self.val}, {self.test})'
+
+
+def few_shot_data(
+    data=None, # raw data set in any layout of data/README.md; None fetches CIFAR-FS, 'demo' draws the embedded data set
+    px=32, # side of the packed images, from 1 to 1024
+    cache=None, # folder for the packed images (default: `default_cache()`)
+    seed=0, # splits a folder of class folders, draws the demo
+    allow_large=False, # also decode images of 89 to 179 megapixels
+):
+    """Pack `data` once, and again when its CSVs or images change, and open it
+
+    Warns of classes and images that two splits seem to share. UserError for data that cannot be read.
+    """
+    if not isinstance(px, int | np.integer) or isinstance(px, bool) or not 1 <= px <= LARGEST_SIDE:
+        raise UserError(f'images of {px!r} px are asked for: px must be from 1 to {LARGEST_SIDE}')
+    if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
+        raise UserError(f'the seed is {seed!r}: give a whole number, 0 or more')
+    source = DemoSource(seed) if isinstance(data, str) and data == 'demo' and not Path('demo').exists() else open_source(data, seed)
+    try: cache,stamp = user_path(cache or default_cache(), '--cache').resolve(),source.stamp()
+    except (OSError, RuntimeError) as e:
+        raise UserError(f'the cache folder {cache} cannot be used ({getattr(e, "strerror", None) or e}): give --cache another') from None
+    if cache.is_relative_to(Path(source.path).resolve()):
+        raise UserError(f'the cache folder {cache} lies inside the data {source.path}: give --cache another')
+    px = int(px)
+    key = hashlib.sha256(f'{source.key} {px}'.encode(errors='surrogateescape')).hexdigest()[:12]
+    folder = cache/f'{source.name[:60]}-{px}-{key}'
+    try: cache.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise UserError(f'the cache folder {cache} cannot be written ({e.strerror}): give --cache another') from None
+    with locked(cache/f'.{folder.name}.lock'): # of several processes one packs, the others wait
+        if _stamp(folder) == stamp:
+            try: return _warned(FewShotData(folder))
+            except Exception as e: # whatever the damage
+                print(f'{folder} is damaged ({type(e).__name__}: {e}) and packed anew', file=sys.stderr)
+        _pack(source, px, stamp, folder, allow_large)
+        return _warned(FewShotData(folder))
+
+
+def _stamp(folder):
+    try: return read_json(folder/'meta.json')['stamp']
+    except (UserError, KeyError): return None
+
+def _warned(data):
+    "`data`, after a warning of the images that two of its splits share"
+    if data.shared:
+        print(f'warning: {data.name}: {len(data.shared)} images are in two splits, so that one of them does not measure what is new: ' +
+              '; '.join(f'{a} ({s}) is {b} ({t})' for s,a,t,b in data.shared[:3]) + (' ...' if len(data.shared) > 3 else ''),
+              file=sys.stderr)
+    return data
+
+def _shared(images, source):
+    "Images that two splits share, pixel by pixel: [(split, filename, earlier split, filename)]"
+    first,found = {},[]
+    for s,of in images.items():
+        mine = {}
+        for name,im in zip(source.frames[s].filename, of):
+            key = hashlib.blake2b(np.ascontiguousarray(im), digest_size=16).digest()
+            if key in first: found.append([s, name, *first[key]])
+            else: mine.setdefault(key, [s, name])
+        first |= mine
+    return found
+
+def _pack(source, px, stamp, folder, allow_large):
+    "Decode `source` into a new folder beside `folder`, then put it in its place"
+    sweep(folder.parent, folder.name)
+    tmp = None
+    try:
+        tmp = part_name(folder)
+        tmp.mkdir()
+        fingerprint,histogram = hashlib.sha256(),np.zeros((3, 256), np.int64)
+        n = {s:len(df) for s,df in source.frames.items()}
+        print(f'packing {sum(n.values())} images of {source.name} at {px} px', file=sys.stderr)
+        images = {s:new_memmap(tmp/f'{s}.npy', (n[s], px, px, 3), np.uint8) for s in n}
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            blocks = [(s, at) for s in n for at in range(0, n[s], BLOCK)]
+            for s,at in progress_bar(blocks) if IN_NOTEBOOK or sys.stderr.isatty() else blocks:
+                rows = range(at, min(at+BLOCK, n[s]))
+                block = np.stack(list(pool.map(lambda row: _decode_row(source, s, row, px, allow_large), rows)))  # noqa: B023
+                images[s][at:at+len(block)] = block
+                fingerprint.update(block.tobytes())
+                if s == 'train': histogram += [np.bincount(block[..., c].ravel(), minlength=256) for c in range(3)]
+        for s,df in source.frames.items():
+            images[s].flush()
+            csv = df[['filename','label']].to_csv(index=False).encode(errors='surrogateescape')
+            (tmp/f'{s}.csv').write_bytes(csv)
+            fingerprint.update(csv)
+        meta = dict(name=source.name, px=px, source=str(source.path), stamp=stamp, fingerprint=fingerprint.hexdigest(),
+                    stats=_stats(histogram), shared=_shared(images, source))
+        (tmp/'meta.json').write_text(json.dumps(meta | dict(check=_check(meta))))
+        shutil.rmtree(folder, ignore_errors=True)
+        tmp.rename(folder)
+    except OSError as e: raise UserError(f'the cache {folder} cannot be written ({e.strerror}): give --cache another folder') from None
+    finally:
+        if tmp: shutil.rmtree(tmp, ignore_errors=True)
+
+
+def _stats(histogram):
+    "Mean and standard deviation of each channel in [0, 1] from the counts (3, 256) of its values"
+    p,v = histogram / histogram.sum(1, keepdims=True),np.arange(256) / 255
+    mean = p @ v
+    return [mean.round(4).tolist(), np.sqrt(p @ v**2 - mean**2).clip(1e-3).round(4).tolist()]
+
+def _decode_row(source, split, row, px, allow_large):
+    path = source.frames[split].path[row]
+    try: return decode(source.read(path), px, allow_large)
+    except UserError: raise
+    except Exception as e:
+        why = 'it is no image that is known' if isinstance(e, UnidentifiedImageError) else e
+        raise UserError(f'{source.path}, {split} row {row+2}: {path} does not decode ({why}): '
+                        'replace the image or remove the row') from None

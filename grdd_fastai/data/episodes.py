@@ -1,0 +1,142 @@
+"""Every sampler of episodes and its checks: for training as a DataLoader, for evaluation as rows of features."""
+from functools import cached_property
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+from ..core.errors import UserError
+from .loaders import SeededDL
+
+__all__ = ['check_episode', 'rows_by_class', 'EpisodicDL', 'sample_episodes', 'sample_unbalanced']
+
+
+def check_episode(split, n_way, k_shot, n_query):
+    "UserError if `split` cannot hold an episode of `n_way` classes with `k_shot + n_query` images each"
+    rows_by_class(split.y, n_way, k_shot, n_query, f'the {split.name} split', split.vocab)
+
+def rows_by_class(y, n_way, k_shot, n_query, where='the data', vocab=None):
+    "Rows of each class of `y`, or a UserError if they cannot fill an episode"
+    for name,v,lowest in (('way', n_way, 2), ('shot', k_shot, 1), ('query', n_query, 1)):
+        if not isinstance(v, int | np.integer) or v < lowest:
+            raise UserError(f'an episode of {v!r} {name}: it must be a whole number, at least {lowest}')
+    classes = np.unique(y)
+    rows = [np.flatnonzero(y==c) for c in classes]
+    if n_way > len(rows):
+        raise UserError(f'{where} has {len(rows)} classes, too few for {n_way}-way episodes: lower the way or add classes')
+    least = min(range(len(rows)), key=lambda i: len(rows[i]))
+    if len(rows[least]) < k_shot + n_query: raise UserError(
+        f'class {vocab[least] if vocab else classes[least]} of {where} has {len(rows[least])} images, '
+        f'too few for {k_shot} support + {n_query} '
+        'query images: lower --query (or the shot) or add images')
+    return rows
+
+
+class EpisodicDL(SeededDL):
+    """Episodes of `n_way` classes with `k_shot` support and `n_query` query images each, `n_episodes` an epoch
+
+    A batch is `per_step` episodes one after the other, (per_step * n_way * (k_shot + n_query), 3, H, W), each class-major
+    with a class's support before its queries: `split_episodes` takes it apart. Support and query are disjoint.
+    """
+    def __init__(self, dataset, n_way=5, k_shot=1, n_query=15, n_episodes=400, per_step=1, **kwargs):
+        for k,v,most in (('n_episodes', n_episodes, 100_000), ('per_step', per_step, 10_000)):
+            if not isinstance(v, int | np.integer) or not 1 <= v <= most: raise UserError(f'{k} is {v!r}: it must be from 1 to {most}')
+        self.episode = dict(n_way=n_way, k_shot=k_shot, n_query=n_query, n_episodes=n_episodes, per_step=per_step)
+        self.n_way,self.k_shot,self.n_query,self.n_item,self.n_episodes = n_way,k_shot,n_query,k_shot + n_query,n_episodes
+        for k in ('bs','shuffle','drop_last','n'): kwargs.pop(k, None) # episodes fix them
+        super().__init__(dataset, bs=per_step*n_way*self.n_item, **kwargs)
+
+    def new(self, dataset=None, cls=None, **kwargs):
+        return super().new(dataset, cls, **({**self.episode, **kwargs} if cls is None else kwargs))
+
+    def shared(self, rank, ranks):
+        "What `rank` of `ranks` processes trains on: whole episodes, as many as the others"
+        return self.new(per_step=max(1, self.episode['per_step']//ranks), share=(rank, ranks))
+
+    @cached_property
+    def by_class(self):
+        return rows_by_class(self.labels(), self.n_way, self.k_shot, self.n_query)
+
+    def __len__(self):
+        ranks,per_step = self.share[1],self.episode['per_step']
+        return -(-self.n_episodes // per_step) if ranks == 1 else self.n_episodes // (ranks*per_step)
+    def get_idxs(self):
+        "Drawn here, in the main process: as many workers as one likes give the same episodes"
+        rng = np.random.default_rng([self.seed, max(self.epoch, 0)])
+        return self.my_share([int(i) for _ in range(self.n_episodes)
+                              for c in rng.choice(len(self.by_class), self.n_way, replace=False)
+                              for i in rng.choice(self.by_class[c], self.n_item, replace=False)], whole=True)
+
+    def show_batch(self, b=None, max_n=None, ctxs=None, show=True, figsize=None, nrows=5, **kwargs):
+        "Draw the first episode: a class a row, at most `nrows`; its support images framed, then its queries (at most `max_n` a row)"
+        if not show: return super().show_batch(b, show=False)
+        x,y = self.decode(self.one_batch() if b is None else b)
+        n,nrows,names = min(self.n_item, max_n or self.k_shot + 7),min(self.n_way, nrows),self.dataset.tls[-1].tfms
+        _,axes = plt.subplots(nrows, n, figsize=figsize or (1.1*n, 1.2*nrows), squeeze=False)
+        for i,row in enumerate(axes):
+            for j,ax in enumerate(row):
+                k,support = i*self.n_item + j,j < self.k_shot
+                x[k].show(ctx=ax)
+                ax.set(xticks=[], yticks=[])
+                ax.axis('on')
+                for side in ax.spines.values(): side.set(color='C1' if support else '0.85', linewidth=3 if support else 1)
+                if i==0 and j in (0, self.k_shot): ax.set_title('support' if support else 'query', loc='left', fontsize=10)
+            row[0].set_ylabel(str(names.decode(y[i*self.n_item])), fontsize=9)
+BLOCK = 500 # episodes drawn at a time
+
+
+def sample_episodes(
+    y, # class of each image (N)
+    n_way=5, # C, classes an episode
+    k_shot=1, # K, support images a class
+    n_query=15, # query images a class
+    n_episodes=10_000,
+    seed=0, # the same seed draws the same episodes; more episodes begin with the fewer
+):
+    "Yield blocks of episodes: rows of the support (E, C, K) and of the query images (E, C, n_query), disjoint"
+    y = np.asarray(y.cpu() if isinstance(y, torch.Tensor) else y)
+    by_class,m = rows_by_class(y, n_way, k_shot, n_query),k_shot + n_query
+    if not isinstance(n_episodes, int | np.integer) or n_episodes < 1:
+        raise UserError(f'{n_episodes!r} episodes are asked for: it must be at least 1')
+    if not isinstance(seed, int | np.integer) or seed < 0:
+        raise UserError(f'the seed of the episodes is {seed!r}: give a whole number, 0 or more')
+    size = np.array([len(rows) for rows in by_class])
+    table = np.stack([np.pad(rows, (0, size.max() - len(rows))) for rows in by_class])
+    for block in range(-(-n_episodes // BLOCK)):
+        rng = np.random.default_rng([seed, block])
+        classes = rng.random((BLOCK, len(size))).argsort(1)[:, :n_way]                    # (E, C)
+        n,chosen = size[classes],np.full((BLOCK, n_way, m), -1)
+        for j in range(m): # Floyd's algorithm: m of n without replacement, every set equally likely
+            last = n - m + j
+            pick = (rng.random(n.shape) * (last + 1)).astype(np.int64)
+            chosen[..., j] = np.where((chosen == pick[..., None]).any(-1), last, pick)
+        chosen = np.take_along_axis(chosen, rng.random(chosen.shape).argsort(-1), -1)     # and every order
+        rows = table[classes[..., None], chosen][:n_episodes - block*BLOCK]
+        yield rows[..., :k_shot],rows[..., k_shot:]
+
+
+def sample_unbalanced(
+    y, n_way=5, k_shot=1, n_query=15, n_episodes=10_000, seed=0, # as in `sample_episodes`
+    concentration=2., # of the symmetric Dirichlet distribution the classes' shares of the queries are drawn from
+):
+    """Yield blocks of episodes whose n_way * n_query queries fall unevenly on the classes: support rows (E, C, K), query rows and their
+    classes 0..C-1 (E, C * n_query)
+
+    As alpha-TIM's (arXiv 2204.11181): shares from Dirichlet(2), rounded by the largest remainders.
+    """
+    total = n_way*n_query
+    # as many of each class as one might need
+    for block,(support,query) in enumerate(sample_episodes(y, n_way, k_shot, total, n_episodes, seed)):
+        rng = np.random.default_rng([seed, block, 1])
+        shares = rng.dirichlet([concentration]*n_way, BLOCK)[:len(query)] * total
+        counts = np.floor(shares).astype(np.int64)
+        rank = (shares - counts).argsort(1)[:, ::-1].argsort(1)
+        counts += rank < (total - counts.sum(1))[:, None]
+        taken = np.arange(total) < counts[..., None]                                          # (E, C, total)
+        yield support,query[taken].reshape(-1, total),np.broadcast_to(np.arange(n_way)[:, None], taken.shape)[taken].reshape(-1, total)
+
+def _balanced(*args):
+    for support,query in sample_episodes(*args):
+        yield support,query,np.broadcast_to(np.arange(query.shape[1])[:, None], query.shape).copy()
+
+QUERIES = dict(balanced=_balanced, dirichlet=sample_unbalanced)

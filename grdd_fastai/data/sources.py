@@ -1,0 +1,111 @@
+"""Raw few-shot data sets, in the layouts people hold them in, as three pandas split CSVs of (filename, label)."""
+import hashlib
+import re
+import sys
+import tempfile
+import unicodedata
+from collections import Counter
+from pathlib import Path
+
+from ..core.errors import UserError
+from ..core.storage import user_path
+from .archives import _open_tree
+from .layouts import LAYOUTS, SPLITS, _class_folders, _norm, class_list
+
+__all__ = ['Source', 'open_source', 'prepare']
+
+
+CONTROL = re.compile('[\x00-\x1f\x7f-\x9f\u2028\u2029]')
+
+
+class Source:
+    "A raw data set: `frames[split]` of (filename, label, path) and `read(path)`, the bytes of an image"
+    def __init__(self, tree, seed=0):
+        layout,df = next((f, d) for f,d in ((f, f(tree, seed)) for f in LAYOUTS) if d is not None)
+        self.key = f'{Path(tree.path).resolve()} {seed if layout is _class_folders else ""}' # what the splits depend on
+        self.tree,self.path,self.read = tree,tree.path,tree.read
+        self.frames = {s:df.loc[df.split==s, ['filename','label','path']].reset_index(drop=True) for s in SPLITS}
+        self._check(df)
+
+    def _check(self, df):
+        for column in ('label', 'filename'):
+            bad = next((v for v in df[column].unique() if CONTROL.search(v)), None)
+            if bad is not None:
+                raise UserError(f'{self.path}: the {column} {bad!r} holds a control character, such as the end of a line: rename it')
+        splits = df.groupby('label').split.unique()
+        for label,s in splits[splits.str.len() > 1].items():
+            raise UserError(f'{self.path}: class {label} is in both {s[0]} and {s[1]}: the classes of the splits must be disjoint')
+        alike = {}
+        for label,(s,) in splits.items():
+            alike.setdefault(unicodedata.normalize('NFKC', ' '.join(label.split())).casefold(), []).append((label, s))
+        for of in alike.values():
+            of.sort(key=lambda o: SPLITS.index(o[1]))
+            if len({s for _,s in of}) > 1:
+                print(f'warning: {self.path}: the classes ' + ' and '.join(f'{label!r} ({s})' for label,s in of) +
+                      ' differ in case, blanks or Unicode form alone: if they are one class, the splits are not disjoint', file=sys.stderr)
+        again = df[df.duplicated('path')]
+        if len(again): raise UserError(f'{self.path}: {again.filename.iloc[0]} is listed twice: an image may be in one row only')
+        for s in SPLITS:
+            if self.frames[s].empty: raise UserError(f'{self.path}: the {s} split has no images')
+
+    @property
+    def name(self):
+        "'cifar_fs' or 'mini_imagenet' where the splits are that data set's, else the source's own name"
+        mine = {(_norm(c), s) for s,df in self.frames.items() for c in df.label.unique()}
+        return next((n for n in ('cifar_fs','mini_imagenet')
+                     if mine == {(_norm(c), s) for c,s in class_list(n).itertuples(index=False)}), self.tree.name)
+
+    def stamp(self):
+        "Changes when a CSV row or an image does (by size and time, or checksum), without reading the images"
+        h = hashlib.sha256()
+        for s,df in self.frames.items():
+            for r in df.itertuples(): h.update(repr((s, r.filename, r.label, r.path, self.tree.stamp(r.path))).encode())
+        return h.hexdigest()
+
+
+def open_source(
+    data=None, # a path in any layout of data/README.md, or None: CIFAR-FS through `untar_data(URLs.CIFAR_100)`
+    seed=0, # splits a folder of class folders
+):
+    "The raw data set at `data`; UserError where there is none"
+    return Source(_open_tree(_download() if data is None else data), seed)
+
+def _download():
+    from fastai.data.external import URLs, untar_data
+    try: return untar_data(URLs.CIFAR_100)
+    except Exception as e:
+        raise UserError(f'CIFAR-100 could not be fetched ({type(e).__name__}: {e}): '
+                        'give --data the path of a data set, or --demo') from None
+
+
+def prepare(
+    data, # a path in any layout, or None to fetch CIFAR-FS
+    out, # folder to fill with train.csv, val.csv, test.csv and images/; it must not exist or be empty
+    seed=0, # splits a folder of class folders
+):
+    "Write `data` out as split CSVs plus images and return the folder"
+    source = open_source(data, seed)
+    try:
+        out = user_path(out, '--out').resolve()
+        if out.exists() and (not out.is_dir() or any(out.iterdir())): raise UserError(f'{out} is there already: give --out a new folder')
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f'.{out.name}-', dir=out.parent) as tmp:
+            whole = Path(tmp)/'whole'
+            for split,df in source.frames.items():
+                names = ['/'.join([split, *(p for p in path.split('/') if p not in ('', '.', '..'))]) for path in df.path]
+                again = next((p for p,n in zip(df.path, Counter(names).values()) if n > 1), None) if len(set(names)) < len(names) else None
+                if again: raise UserError(f'{source.path}: {again} and another image would become one file: rename one of them')
+                for text in (*names, *df.label.unique()):
+                    try: text.encode()
+                    except UnicodeEncodeError: raise UserError(f'{source.path}: the name {text!r} is not UTF-8: rename it') from None
+                for path,name in zip(df.path, names):
+                    target = whole/'images'/name
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(source.read(path))
+                text = df.assign(filename=names)[['filename','label']].to_csv(index=False)
+                (whole/f'{split}.csv').write_bytes(text.encode(errors='surrogateescape'))
+            if out.exists(): out.rmdir()
+            whole.rename(out)
+    except (OSError, RuntimeError) as e:
+        raise UserError(f'{out} cannot be written ({getattr(e, "strerror", None) or e}): give --out a folder that can') from None
+    return out

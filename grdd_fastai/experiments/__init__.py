@@ -1,0 +1,1 @@
+"""Tables, scores, published weights, reports and figures."""

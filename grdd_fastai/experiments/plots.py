@@ -1,0 +1,118 @@
+"""Figures of the experiments: arrays and DataFrames in, a matplotlib Figure out; legible in grey and for the colour-blind."""
+import io
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+
+from ..core.distributed import ranks
+from ..core.storage import atomic_write
+
+__all__ = ['COLORS', 'MARKERS', 'plot_rows', 'plot_sweep', 'plot_tsne', 'plot_relatedness', 'save_figure']
+
+
+COLORS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#F0E442', '#000000') # Okabe and Ito's
+MARKERS = 'osD^vPX*'
+
+
+def plot_rows(
+    scored, # DataFrame of `table`: row, shot, seed, split, n, accuracy, ci95
+    title='',
+) -> Figure:
+    "A line per row, a mark per shot: the mean over seeds with the 95% interval over episodes, and a small tick for each seed"
+    shots,rows = sorted(scored.shot.unique()),list(dict.fromkeys(scored.row))
+    fig,ax = plt.subplots(figsize=(5. + .07*max(map(len, rows)), 1.4 + .27*len(rows)*max(1, .7*len(shots))), layout='constrained')
+    for i,shot in enumerate(shots):
+        for j,row in enumerate(rows):
+            of,y = scored[(scored.shot == shot) & (scored.row == row)],j + .25*(i - (len(shots)-1)/2)
+            if of.empty: continue
+            mean,ci = of.accuracy.mean(),of.ci95.mean()
+            ax.errorbar(mean, y, xerr=ci, fmt=MARKERS[i], color=COLORS[i], ms=6, capsize=3, lw=1.3, label=None if j else f'{shot}-shot')
+            if len(of) > 1: ax.plot(of.accuracy, [y]*len(of), '|', color='black', ms=9, mew=1)
+            ax.annotate(f'{mean:.1f}', (max(mean + ci, of.accuracy.max()), y), (6, 0), textcoords='offset points', va='center', fontsize=8)
+    classes = dict(val='validation').get(scored.split.iloc[0], scored.split.iloc[0])
+    ax.set(yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - .4, -.6), title=title,
+           xlabel=f'accuracy on the {classes} classes, %\n95% interval, {scored.n.iloc[0]:,} episodes')
+    ax.margins(x=.12)
+    if len(shots) > 1: ax.legend(frameon=False)
+    _plain(ax)
+    return fig
+
+
+def plot_sweep(
+    sweeps, # symbol -> DataFrame with the columns value, shot, seed, accuracy, ci95
+    references, # name -> accuracy of a horizontal line
+    ylabel='5-way accuracy, %',
+) -> Figure:
+    "A panel per hyper-parameter: accuracy over its values, each seed's points joined"
+    fig,axes = plt.subplots(1, len(sweeps), figsize=(3.6*len(sweeps) + .6, 3.2), sharey=True, layout='constrained', squeeze=False)
+    for ax,(symbol,of) in zip(axes[0], sweeps.items()):
+        values = sorted(of.value.unique())
+        for i,((seed,shot),line) in enumerate(of.groupby(['seed', 'shot'])):
+            at = [values.index(v) for v in line.value]
+            order = np.argsort(at)
+            ax.errorbar(np.take(at, order), line.accuracy.to_numpy()[order], line.ci95.to_numpy()[order], marker=MARKERS[i % 8],
+                        color=COLORS[i % 8],
+                        capsize=3, lw=1.5, label=f'{shot}-shot, seed {seed}')
+        for (name,accuracy),style in zip(references.items(), ('--', ':', '-.')):
+            ax.axhline(accuracy, ls=style, color='0.4', lw=1.2, label=name)
+        ax.set(xticks=range(len(values)), xticklabels=[f'{v:g}' for v in values], xlabel=symbol)
+        _plain(ax)
+    axes[0,0].set_ylabel(ylabel)
+    axes[0,-1].legend(frameon=False, fontsize=8, loc='upper left', bbox_to_anchor=(1, 1))
+    return fig
+
+
+def plot_tsne(
+    panels, # title -> points (N, 2), the same N images in each
+    y, # class of each image (N)
+    names, # of the classes
+) -> Figure:
+    "A panel per embedding, a colour and a marker per class"
+    fig,axes = plt.subplots(1, len(panels), figsize=(3.3*len(panels), 3.9), layout='constrained', squeeze=False)
+    for ax,(title,points) in zip(axes[0], panels.items()):
+        for i,c in enumerate(np.unique(y)):
+            ax.scatter(*points[y == c].T, s=14, marker=MARKERS[i % 8], color=COLORS[i % 8], alpha=.75, linewidths=0, label=names[c])
+        ax.set(title=title, xticks=[], yticks=[])
+    fig.legend(*axes[0,0].get_legend_handles_labels(), loc='outside lower center', ncols=len(np.unique(y)), frameon=False, fontsize=9,
+               markerscale=1.6)
+    return fig
+
+
+def plot_relatedness(
+    panels, # T -> (whole, decoupled): the softmax over the matrix (NS, NQ), and over each of its rows
+) -> Figure:
+    "A column per temperature: weights without and with decoupling, each as a multiple of the uniform weight of its softmax"
+    fig,axes = plt.subplots(2, len(panels), figsize=(1.9*len(panels) + 1, 3.1), layout='constrained', squeeze=False, sharex=True,
+                            sharey=True)
+    for column,(T,(whole,decoupled)) in zip(axes.T, panels.items()):
+        for ax,w,uniform in zip(column, (whole, decoupled), (1/whole.size, 1/whole.shape[1])):
+            ratio = w/uniform
+            image = ax.imshow(ratio, aspect='auto', cmap='cividis', norm=LogNorm(1/4, 4), interpolation='nearest')
+            ax.set_title(f'{ratio.min():.2g} to {ratio.max():.2g}', fontsize=8)
+            ax.tick_params(labelsize=7)
+        column[0].annotate(f'T = {T:g}', (.5, 1.28), xycoords='axes fraction', ha='center', fontsize=10)
+        column[1].set_xlabel('query', fontsize=8)
+    for ax,name in zip(axes[:, 0], ('whole matrix', 'decoupled')): ax.set_ylabel(f'{name}\nsupport', fontsize=8)
+    bar = fig.colorbar(image, ax=axes, extend='both', ticks=[1/4, 1/2, 1, 2, 4])
+    bar.ax.set_yticklabels(['1/4', '1/2', '1', '2', '4'], fontsize=8)
+    bar.ax.minorticks_off()
+    bar.set_label('weight / uniform weight', fontsize=8)
+    return fig
+
+
+def save_figure(fig, path):
+    "Write (where there are several processes the first does) and close a figure, and return its path"
+    if ranks()[0] == 0:
+        content = io.BytesIO()
+        fig.savefig(content, dpi=160, format=Path(path).suffix[1:])
+        atomic_write(path, content.getvalue())
+    plt.close(fig)
+    return path
+
+def _plain(ax):
+    ax.spines[['top', 'right']].set_visible(False)
+    ax.grid(alpha=.25, lw=.6)
+    ax.set_axisbelow(True)

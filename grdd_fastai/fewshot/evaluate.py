@@ -1,0 +1,113 @@
+"""Few-shot accuracy from features: draw and classify as many episodes as wanted."""
+import hashlib
+
+import numpy as np
+import pandas as pd
+import torch
+
+from ..core.distributed import gathered, ranks
+from ..core.errors import UserError, first_line
+from ..data.episodes import BLOCK, QUERIES
+from .classifiers import check_scale, get_classifier
+from .stats import Evaluation
+
+__all__ = ['evaluate']
+
+
+MOST_EPISODES = 10**8 # that are evaluated at once
+CHUNK = 2**21,2**28 # bytes of features classified at a time: what a CPU's cache holds, what fills a GPU
+
+
+def as_features(h):
+    "Features (N, D) of any kind, NumPy's and whole numbers too, as a floating-point tensor; half precision becomes float32"
+    try: h = h if isinstance(h, torch.Tensor) else torch.as_tensor(np.asarray(h))
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise UserError(f'the features are no numbers ({first_line(e)}): give a tensor or an array (N, D)') from None
+    if h.is_meta or h.layout != torch.strided: raise UserError('the features are a tensor without values or a sparse one: give a dense one')
+    if h.is_complex(): raise UserError('the features are complex numbers: give real ones')
+    if h.ndim < 2 or not h.numel(): raise UserError(f'the features have the shape {tuple(h.shape)}: give a row an image, (N, D)')
+    return h if h.dtype in (torch.float32, torch.float64) else h.float()
+
+def as_classes(y, n):
+    "Classes of `n` images, numbers or names, as a tensor of whole numbers"
+    y = np.asarray(y.cpu() if isinstance(y, torch.Tensor) else y)
+    if y.shape != (n,): raise UserError(f'{n} rows of features and classes of shape {y.shape}: give a class for each row')
+    if y.dtype.kind == 'f' and np.isfinite(y).all() and (y == np.floor(y)).all(): y = y.astype(np.int64)
+    if y.dtype.kind in 'iub': return torch.from_numpy(y.astype(np.int64))
+    if any(is_missing(o) for o in y.tolist()): raise UserError('a class is missing (None or NaN): give each row one, or leave the row out')
+    try: return torch.from_numpy(np.unique(y, return_inverse=True)[1].astype(np.int64))
+    except TypeError: raise UserError('the classes are of several kinds, such as text and numbers: give all of them as text') from None
+
+def is_missing(o):
+    "None, NaN and pandas' NA"
+    return o is None or (missing := pd.isna(o)) is True or (isinstance(missing, np.bool_) and bool(missing))
+
+def checked_logits(name, f, support, support_y, query):
+    "The logits of the classifier `f` (E, NQ, C); UserError unless they are finite and of the shape they should have"
+    logits,shape = f(support, support_y, query),(*query.shape[:2], int(support_y.max()) + 1)
+    if not isinstance(logits, torch.Tensor) or logits.shape != shape:
+        raise UserError(f'{name} gives {tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__}: '
+                        f'a classifier gives logits (E, NQ, C), here {shape}')
+    if not logits.is_floating_point(): raise UserError(f'{name} gives {logits.dtype}: logits are floating-point numbers')
+    if not torch.isfinite(logits.sum()): raise UserError(f'{name} gives logits that are NaN or infinite: they cannot be compared')
+    return logits
+
+@torch.no_grad()
+def evaluate(
+    h, # features (N, D), a tensor or an array
+    y, # classes (N), numbers or names
+    n_way=5, # C, classes an episode
+    k_shot=1, # K, support images a class
+    n_query=15, # query images a class
+    n_episodes=10_000,
+    seed=0, # of the episodes
+    classifier='cosine', # a name of `CLASSIFIERS`, or `(support, support_y, query) -> logits`; or a list of names or dict of functions
+    query_distribution='balanced', # n_query of each class, or 'dirichlet': as many in all, unevenly (`sample_unbalanced`)
+    views=None, # features of V augmented views of every image (V, N, D), to be the support in place of h: RFS's support augmentation
+    shared=False, # the processes of a distributed run each classify a part of the episodes, all have all
+):
+    """Accuracy over `n_episodes` seeded episodes drawn from features; `a - b` is the paired `Difference` of two
+
+    Of several classifiers a dict of `Evaluation`s, all on the same episodes in one pass. Memory does not grow with the episodes.
+    """
+    h = as_features(h)
+    y = as_classes(y, len(h))
+    if views is not None: views = as_features(views)
+    if not isinstance(query_distribution, str) or query_distribution not in QUERIES:
+        raise UserError(f'the query distribution is {query_distribution!r}: it is one of {", ".join(QUERIES)}')
+    for x in (h, *(views if views is not None else ())): check_scale(x)
+    if views is not None and views.shape[1:] != h.shape:
+        raise UserError(f'views of shape {tuple(views.shape)} are not those of features {tuple(h.shape)}')
+    for k,v in dict(n_way=n_way, k_shot=k_shot, n_query=n_query).items():
+        if not isinstance(v, int | np.integer) or isinstance(v, bool): raise UserError(f'{k} is {v!r}: give a whole number')
+    one = not isinstance(classifier, (dict, list, tuple))
+    for c in [] if one or isinstance(classifier, dict) else classifier: get_classifier(c)
+    of = classifier if isinstance(classifier, dict) else {c:c for c in ([classifier] if one else classifier)}
+    of = {k:get_classifier(f) for k,f in of.items()}
+    if not of: raise UserError('no classifier is given: name one, such as cosine')
+    if not isinstance(n_episodes, int | np.integer) or isinstance(n_episodes, bool) or not 1 <= n_episodes <= MOST_EPISODES:
+        raise UserError(f'{n_episodes!r} episodes are asked for: it must be at least 1 and at most {MOST_EPISODES}')
+    bank,V = (h, 1) if views is None else (views.flatten(0, 1), len(views))
+    budget = CHUNK[h.device.type != 'cpu'] * max(getattr(getattr(f, 'func', f), 'at_once', 1) for f in of.values()) # a partial's, too
+    size = max(1, budget // max(1, n_way*(V*k_shot + n_query)*h[0].numel()*h.element_size()))
+    # one array per classifier, since many small arrays would fragment the memory
+    accs,(rank,n) = {k:np.zeros(n_episodes) for k in of},ranks() if shared else (0, 1)
+    names = {k:k if isinstance(k, str) else getattr(k, '__name__', str(k)) for k in of}
+    for block,(support,query,query_y) in enumerate(QUERIES[query_distribution](y, n_way, k_shot, n_query, n_episodes, seed)):
+        if block % n != rank: continue
+        for at in range(0, len(support), size):
+            s,q,q_y = (torch.as_tensor(a[at:at+size], device=h.device).flatten(1) for a in (support, query, query_y))
+            s_y = torch.arange(n_way, device=h.device).repeat_interleave(k_shot).repeat(V).expand(len(s), -1)
+            s = torch.cat([s + v*len(y) for v in range(V)], 1)
+            z_s,z_q = (b.index_select(0, rows.flatten()).view(*rows.shape, -1) for b,rows in ((bank, s), (h, q)))
+            first = block*BLOCK + at
+            for k,f in of.items():
+                accs[k][first:first+len(s)] = 100 * (
+                    checked_logits(names[k], f, z_s, s_y, z_q).argmax(-1) == q_y).float().mean(1).cpu().numpy()
+    if n > 1: accs = {k:sum(gathered([a])) for k,a in accs.items()} # an episode is zero in all processes but one
+    classes = hashlib.sha256(y.numpy().tobytes()).hexdigest()[:8]
+    drawn = f'{n_episodes} of {n_way} way {k_shot} shot {n_query} query, seed {seed}, {len(y)} images {classes}'
+    if query_distribution != 'balanced': drawn += f', {query_distribution} queries'
+    how = '' if V == 1 else f', support of {V} views'
+    made = {k:Evaluation(accs[k], drawn, names[k] + how) for k in of}
+    return next(iter(made.values())) if one else made

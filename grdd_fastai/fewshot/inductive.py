@@ -1,0 +1,105 @@
+"""Inductive classifiers: each query is classified by itself (see `classifiers` for shapes and errors)."""
+import warnings
+
+import torch
+import torch.nn.functional as F
+
+from ..core.errors import UserError
+from .classifiers import cosines, no_support, norms, one_hot, prototypes, register_classifier, squared_distances
+
+__all__ = ['mean_cosine', 'nearest_centroid', 'nearest_centroid_cosine', 'simpleshot_cl2n', 'simpleshot_l2n', 'nearest_neighbour', 'ridge',
+           'logistic_regression']
+
+
+@register_classifier('cosine')
+def mean_cosine(support, support_y, query):
+    """The paper's: sigma of Eq. 14, divided by the number of a class's support images
+
+    With as many images of each class that changes no prediction; without, a sum would go to the class with the most images.
+    """
+    Y = one_hot(support_y, support)
+    return query @ ((Y.mT @ (support / norms(support))) / Y.sum(1).unsqueeze(-1)).mT / norms(query)
+
+@register_classifier('centroid')
+def nearest_centroid(support, support_y, query):
+    "Minus the squared distance to the mean feature of each class: Prototypical Networks' classifier (arXiv 1703.05175)"
+    return -squared_distances(query, prototypes(support, support_y))
+
+@register_classifier('centroid_cosine')
+def nearest_centroid_cosine(support, support_y, query):
+    "Cosine with the mean feature of each class"
+    return cosines(query, prototypes(support, support_y))
+
+@register_classifier('simpleshot_cl2n')
+def simpleshot_cl2n(support, support_y, query,
+    mean=None, # mean feature of the base classes (D), which has to be given
+):
+    "Nearest centroid of features centred by the base classes' mean and then normalised (SimpleShot's CL2N, arXiv 1911.04623)"
+    if mean is None: raise UserError('simpleshot_cl2n needs the mean feature of the base classes: give mean=, or take simpleshot_l2n')
+    mean = torch.as_tensor(mean, device=support.device)
+    if mean.ndim and mean.shape[-1] != support.shape[-1]:
+        raise UserError(f'the mean has {mean.shape[-1]} features and the images {support.shape[-1]}: take it of the same network')
+    return simpleshot_l2n(support - mean, support_y, query - mean)
+
+@register_classifier('simpleshot_l2n')
+def simpleshot_l2n(support, support_y, query):
+    "Nearest centroid of normalised features (SimpleShot's L2N, arXiv 1911.04623)"
+    p = prototypes(F.normalize(support, dim=-1), support_y)
+    return 2 * query @ p.mT / norms(query) - p.square().sum(-1).unsqueeze(1) - 1 # minus the squared distance to a query of length 1
+
+@register_classifier('neighbour')
+def nearest_neighbour(support, support_y, query):
+    "Cosine with the nearest support image of each class"
+    R = cosines(query, support)
+    index,C = support_y.unsqueeze(1).expand_as(R),int(support_y.max())+1
+    return R.new_full((*R.shape[:2], C), -torch.inf).scatter_reduce(2, index, R, 'amax')
+
+@register_classifier('ridge')
+def ridge(support, support_y, query,
+    weight=1., # of the squared norm of the coefficients
+    normalize=True, # features to unit length first
+):
+    "Ridge regression onto -1 and 1 with an intercept, in its dual form (R2-D2, arXiv 1805.08136; scikit-learn's RidgeClassifier)"
+    if normalize: support,query = F.normalize(support, dim=-1),F.normalize(query, dim=-1)
+    Y = 2*one_hot(support_y, support) - 1
+    mean,offset = support.mean(1, keepdim=True),Y.mean(1, keepdim=True)
+    X = support - mean
+    K = X @ X.mT
+    K.diagonal(dim1=1, dim2=2).add_(weight)
+    return (query - mean) @ X.mT @ torch.linalg.solve(K, Y - offset) + offset + no_support(Y)
+
+@register_classifier('logistic')
+def logistic_regression(support, support_y, query,
+    C=1., # weight of the losses' sum against half the squared norm of the coefficients, as in scikit-learn
+    normalize=True, # features to unit length first, as RFS and SKD do
+    tol=1e-6, # stop when no logit of a support image moves more
+    max_iter=2000,
+):
+    """Multinomial logistic regression with an unpenalised intercept: RFS's classifier (arXiv 2003.11539), scikit-learn's LogisticRegression
+
+    Minimises a quadratic upper bound of the loss again and again (Boehning, 1992), in its dual form, with Nesterov's momentum: a
+    product with one (NS, NS) matrix a step, whatever D.
+    """
+    if normalize: support,query = F.normalize(support, dim=-1),F.normalize(query, dim=-1)
+    Y,K,h = one_hot(support_y, support),support @ support.mT,C/2 # h bounds the curvature of C * cross-entropy in the logits
+    M = h*K
+    M.diagonal(dim1=1, dim2=2).add_(1.)
+    M = torch.linalg.inv(M)
+    u = M.sum(2, keepdim=True)
+    M = M - u @ u.mT / u.sum(1, keepdim=True) # the intercept: columns of A sum to zero
+    A = Z = Z_new = torch.zeros_like(Y)
+    t,live = torch.ones(len(Y), 1, 1, device=Y.device),torch.ones(len(Y), 1, 1, dtype=torch.bool, device=Y.device)
+    for _ in range(max_iter):
+        G = C * (Z.softmax(-1) - Y)
+        A = torch.where(live, M @ (h*Z - G), A)
+        Z_old,Z_new = Z_new,torch.where(live, Z - (G + A)/h, Z_new)
+        moved = Z_new - Z_old
+        live = live & (moved.abs().amax((1, 2), keepdim=True) >= tol) # an episode rests when it is done, whatever the others do
+        if not live.any(): break
+        t = torch.where(((Z - Z_new)*moved).sum((1, 2), keepdim=True) > 0, 1., t) # momentum against the descent starts anew
+        t_new = (1 + (1 + 4*t*t).sqrt()) / 2
+        Z,t = Z_new + (t - 1)/t_new*moved,t_new
+    if live.any():
+        warnings.warn(f'logistic_regression has not converged in {max_iter} steps: normalise the features or lower C', stacklevel=2)
+    b = (Z_new - K @ A).mean(1, keepdim=True)
+    return query @ support.mT @ A + b + no_support(Y)

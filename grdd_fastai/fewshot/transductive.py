@@ -1,0 +1,209 @@
+"""Transductive classifiers: they look at all queries of an episode together (see `classifiers` for shapes and errors)
+
+`balanced` ones take every class to have equally many queries, as the usual episodes do: what they gain by it is not there in use.
+"""
+import torch
+import torch.nn.functional as F
+
+from .classifiers import cosines, one_hot, prototypes, register_classifier, squared_distances
+
+__all__ = ['tim_gd', 'alpha_tim', 'tim_adm', 'bd_cspn', 'laplacian_shot', 'pt_map', 'soft_kmeans']
+
+
+EPS,TINY = 1e-12,torch.finfo(torch.float32).tiny
+
+
+# ---- transductive information maximisation ------------------------------------------------------------------------------
+
+def tim_logits(z, W, scale):
+    "-scale/2 ||z - w||^2 of features z (E, N, D) and class weights W (E, C, D), but for what all classes have in common: (E, N, C)"
+    return scale * (z @ W.mT - W.square().sum(-1).unsqueeze(1)/2)
+
+def entropy_gradient(p, alpha):
+    "d/dp of Shannon's entropy, alpha = 1, or of Tsallis' (1 - sum p^alpha) / (alpha - 1), but for a constant"
+    return -(p + EPS).log() if alpha == 1 else -alpha/(alpha - 1) * p.pow(alpha - 1)
+
+def information_maximisation(support, support_y, query, scale, ce_weight, marginal_weight, conditional_weight, alpha, lr, steps,
+                             betas=(.9, .999), eps=1e-8):
+    "Adam on the class weights W, from the prototypes: min ce_weight*CE - marginal_weight*H(Y_Q) + conditional_weight*H(Y_Q|X_Q)"
+    z_s,z_q,Y = F.normalize(support, dim=-1),F.normalize(query, dim=-1),one_hot(support_y, support)
+    W = prototypes(z_s, support_y)
+    mean,sqr = torch.zeros_like(W),torch.zeros_like(W)
+    for t in range(1, steps + 1):
+        p = tim_logits(z_q, W, scale).softmax(-1)
+        g = (conditional_weight*entropy_gradient(p, alpha) - marginal_weight*entropy_gradient(p.mean(1, keepdim=True), alpha)) / p.shape[1]
+        g = p * (g - (p*g).sum(-1, keepdim=True)) # of the loss in the queries' logits, and in the support's
+        g_s = ce_weight/Y.shape[1] * (tim_logits(z_s, W, scale).softmax(-1) - Y)
+        grad = scale * (g.mT @ z_q + g_s.mT @ z_s - (g.sum(1) + g_s.sum(1)).unsqueeze(-1)*W)
+        mean.lerp_(grad, 1 - betas[0])
+        sqr.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+        W.addcdiv_(mean, (sqr / (1 - betas[1]**t)).sqrt_().add_(eps), value=-lr/(1 - betas[0]**t))
+    return -scale/2 * squared_distances(z_q, W)
+
+@register_classifier('tim_gd', transductive=True, balanced=True)
+def tim_gd(support, support_y, query,
+    scale=15., # tau: logits are -tau/2 times the squared distance to W
+    ce_weight=.1, # lambda, of the cross-entropy on the support
+    marginal_weight=1., # of the queries' marginal entropy, which spreads them evenly over the classes
+    conditional_weight=.1, # alpha, of the queries' conditional entropy
+    lr=1e-4, # of Adam
+    steps=1000,
+):
+    "TIM by gradient descent (arXiv 2008.11297)"
+    return information_maximisation(support, support_y, query, scale, ce_weight, marginal_weight, conditional_weight, 1., lr, steps)
+
+@register_classifier('alpha_tim', transductive=True)
+def alpha_tim(support, support_y, query,
+    # of both entropies of the queries, above 1 it allows them to be spread unevenly; None: 2, 5 from 2 support images a class, 7 from 5
+    alpha=None,
+    scale=15., ce_weight=1., marginal_weight=1., conditional_weight=1., lr=1e-4, steps=1000,
+):
+    "TIM with Tsallis' entropies, for queries that are not balanced (arXiv 2204.11181)"
+    if alpha is None: alpha = by_shot(support, support_y, 2., 5., 7.)
+    return information_maximisation(support, support_y, query, scale, ce_weight, marginal_weight, conditional_weight, alpha, lr, steps)
+
+@register_classifier('tim_adm', transductive=True, balanced=True)
+def tim_adm(support, support_y, query,
+    scale=15., ce_weight=.1, # as in `tim_gd`
+    marginal_weight=1., conditional_weight=.1,
+    steps=150,
+):
+    "TIM by the alternating direction method, whose steps have closed forms (arXiv 2008.11297, section 3.2)"
+    z_s,z_q,Y = F.normalize(support, dim=-1),F.normalize(query, dim=-1),one_hot(support_y, support)
+    W = prototypes(z_s, support_y)
+    a,b = ce_weight/(1 + conditional_weight),support.shape[1]/query.shape[1]
+    n_s = Y.sum(1).unsqueeze(-1) # (E, C, 1)
+    SY = Y.mT @ z_s
+    for _ in range(steps):
+        p_s,p_q = (tim_logits(z, W, scale).softmax(-1) for z in (z_s, z_q))
+        q = p_q.pow(1 + conditional_weight)
+        q = q / (q.sum(1, keepdim=True) + EPS).pow(marginal_weight/(1 + marginal_weight))
+        q = q / q.sum(-1, keepdim=True)
+        pull_s,pull_q = (p.sum(1).unsqueeze(-1)*W - p.mT @ z for p,z in ((p_s, z_s), (p_q, z_q))) # sum_i p_ik (w_k - z_i)
+        W = (a*(SY + pull_s) + b*(q.mT @ z_q + pull_q)) / (a*n_s + b*q.sum(1).unsqueeze(-1))
+    return -scale/2 * squared_distances(z_q, W)
+
+
+# ---- rectified prototypes -----------------------------------------------------------------------------------------------
+
+def rectified_prototypes(support, support_y, query, scale):
+    """Rectified prototypes (E, C, D), and the queries shifted by the difference of the support's mean and theirs (E, NQ, D)
+
+    Every image, of the support too, belongs to the class whose prototype it is nearest to by cosine; a class's new prototype is the mean of
+    its images, each times its softmax over classes of scale * cosine. A class that no image is nearest to keeps its prototype.
+    """
+    p = prototypes(support, support_y)
+    shifted = query + (support.mean(1, keepdim=True) - query.mean(1, keepdim=True))
+    images = torch.cat([support, shifted], 1)
+    cos = cosines(images, p)
+    Y = F.one_hot(cos.argmax(-1), p.shape[1]).to(cos.dtype)
+    n = Y.sum(1).unsqueeze(-1)                                                             # (E, C, 1)
+    new = (Y * (scale*cos).softmax(-1)).mT @ images / n.clamp_min(1)
+    return torch.where(n > 0, new, p),shifted
+
+def by_shot(support, support_y, few, some, many):
+    "Choose a setting by the mean number of support images a class: `few` for 1, `some` for 2 to 4, `many` from 5"
+    shots = support.shape[1] / (int(support_y.max()) + 1)
+    return few if shots < 2 else some if shots < 5 else many
+
+@register_classifier('bd_cspn', transductive=True)
+def bd_cspn(support, support_y, query,
+    scale=10., # of the cosines in the weights of an image
+    normalize=True, # features to unit length first
+    # classify the queries moved by the difference of the support's mean and theirs; the prototypes are made with them either way
+    shift=False,
+):
+    """Prototypes rectified by the queries' own predictions, and the squared distances to them (BD-CSPN, arXiv 1911.10713)
+
+    As in the comparison of arXiv 2204.11181, whose settings these are.
+    """
+    if normalize: support,query = F.normalize(support, dim=-1),F.normalize(query, dim=-1)
+    p,shifted = rectified_prototypes(support, support_y, query, scale)
+    return -squared_distances(shifted if shift else query, p)
+
+@register_classifier('laplacian_shot', transductive=True)
+def laplacian_shot(support, support_y, query,
+    weight=None, # lambda, of the neighbours' predictions; None: 0.7, and 0.3 from 5 support images a class
+    n_neighbours=2, # of a query among the others (the authors' knn = 3 counts the query itself)
+    steps=20,
+    scale=10., # of the prototypes' rectification, as in `bd_cspn`
+    normalize=True, # features to unit length first
+    shift=False, # as in `bd_cspn`; the authors' own program does, which costs accuracy where the queries are not balanced
+):
+    """Squared distances to rectified prototypes, smoothed over each query's nearest neighbours (LaplacianShot, arXiv 2006.15486)
+
+    As in the comparison of arXiv 2204.11181, whose settings these are.
+    """
+    if weight is None: weight = by_shot(support, support_y, 0.7, 0.7, 0.3)
+    if normalize: support,query = F.normalize(support, dim=-1),F.normalize(query, dim=-1)
+    p,shifted = rectified_prototypes(support, support_y, query, scale)
+    if shift: query = shifted
+    unary = squared_distances(query, p)
+    far = squared_distances(query, query)
+    far.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+    near = far.topk(min(n_neighbours, query.shape[1] - 1), largest=False).indices # (E, NQ, k)
+    z = (-unary).softmax(-1)
+    rows = near.flatten(1).unsqueeze(-1).expand(-1, -1, z.shape[-1])
+    for _ in range(steps): z = (weight*z.gather(1, rows).unflatten(1, near.shape[1:]).sum(2) - unary).softmax(-1)
+    return z.clamp_min(TINY).log()
+
+
+# ---- optimal transport and clustering -----------------------------------------------------------------------------------
+
+def sinkhorn(cost, scale, steps, tol, log_v=None):
+    """Log of the plan (E, NQ, C) whose rows sum to 1 and columns to NQ/C, exp(-scale*cost) but for a factor a row and a column, and the
+    log of the latter (E, C), from which it may begin
+
+    Each episode rests when no row's factor moves by more than `tol`, whatever the others do.
+    """
+    E,NQ,C = cost.shape
+    log_v = cost.new_zeros(E, C) if log_v is None else log_v
+    # (E, C, NQ); a factor a row changes nothing and keeps it from vanishing
+    K = (-scale*(cost - cost.amin(-1, keepdim=True))).exp().mT.contiguous()
+    live,v,row = torch.arange(E, device=cost.device),log_v.exp(),None
+    for step in range(steps):
+        rows = (K*v.unsqueeze(-1)).sum(1).clamp_min(TINY)                                  # sums of the rows, (E, NQ)
+        v = NQ/C / (K/rows.unsqueeze(1)).sum(2).clamp_min(TINY)
+        if step % 10 == 9:
+            log_v = log_v.index_copy(0, live, v.log())
+            if len(go := ((rows/row - 1).abs().amax(1) >= tol).nonzero().flatten()) < len(live):
+                if not len(go): break
+                live,K,v,rows = live[go],K[go],v[go],rows[go]
+        row = rows
+    else: log_v = log_v.index_copy(0, live, v.log())
+    return (log_v.unsqueeze(1) - scale*cost).log_softmax(-1),log_v
+
+@register_classifier('pt_map', transductive=True, balanced=True, at_once=8)
+def pt_map(support, support_y, query,
+    power=0.5, # of the features, made positive
+    scale=10., # lambda, of the squared distances in the transport
+    lr=0.2, # how far the prototypes move
+    steps=20,
+    # after the power: unit length, the mean of the support and that of the queries to zero, each by itself, and unit length again
+    normalize=True,
+    sinkhorn_steps=1000, tol=1e-6,
+):
+    "Prototypes moved by an optimal transport plan that gives each class equally many queries (PT-MAP, arXiv 2006.03806)"
+    z_s,z_q = ((x.relu() + 1e-6).pow(power) for x in (support, query))
+    if normalize: z_s,z_q = (F.normalize(z - z.mean(1, keepdim=True), dim=-1) for z in (F.normalize(z_s, dim=-1), F.normalize(z_q, dim=-1)))
+    Y,p,log_v = one_hot(support_y, support),prototypes(z_s, support_y),None
+    for step in range(steps + 1):
+        logits,log_v = sinkhorn(squared_distances(z_q, p), scale, sinkhorn_steps, tol, log_v)
+        if step == steps: return logits
+        plan = logits.exp()
+        of = (Y.mT @ z_s + plan.mT @ z_q) / (Y.sum(1) + plan.sum(1)).unsqueeze(-1)
+        p = p + lr*(of - p)
+
+@register_classifier('soft_kmeans', transductive=True)
+def soft_kmeans(support, support_y, query,
+    scale=15., # of half the squared distances
+    steps=10,
+    normalize=True, # features to unit length first
+):
+    "Prototypes of the support and of the queries by their soft assignments, again and again (arXiv 1803.00676)"
+    if normalize: support,query = F.normalize(support, dim=-1),F.normalize(query, dim=-1)
+    Y,p = one_hot(support_y, support),prototypes(support, support_y)
+    for _ in range(steps):
+        z = tim_logits(query, p, scale).softmax(-1)
+        p = (Y.mT @ support + z.mT @ query) / (Y.sum(1) + z.sum(1)).unsqueeze(-1)
+    return -scale/2 * squared_distances(query, p)

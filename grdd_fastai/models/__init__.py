@@ -1,0 +1,1 @@
+"""Backbones in timm, by name or with trained weights."""

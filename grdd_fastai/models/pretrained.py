@@ -1,0 +1,145 @@
+"""Trained networks by name or path, and the files that hold their weights."""
+import inspect
+import re
+from pathlib import Path
+
+import timm
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors.torch import save
+
+from ..core.errors import UserError, first_line
+from ..core.storage import atomic_write, check_state, digest, load_state, on_cpu, read_json, read_safetensors, user_path, write_json
+from .create import check_backbone, check_images, create_backbone
+
+__all__ = ['load_network', 'save_weights', 'load_weights']
+
+
+RUNS = ('net', 'student_grdd') # what a run leaves as its network
+PICKLES = ('.bin', '.pth', '.pt', '.ckpt', '.pkl', '.pickle', '.tar', '.npz', '.h5')
+
+
+def load_network(of):
+    """The network that `of` names, without a classifier
+
+    `of` is a timm model with pretrained weights, a folder of recipes/publish.py, `hf-hub:user/name`, the folder of a run, or weights of one
+    (`runs/grdd/student_cl`). The network's `pretrained_cfg` has the side of its images, and the mean and std they are normalised with. A
+    folder's weights are read from `model.safetensors` alone, and have to be exactly those of the network that its `config.json` describes.
+    UserError if `of` is none of these.
+    """
+    path = user_path(str(of).removesuffix('.safetensors'), 'the network')
+    cards = [*(path/f'{name}.json' for name in RUNS), *([path.with_name(f'{path.name}.json')] if path.name else [])]
+    if card := next((c for c in cards if c.is_file() and c.with_suffix('.safetensors').is_file()), None): return _of_a_run(card)
+    if str(of).startswith('hf-hub:'): return _of_a_folder(_from_hub(str(of).removeprefix('hf-hub:')))
+    if (path/'config.json').exists(): return _of_a_folder(path)
+    if path.exists():
+        raise UserError(f'{path} holds no network (net.json or config.json): give the folder of a run or of recipes/publish.py')
+    return create_backbone(str(of), pretrained=True)
+
+def _of_a_run(card):
+    try:
+        about = read_json(card, keys=dict(arch=str, px=int, stats=list))
+        (mean,std),px = about['stats'],about['px']
+        config = check_images(px, mean, std)
+        check_backbone(about['arch'])
+    except (UserError, TypeError, ValueError) as e:
+        raise UserError(f'{card} is damaged or no network\'s ({first_line(e)}): give the folder of a run') from None
+    return _with_weights(about['arch'], config, {}, card.with_suffix('.safetensors'), lambda: whole_weights(card.with_suffix(''))[1])
+
+def _of_a_folder(folder):
+    weights = folder/'model.safetensors'
+    config = read_json(folder/'config.json', keys=dict(architecture=str))
+    if not weights.is_file():
+        other = next((f.name for f in sorted(folder.iterdir()) if f.suffix in PICKLES), None)
+        raise UserError(f'{folder} has no model.safetensors' +
+                        (f' but {other}, a format that can run any program when it is read: ask its author for safetensors'
+                        if other else ': take it from a copy'))
+    try:
+        cfg = config.get('pretrained_cfg', config)
+        c,*sides = cfg['input_size']
+        if c != 3 or len(sides) != 2 or sides[0] != sides[1]:
+            raise ValueError(f'its images are {c} x {" x ".join(map(str, sides))}, not RGB squares')
+        images = check_images(sides[0], cfg['mean'], cfg['std'], cfg.get('crop_pct', 1.), cfg.get('interpolation', 'bicubic'))
+        args = _arguments(config.get('model_args') or {})
+    except (TypeError, ValueError, KeyError, AttributeError) as e:
+        raise UserError(f'{folder/"config.json"} does not describe a network ({type(e).__name__}: {first_line(e)}): '
+                        'take it from a copy') from None
+    check_backbone(config['architecture'])
+    def tensors():
+        try: return read_safetensors(weights)[0]
+        except Exception as e: raise UserError(f'{weights} is damaged ({first_line(e)}): take it from a copy') from None
+    return _with_weights(config['architecture'], images, args, weights, tensors)
+
+def _arguments(args):
+    "A stranger's arguments of an architecture: plain, small, and none of timm's own, which name files for instance"
+    def small(v, depth=2):
+        if isinstance(v, list): return depth and len(v) <= 64 and all(small(o, depth-1) for o in v)
+        return v is None or isinstance(v, bool) or (isinstance(v, str) and len(v) <= 100) or (isinstance(v, int | float) and abs(v) <= 4096)
+    def total(v): return sum(map(total, v)) if isinstance(v, list) else v if isinstance(v, int) else 0
+    own = [*inspect.signature(timm.create_model).parameters, 'features_only', 'out_indices', 'feature_cfg', 'num_classes', 'in_chans',
+           'img_size']
+    for k,v in args.items():
+        if (k in own or k.startswith('pretrained')) and k not in ('num_classes', 'in_chans', 'img_size'):
+            raise ValueError(f'{k} is no argument of an architecture')
+        if not small(v): raise ValueError(f'{k} is too large')
+        if re.search('depth|layer|block|repeat', k) and total(v) > 256: raise ValueError(f'{k} is too large')
+    # the arguments that are left out follow from the images
+    return {k:tuple(v) if isinstance(v, list) else v for k,v in args.items() if k not in own}
+
+def _with_weights(arch, images, args, path, tensors):
+    """The backbone with the tensors of the file at `path`, exactly its own but for a classifier's
+
+    The network is first built without memory, so that one larger than its file is refused before it takes any.
+    """
+    arch,px = arch.partition('.')[0],images['input_size'][-1]
+    try:
+        with torch.device('meta'): shape = create_backbone(arch, 0, px, **args)
+    except Exception as e:
+        raise UserError(f'{path.parent}: {arch} cannot be built as is said there ({first_line(e)}): take its files from a copy') from None
+    prefixes = shape.pretrained_cfg.get('classifier') or ()
+    prefixes = tuple(f'{p}.' for p in ([prefixes] if isinstance(prefixes, str) else prefixes))
+    try:
+        sizes,_ = read_safetensors(path, header_only=True)
+    except Exception as e: raise UserError(f'{path} is damaged ({first_line(e)}): take it from a copy') from None
+    def kept(of): return {k:v for k,v in of.items() if not k.startswith(prefixes)}
+    check_state(shape, kept(sizes), path)
+    found = kept(tensors())
+    net = create_backbone(arch, 0, px, **args)
+    load_state(net, found, path)
+    net.pretrained_cfg = net.pretrained_cfg | images
+    return net
+
+def _from_hub(repo):
+    "The folder with config.json and model.safetensors of a Hugging Face repository, user/name or user/name@revision"
+    repo,_,revision = repo.partition('@')
+    try: files = [hf_hub_download(repo, f, revision=revision or None) for f in ('config.json', 'model.safetensors')]
+    except EntryNotFoundError:
+        raise UserError(f'hf-hub:{repo} lacks config.json or model.safetensors, the only formats that are read: '
+                        'ask its author for them') from None
+    except Exception as e:
+        raise UserError(f'the weights of hf-hub:{repo} cannot be had ({first_line(e)}): check the name and the connection') from None
+    return Path(files[0]).parent
+
+def save_weights(model, path, **card):
+    "`model` as `path`.safetensors, the same bytes for the same weights, and `card` with their checksum as `path`.json"
+    tensors = on_cpu(model.state_dict())
+    atomic_write(f'{path}.safetensors', save(tensors, metadata=dict(format='pt')))
+    write_json(f'{path}.json', card | dict(sha256=digest(tensors)))
+
+def load_weights(model, path):
+    "Load `save_weights`' files into `model` and return their card; UserError unless they are whole and fit"
+    card,tensors = whole_weights(path, dict(val_accuracy=(int, float)))
+    load_state(model, tensors, f'{path}.safetensors')
+    return card
+
+def whole_weights(path, keys=None):
+    "The card, which has `keys`, and the tensors of `save_weights`; UserError unless the checksum is right"
+    card = read_json(f'{path}.json', keys=dict(sha256=str) | (keys or {}))
+    try:
+        tensors,_ = read_safetensors(f'{path}.safetensors')
+        if card['sha256'] != digest(tensors): raise ValueError('the checksum is wrong')
+    except Exception as e:
+        raise UserError(f'{path}.safetensors and its .json cannot be used ({first_line(e)}): '
+                        'remove both, or take them from a copy') from None
+    return card,tensors

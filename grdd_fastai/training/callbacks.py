@@ -1,0 +1,95 @@
+"""Callbacks of both stages: seeds, mixed precision, terms of the loss, what is shown."""
+import torch
+from fastai.callback.core import Callback
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.training import GradientAccumulation
+from fastai.learner import Recorder, ValueMetric
+
+from ..core.device import amp, autocast_dtype
+from ..core.distributed import ranks
+
+__all__ = ['Autocast', 'amp_dtype', 'Seeded', 'LightRecorder', 'ShowsMetrics', 'LossTerm']
+
+
+class Autocast(MixedPrecision):
+    """fastai's MixedPrecision in `autocast_dtype` and around the model's forward pass alone: the loss stays in float32
+
+    float16 gradients are scaled, and a step whose gradients overflow is left out.
+    """
+    @property
+    def dtype(self): return autocast_dtype(torch.device(self.dls.device))
+    def before_fit(self):
+        self.handles = []
+        self.learn.scaler,self.scales = torch.amp.GradScaler(torch.device(self.dls.device).type, enabled=self.dtype is torch.float16),[]
+        if self.dtype is None: return
+        cast = amp(self.dls.device, self.dtype)
+        def enter(*_): cast.__enter__()
+        def leave(*_): cast.__exit__(None, None, None)
+        self.handles = [self.model.register_forward_pre_hook(enter), self.model.register_forward_hook(leave, always_call=True)]
+    def before_batch(self): pass
+    def after_loss(self): pass
+    def after_fit(self):
+        for h in self.handles: h.remove()
+        self.learn.scaler = None
+
+
+def amp_dtype(learn):
+    "What the Learner's forward passes are autocast to, None for float32"
+    return getattr(getattr(learn, 'autocast', None), 'dtype', None)
+
+
+class Seeded(Callback):
+    "Make dropout, order and augmentation functions of `seed`, epoch and step; the caller's random state is left alone"
+    order = -10
+    def __init__(self, seed=0): self.seed,self.epochs_done = seed,0
+    def before_fit(self):
+        self.run,self.finished = not hasattr(self.learn, 'lr_finder'),0
+        self.cpu_state = torch.get_rng_state()
+        self.cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    def before_train(self):
+        if hasattr(self.dl, 'epoch'): self.dl.epoch = self.epochs_done + self.epoch - 1 # one more begins now
+    def before_batch(self):
+        step = (self.seed*1_000_003 + self.epochs_done + self.epoch)*1_000_003 + self.iter
+        if self.training: torch.manual_seed((step + ranks()[0]*1_000_000_007) % 2**63) # another in each process
+    def after_epoch(self): self.finished = self.epoch + 1
+    def after_fit(self):
+        self.epochs_done += self.finished
+        self.run = True
+        torch.set_rng_state(self.cpu_state)
+        if self.cuda_states: torch.cuda.set_rng_state_all(self.cuda_states)
+
+
+class LightRecorder(Callback):
+    "Turn the Recorder's loss of each step into a number: a small tensor that is kept would keep the memory around it from being used again"
+    order,run_valid = Recorder.order + 1,False
+    def after_batch(self):
+        losses = self.recorder.losses
+        if losses and isinstance(losses[-1], torch.Tensor): losses[-1] = losses[-1].item()
+
+
+class ShowsMetrics(Callback):
+    "While fitting, shows what `shown` returns among the Learner's metrics"
+    order = MixedPrecision.order+1 # before the Recorder reads the metrics' names
+    def shown(self): "Names and functions without arguments"; raise NotImplementedError
+    def before_fit(self):
+        self.mine = [ValueMetric(f, k) for k,f in self.shown().items()]
+        self.learn.metrics = self.learn.metrics + self.mine
+    def after_fit(self): self.learn.metrics = self.learn.metrics.filter(lambda m: m not in self.mine)
+
+
+class LossTerm(ShowsMetrics):
+    """Adds terms to the training loss and shows each epoch's mean of every part
+
+    It comes before every callback of fastai that works on the loss, so that `GradientAccumulation` and mixed precision scale all terms
+    alike.
+    """
+    order = GradientAccumulation.order-1
+    run_valid,parts = False,()
+    def shown(self): return {k:lambda k=k: self.part_mean(k) for k in self.parts}
+    def before_train(self): self.totals = {k:[0., 0] for k in self.parts}
+    def part_mean(self, k): total,n = self.totals[k]; return float(total) / max(n, 1)
+    def set_loss(self, loss, **parts):
+        "The batch's loss becomes `loss`, trained on and logged; `parts` go into the epoch's means"
+        self.learn.loss_grad = loss
+        self.learn.loss = loss.detach().clone()
+        for k,v in parts.items(): self.totals[k][0] += v.detach().float(); self.totals[k][1] += 1

@@ -1,0 +1,81 @@
+"""Train on several processes: gradients and BatchNorm over all of them."""
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from fastai.callback.core import Callback
+from fastai.callback.fp16 import MixedPrecision
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..core.distributed import ranks, summed, unwrapped
+from ..core.errors import UserError
+
+__all__ = ['Distributed']
+
+
+def effective(k):
+    "Images or episodes a step of all processes together where `k` are asked for: as many in each, at least one"
+    n = ranks()[1]
+    return max(1, k//n)*n
+
+
+class Summed(torch.autograd.Function):
+    "A tensor's sum over all processes; each process's gradient is the sum of all as well"
+    @staticmethod
+    def forward(ctx, x): return summed(x.clone())
+    @staticmethod
+    def backward(ctx, grad): return summed(grad.clone(memory_format=torch.contiguous_format))
+
+def shared_batch_norm(norm, x):
+    """What the BatchNorm layer `norm` makes of x (B, C, ...) in training, with the mean and variance over all processes' images
+
+    In float32 or float64, on any backend; the running statistics of all processes stay the same.
+    """
+    if not norm.training: return type(norm).forward(norm, x)
+    dims,shape = [d for d in range(x.ndim) if d != 1],[1, -1] + [1]*(x.ndim - 2)
+    z = x if x.dtype is torch.float64 else x.float()
+    with torch.autocast(x.device.type, enabled=False):
+        total = Summed.apply(torch.cat([z.sum(dims), z.new_tensor([z.numel() / z.shape[1]])]))
+        n = total[-1].detach()
+        mean = total[:-1] / n
+        var = Summed.apply((z - mean.view(shape)).square().sum(dims)) / n
+        y = (z - mean.view(shape)) * (var + norm.eps).rsqrt().view(shape)
+        if norm.affine: y = y * norm.weight.view(shape) + norm.bias.view(shape)
+    if norm.track_running_stats:
+        with torch.no_grad():
+            norm.num_batches_tracked += 1
+            share = 1/norm.num_batches_tracked if norm.momentum is None else norm.momentum
+            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), share)
+            norm.running_var.lerp_((var * n/(n - 1)).to(norm.running_var.dtype), share)
+    y = y.to(x.dtype)
+    return norm.act(norm.drop(y)) if hasattr(norm, 'act') and hasattr(norm, 'drop') else y # timm's BatchNormAct2d
+
+
+class Distributed(Callback):
+    """Train on this process's part of each step, with gradients averaged over all: in the place of fastai's DistributedTrainer
+
+    A loader's batch is split evenly, an episode never. BatchNorm normalises over all processes' images, so that the steps are those of one
+    process; with `sync_bn=False` over the process's own, which saves two exchanges a layer.
+    """
+    order = MixedPrecision.order + 1 # which hooks into the network itself
+    def __init__(self, sync_bn=True): self.sync_bn,self.norms = sync_bn,[]
+    def before_fit(self):
+        rank,n = ranks()
+        self.was = self.dls.loaders
+        train = self.dls.train
+        if not hasattr(train, 'shared'):
+            raise UserError(f'{type(train).__name__} cannot be split among {n} processes: '
+                            'make the DataLoaders with category_dls or episodic_dls')
+        self.learn.dls.loaders = [train.shared(rank, n), *self.was[1:]]
+        if len(self.dls.train) < 1:
+            raise UserError(f'not one step for {n} processes: give fewer processes, a smaller batch or more episodes')
+        self.norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)] if self.sync_bn else []
+        for m in self.norms: m.forward = partial(shared_batch_norm, m)
+        self.learn.model = DistributedDataParallel(self.model, broadcast_buffers=not self.sync_bn)
+    def after_train(self):
+        "Networks that are measured are the same"
+        for b in self.model.module.buffers(): dist.broadcast(b, 0)
+    def after_fit(self):
+        for m in self.norms: del m.forward
+        self.norms,self.learn.model,self.learn.dls.loaders = [],unwrapped(self.model),self.was

@@ -1,0 +1,57 @@
+"""Few-shot accuracy on the validation classes, and the weights of the best epoch."""
+from fastai.callback.core import CancelValidException
+from fastai.callback.tracker import TrackerCallback
+from torch.nn.parallel import DistributedDataParallel
+
+from ..core.distributed import backbone_of, unwrapped
+from ..data.episodes import rows_by_class
+from ..fewshot.embed import embed
+from ..fewshot.evaluate import evaluate
+from .callbacks import ShowsMetrics, amp_dtype
+
+__all__ = ['FewShotAccuracy', 'KeepBest']
+
+
+class FewShotAccuracy(ShowsMetrics):
+    """After each epoch of a fit, accuracy (%) on seeded episodes of the validation classes
+
+    A loss over classes the network has no outputs for would mean nothing: a fit skips it.
+    """
+    order = ShowsMetrics.order + 1
+    def __init__(self, n_way=5, k_shot=1, n_query=15, n_episodes=1000, seed=0):
+        self.episodes = dict(n_way=n_way, k_shot=k_shot, n_query=n_query, n_episodes=n_episodes, seed=seed)
+        self.last,self.fitting = float('nan'),False
+    def shown(self): return dict(accuracy=lambda: self.last)
+    def before_fit(self):
+        "Episodes that cannot be drawn are an error now, not after the first epoch"
+        super().before_fit()
+        self.fitting,e = not hasattr(self.learn, 'gather_preds'),self.episodes
+        rows_by_class(self.dls.valid.labels(), e['n_way'], e['k_shot'], e['n_query'], 'the validation set')
+    def measure(self):
+        "`Evaluation` of the model as it is"
+        several = isinstance(self.model, DistributedDataParallel)
+        h,y = embed(backbone_of(self.learn), self.dls.valid.plain(), amp_dtype(self.learn), shared=several)
+        return evaluate(h, y, **self.episodes, shared=several)
+    def after_train(self):
+        if not hasattr(self.learn, 'lr_finder'): self.last = self.measure().accuracy
+    def before_validate(self):
+        if self.fitting: raise CancelValidException()
+    def after_fit(self):
+        super().after_fit()
+        self.fitting = False
+
+
+class KeepBest(TrackerCallback):
+    "Keep the weights of the epoch with the best `monitor` in memory and load them when training ends"
+    order = TrackerCallback.order + 1
+    def __init__(self, monitor='accuracy', **kwargs): super().__init__(monitor=monitor, **kwargs)
+    def before_fit(self): super().before_fit(); self.best_state,self.best_epoch = None,None
+    def after_epoch(self):
+        super().after_epoch()
+        if self.new_best:
+            self.best_epoch = self.epoch
+            self.best_state = {k:v.detach().clone() for k,v in unwrapped(self.model).state_dict().items()}
+    def after_fit(self):
+        super().after_fit()
+        if self.best_state: self.model.load_state_dict(self.best_state)
+        self.best_state = None
