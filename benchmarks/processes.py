@@ -24,7 +24,8 @@ from grdd_fastai.data.blocks import plain_dl
 from grdd_fastai.data.cache import few_shot_data
 from grdd_fastai.fewshot.embed import embed
 from grdd_fastai.fewshot.evaluate import evaluate
-from grdd_fastai.stages import READINGS, STAGE_ONE, stage_one, stage_two
+from grdd_fastai.stage_one import StageOne, stage_one
+from grdd_fastai.stage_two import PRESETS, stage_two
 
 BS = 50
 RATES = {'same':lambda k: 1., 'root':lambda k: k**0.5, 'size':lambda k: float(k)}
@@ -34,12 +35,13 @@ def accuracy(net, data, n_episodes): return evaluate(*embed(net, plain_dl(data, 
 
 def first_stage(data, seed, epochs):
     "Train stage one in the processes that are there, and return its Learner"
-    learn,fit = stage_one(data, STAGE_ONE | dict(arch='convnet4', epochs=epochs, bs=BS, seed=seed), keep_best=False)
+    learn,fit = stage_one(data, StageOne(arch='convnet4', epochs=epochs, bs=BS, seed=seed), keep_best=False)
     with learn.distrib_ctx(), learn.no_bar(), learn.no_logging(): fit(learn)
     return learn
 
 def second_stage(data, seed, start, per_step, factor, episodes):
-    s = READINGS['best'] | dict(epochs=1, episodes=episodes, per_step=per_step, lr=READINGS['best']['lr']*factor, seed=seed)
+    best = PRESETS['best']
+    s = best.but(epochs=1, n_episodes=episodes, episodes_per_step=per_step, lr=best.lr*factor, seed=seed)
     learn,fit = stage_two(data, s, start, start, keep_best=False)
     with learn.no_bar(), learn.no_logging(): fit(learn)
     return learn.model

@@ -86,9 +86,9 @@ class Steps(Callback):
 
 def train(path, cache):
     from grdd_fastai.data.cache import few_shot_data
-    from grdd_fastai.stages import STAGE_ONE, stage_one
+    from grdd_fastai.stage_one import StageOne, stage_one
     data = few_shot_data(path, cache=cache)
-    learn,fit = stage_one(data, STAGE_ONE | dict(arch='convnet4', epochs=1, rotation=False), valid=dict(n_query=5), cbs=Steps(100))
+    learn,fit = stage_one(data, StageOne(arch='convnet4', epochs=1, rotation=False), valid=dict(n_query=5), cbs=Steps(100))
     with learn.no_bar(), learn.no_logging(): return seconds(fit, learn)
 
 def embed(path, cache):

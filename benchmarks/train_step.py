@@ -28,11 +28,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from grdd_fastai.core.device import amp, autocast_dtype
 from grdd_fastai.models.create import create_backbone
-from grdd_fastai.stages import READINGS, STAGE_ONE, stage_one, stage_two
+from grdd_fastai.stage_one import StageOne, stage_one
+from grdd_fastai.stage_two import PRESETS, stage_two
 
 N_CLASSES = 64
-ONE = dict(batch=64, epochs=1, schedule='one_cycle', lr=0.01)
-TWO = READINGS['best'] | dict(epochs=1, lr=1e-3)
+ONE = StageOne(bs=64, epochs=1, schedule='one_cycle', lr=0.01)
+TWO = PRESETS['best'].but(epochs=1, lr=1e-3)
 
 
 class Turns(Callback):
@@ -82,7 +83,7 @@ def gflop_per_image(arch, px):
 
 def batch_of(stage, arch, px, device, limit):
     "Images from the loader for a step (or ways of an episode), and images the network sees"
-    n,images = (ONE['batch'], lambda n: 4*n) if stage == 'one' else (TWO['way'], lambda n: n*(TWO['shot'] + TWO['query']))
+    n,images = (ONE.bs, lambda n: 4*n) if stage == 'one' else (TWO.n_way, lambda n: n*(TWO.k_shot + TWO.n_query))
     probe = bare(arch, px, 8, device)
     probe(1)
     per_image = probe(1)/8
@@ -93,11 +94,10 @@ def learner(stage, arch, px, n, steps, compile, view):
     "The recipe's Learner and fit on made-up data, with a batch of `n`"
     kwargs = dict(compile=compile, valid=dict(n_way=5, k_shot=1, n_query=5, n_episodes=10), keep_best=False)
     if stage == 'one':
-        return stage_one(MadeUp(px, max(N_CLASSES, n*steps), N_CLASSES),
-                         STAGE_ONE | dict(arch=arch, bs=n) | {k:v for k,v in ONE.items() if k != 'batch'}, **kwargs)
+        return stage_one(MadeUp(px, max(N_CLASSES, n*steps), N_CLASSES), ONE.but(arch=arch, bs=n), **kwargs)
     data,net = MadeUp(px, 40*N_CLASSES if px < 84 else 10*N_CLASSES, N_CLASSES),create_backbone(arch, 0, px)
-    bank = torch.randn(len(data.train), net.num_features)
-    return stage_two(data, TWO | dict(way=n, episodes=steps, teacher_view=view), net, create_backbone(arch, 0, px, 1), bank, **kwargs)
+    known = torch.randn(len(data.train), net.num_features) if view == 'clean' else None
+    return stage_two(data, TWO.but(n_way=n, n_episodes=steps, teacher_view=view), net, create_backbone(arch, 0, px, 1), known, **kwargs)
 
 
 # ---- plain fastai -----------------------------------------------------------------------------------------------------

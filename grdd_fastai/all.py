@@ -1,36 +1,33 @@
-"""Everything a notebook or a recipe needs: `from grdd_fastai.all import *`."""
-from fastai.callback.schedule import *  # noqa: F401  (fit_one_cycle, lr_find)
+"""Everything that a notebook or a script needs: `from grdd_fastai.all import *`."""
+import fastai.callback.schedule  # noqa: F401  (gives Learners fit_one_cycle and lr_find)
 
-from .core.device import *
-from .core.distributed import *
-from .core.errors import *
-from .data.augment import *
-from .data.blocks import *
-from .data.cache import *
-from .data.episodes import *
-from .data.images import *
-from .data.loaders import *
-from .data.sources import *
-from .experiments.plots import *
-from .experiments.publish import *
-from .experiments.store import *
-from .experiments.table import *
-from .fewshot.classifiers import *
-from .fewshot.embed import *
-from .fewshot.evaluate import *
-from .fewshot.inductive import *
-from .fewshot.predict import *
-from .fewshot.stats import *
-from .fewshot.transductive import *
-from .losses import *
-from .models.create import *
-from .models.pretrained import *
-from .runs.run import *
-from .stage_one import *
-from .stage_two import *
-from .stages import *
-from .training.callbacks import *
-from .training.learner import *
-from .training.optim import *
-from .training.schedules import *
-from .training.validation import *
+from .core.distributed import processes
+from .core.errors import UserError
+from .data.augment import BatchAugmentation, train_augmentation
+from .data.blocks import category_block, category_dls, episode_block, episodic_dls, plain_dl
+from .data.cache import few_shot_data
+from .data.episodes import EpisodicDL, sample_episodes
+from .data.sources import prepare
+from .distillation import Distill, DistillationTerm, RelatednessKL, Teacher
+from .experiments.plots import plot_relatedness, plot_tsne
+from .fewshot.classifiers import CLASSIFIERS, register_classifier
+from .fewshot.embed import embed, feature_bank
+from .fewshot.evaluate import evaluate
+from .fewshot.predict import FewShotClassifier
+from .fewshot.stats import compare
+from .grdd import grdd
+from .losses import EpisodicLoss, relatedness
+from .models.create import create_backbone
+from .models.pretrained import load_network
+from .stage_one import Rotation, StageOne, global_learner, stage_one
+from .stage_two import StageTwo, get_preset, meta_learner, stage_two
+from .training.callbacks import LossTerm
+from .training.optim import muon, sgd
+from .training.validation import FewShotAccuracy, KeepBest
+
+__all__ = ['BatchAugmentation', 'CLASSIFIERS', 'Distill', 'DistillationTerm', 'EpisodicDL', 'EpisodicLoss', 'FewShotAccuracy',
+           'FewShotClassifier', 'KeepBest', 'LossTerm', 'RelatednessKL', 'Rotation', 'StageOne', 'StageTwo', 'Teacher', 'UserError',
+           'category_block', 'category_dls', 'compare', 'create_backbone', 'embed', 'episode_block', 'episodic_dls', 'evaluate',
+           'feature_bank', 'few_shot_data', 'get_preset', 'global_learner', 'grdd', 'load_network', 'meta_learner', 'muon', 'plain_dl',
+           'plot_relatedness', 'plot_tsne', 'prepare', 'processes', 'register_classifier', 'relatedness', 'sample_episodes', 'sgd',
+           'stage_one', 'stage_two', 'train_augmentation']

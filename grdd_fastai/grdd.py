@@ -1,148 +1,140 @@
-"""GRDD from raw data to an accuracy: the program behind the recipes, read top to bottom."""
-from types import SimpleNamespace
+"""GRDD (arXiv 2107.05583) on one page: the data, stage one, stage two, and the accuracy on the novel classes."""
+from dataclasses import asdict
+from typing import Annotated
 
-from .core.distributed import processes
+from .core.distributed import log, processes
 from .core.errors import UserError
 from .data.blocks import plain_dl
-from .data.cache import few_shot_data
 from .data.episodes import check_episode
 from .fewshot.classifiers import get_classifier, with_base_mean
 from .fewshot.embed import embed, feature_bank
 from .fewshot.evaluate import evaluate
 from .models.create import check_backbone, create_backbone, external_weights
 from .runs.checkpoint import Stopped
+from .runs.options import ComputeOptions, DataOptions
 from .runs.run import Run, default_out
-from .stages import STAGE_ONE, check_settings, stage_one, stage_two, stage_two_settings
+from .settings import at_least, between, checked, from_flags, positive, with_flags
+from .stage_one import StageOne, stage_one
+from .stage_two import PRESETS, get_preset, stage_two
 
-__all__ = ['PAPER', 'DEMO', 'grdd']
+__all__ = ['grdd']
 
 
-PAPER = dict(teacher='resnet12', student='resnet12', epochs=90, test_episodes=10_000)
-DEMO  = dict(teacher='convnet4', student='convnet4', epochs=2, test_episodes=2000, meta_epochs=2, episodes=50)
-DEMO_PX = 32
-# of a reading, and what they are called here
-META = dict(epochs='meta_epochs', schedule='meta_schedule', lr='meta_lr', way='meta_way', query='meta_query', episodes='episodes',
-            per_step='per_step', T='T', gamma='gamma', scale='scale', teacher_view='teacher_view', opt='meta_opt')
+def method(
+    run, # `Run`, which trains a network once and keeps what is finished
+    data, # `FewShotData`: base, validation and novel classes
+    psi, # settings of stage one (`StageOne`) of the student
+    phi, # settings of stage one of the teacher; None where the student's network is its own teacher
+    two, # settings of stage two (`StageTwo`)
+    episode, # n_way, k_shot and n_query of the validation and the novel classes
+    n_episodes, # episodes of the novel classes
+    classifiers, # names of the classifiers that score them
+    **compute # of `few_shot_learner`
+):
+    "The whole method: the scores on the novel classes and the two best accuracies on the validation classes"
+    # stage one, the global learner (Eq. 2-9): categories and rotations of the base classes
+    student_cl,val_cl = run.train('student_cl', *stage_one(data, psi, valid=episode, **compute), psi.arch)
+    teacher = student_cl if phi is None else run.train('teacher', *stage_one(data, phi, valid=episode, **compute), phi.arch)[0]
+
+    # stage two, the meta-learner (Eq. 10-15): the student's relatedness on episodes of base classes follows the frozen teacher's
+    clean = two.distill.teacher_view == 'clean'
+    teacher_features = feature_bank(teacher, data, 'train', stats=data.stats, cache=run.cache)[0] if clean else None
+    meta = stage_two(data, two, student_cl, teacher, teacher_features, valid=episode, **compute)
+    student,val = run.train('student_grdd', *meta, psi.arch)
+
+    # the novel classes: the same episodes for the student before training, after stage one and after stage two
+    novel = plain_dl(data, 'test')
+    start = create_backbone(psi.arch, len(data.train.vocab), data.px, psi.seed, psi.pretrained).to(novel.device)
+    before = 'pretrained' if external_weights(psi.arch, psi.pretrained) else 'untrained'
+    scores = {}
+    for stage,net in {before:start, 'cl':student_cl, 'grdd':student}.items():
+        known = with_base_mean(classifiers, lambda net=net: embed(net, plain_dl(data, 'train'), shared=True)[0])
+        scores[stage] = evaluate(*embed(net, novel, shared=True), **episode, n_episodes=n_episodes, classifier=known, shared=True)
+        for name,e in scores[stage].items():
+            run.log_novel(what=stage, classifier=name, accuracy=e.accuracy, ci95=e.ci95, test_episodes=n_episodes)
+            log(f'{stage:>10}, {name}: {e}')
+    return scores,val,val_cl
+
+
+# ---- the program behind the recipes -----------------------------------------------------------------------------------
+
+PAPER = dict(teacher='resnet12', student='resnet12', one=StageOne(), two={}, test_episodes=10_000)
+DEMO = dict(teacher='convnet4', student='convnet4', one=StageOne(epochs=2), two=dict(epochs=2, n_episodes=50), test_episodes=2000, px=32)
 
 
 @processes()
+@checked
+@with_flags(files=DataOptions, one=StageOne, two=PRESETS, compute=ComputeOptions)
 def grdd(
-    way:int=5, # C, classes an episode
-    shot:int=1, # K, support images a class
+    way:Annotated[int, 'C, classes per episode', at_least(2)]=5,
+    shot:Annotated[int, 'K, support images per class', at_least(1)]=1,
+    query:Annotated[int, 'query images per class and episode of the novel classes', between(1, 10**6)]=15,
     px:int=32, # side of the images
-    name:str='grdd', # the recipe's name, which names the folder if no --out is given
-    data:str=None, # raw data set in any layout of data/README.md (none: fetch CIFAR-FS)
+    name:str='grdd', # name of the recipe, which names the folder if no --out is given
+    files=None, # the given `DataOptions`
     out:str=None, # folder for results, histories and weights (runs/ and the recipe's name; demo: with -demo after it)
-    cache:str=None, # folder for decoded images (none: ~/.cache/grdd_fastai)
-    allow_large:bool=False, # also decode photos of 90 to 179 megapixels
-    teacher:str=None, # global learner phi, a timm model (resnet12; demo: convnet4)
-    student:str=None, # meta-learner psi, a timm model (resnet12; demo: convnet4)
-    # start both from timm's default weights for their names; a name with a tag, as resnet18.a1_in1k, has its weights anyway
-    pretrained:bool=False,
-    epochs:int=None, # of stage one (90; demo: 2)
-    schedule:str='poly', # of stage one: poly, step or one_cycle
-    lr:float=0.05, # initial or highest rate of stage one
-    bs:int=None, # images per batch of stage one, before rotation (64; 1% of fewer than 6400 base images, at least 16)
-    classifier:str='linear', # of stage one, FC3: linear or cosine
-    smoothing:float=0., # of stage one's category labels
-    jitter:bool=True, # leave out both stages' colour jitter
-    augment:str='batch', # both stages' images: a batch at once, or one by one by albumentations
-    opt:str='sgd', # of stage one: sgd or muon
-    meta_opt:str=None, # of stage two: sgd or muon (the reading's)
-    reading:str='best', # of stage two, best, muon or paper: what is not given below, see docs/readings.md
-    meta_epochs:int=None, # of stage two (the reading's; demo: 2)
-    meta_schedule:str=None, # of stage two: poly, step or one_cycle (the reading's)
-    meta_lr:float=None, # initial or highest rate of stage two (the reading's)
-    meta_way:int=None, # classes an episode of stage two (the reading's, or all there are)
-    meta_query:int=None, # query images per class and episode of stage two (the reading's, or all there are)
-    episodes:int=None, # per epoch of stage two (the reading's; demo: 50)
-    per_step:int=None, # episodes per optimiser step (the reading's)
-    T:float=None, # temperature; divides the cosines (the reading's)
-    gamma:float=None, # weight of L_rt (the reading's)
-    scale:float=None, # logit scale of L_rt (the reading's)
-    teacher_view:str=None, # the teacher sees the same augmented images as the student, or clean ones, embedded once (the reading's)
-    query:int=15, # query images per class and episode of the novel classes
-    test_episodes:int=None, # of the novel classes (10000; demo: 2000)
-    classifiers:str='cosine', # that score the novel classes, separated by commas; the first's are `accuracy` and `gain`
-    seed:int=0, # of weights, batches, episodes, augmentation and of a random split
-    rotation:bool=True, # leave out stage one's rotation task
+    teacher:str=None, # network of the global learner phi, a timm model (resnet12; demo: convnet4)
+    student:str=None, # network of the meta-learner psi, a timm model (resnet12; demo: convnet4)
+    one=None, # the given settings of `StageOne`
+    teacher_epochs:Annotated[int, "epochs of the teacher's stage one (as --epochs)", between(1, 10**6)]=None,
     independent_teacher:bool=False, # train the teacher apart where it has the student's architecture
-    fp32:bool=False, # float32 instead of bfloat16 or float16
-    channels_last:bool=True, # leave out the channels_last memory format
-    compile:bool=False, # networks by torch.compile: slower on a CPU
-    deterministic:bool=False, # deterministic CUDA kernels, to repeat and resume a run to the bit; a CPU does so anyway
-    demo:bool=False, # small settings, and the embedded data set unless --data is given
+    preset:str='best', # preset of stage two's settings: best, muon or paper, see docs/method.md
+    two=None, # the given settings of `StageTwo`
+    test_episodes:Annotated[int, 'episodes of the novel classes (10000; demo: 2000)', between(1, 10**8)]=None,
+    classifiers:str='cosine', # classifiers that score the novel classes, separated by commas; `accuracy` and `gain` are the first one's
+    compute=None, # the given `ComputeOptions`
+    demo:bool=False, # small settings, on the embedded data set unless --data is given
     resume:bool=False, # go on with the run in --out; begin it where there is none
     overwrite:bool=False, # delete the run that --out holds, its weights and its result, and begin anew
-    max_minutes:float=None, # stop after this long with everything saved, for --resume
+    max_minutes:Annotated[float, 'stop after this many minutes with everything saved, for --resume', positive]=None,
 ):
-    "Train the global learner and the meta-learner and score the novel classes"
-    if demo: px = DEMO_PX
-    if out is None: out = default_out(name, demo)
-    defaults,given = (DEMO if demo else PAPER,
-                      {k:v for k,v in locals().items() if k not in ('name','out','cache','resume','overwrite','max_minutes','allow_large')})
-    settings = given | {k:given[k] if given[k] is not None else v for k,v in defaults.items()}
-    two = stage_two_settings(reading, shot=shot, **{k:settings[name] for k,name in META.items()}, jitter=jitter, augment=augment, seed=seed)
-    settings |= {name:two[k] for k,name in META.items()}
-    s = SimpleNamespace(**settings)
-    check_settings(settings | dict(max_minutes=max_minutes))
-    if not isinstance(classifiers, str): raise UserError(f'--classifiers is {classifiers!r}: give names separated by commas')
-    for name in classifiers.split(','): get_classifier(name)
-    for arch in {s.teacher, s.student}: check_backbone(arch, px, pretrained)
-    share = s.teacher == s.student and not independent_teacher
-    plan = ['student_cl'] + ([] if share else ['teacher']) + ['student_grdd', 'evaluation']
-    with Run(out, settings, resume, max_minutes, plan, overwrite=overwrite) as run:
+    "Train the global learner and the meta-learner, and score the novel classes"
+    default = DEMO if demo else PAPER
+    px = default.get('px', px)
+    files,compute = from_flags(DataOptions(), files),from_flags(ComputeOptions(), compute)
+    psi = from_flags(default['one'], one).but(arch=student or default['student'])
+    phi = psi.but(arch=teacher or default['teacher'], epochs=teacher_epochs or psi.epochs)
+    shared = phi == psi and not independent_teacher # one network is the student's start and its teacher
+    if phi.arch == psi.arch and not shared: phi = phi.but(seed=phi.seed + 1)
+    two = from_flags(get_preset(preset).but(k_shot=shot, **default['two']), two)
+    test_episodes = test_episodes or default['test_episodes']
+    names = split_names(classifiers)
+    for s in (psi, phi): check_backbone(s.arch, px, s.pretrained)
+
+    settings = dict(way=way, shot=shot, query=query, px=px, data=files.data, student=psi.recorded(), teacher=phi.recorded(),
+                    independent_teacher=independent_teacher, stage_two=two.recorded(), test_episodes=test_episodes, classifiers=classifiers,
+                    **asdict(compute), demo=demo)
+    plan = ['student_cl', *([] if shared else ['teacher']), 'student_grdd', 'evaluation']
+    episode = dict(n_way=way, k_shot=shot, n_query=query)
+    with Run(default_out(name, demo) if out is None else out, settings, resume, max_minutes, plan, overwrite=overwrite) as run:
         if run.result: return run.print(run.result)
-        try: return _stages(run, s, two, share, cache, allow_large)
+        try:
+            what = '' if files.data else ' on drawn characters'
+            if demo or files.data == 'demo': log(f'*** DEMO: small settings{what}; not a result about GRDD ***')
+            data = files.load(px, demo, psi.seed)
+            for split in (data.train, data.val, data.test): check_episode(split, **episode)
+            run.begin(data, files.cache)
+            found = method(run, data, psi, None if shared else phi, two, episode, test_episodes, names, **compute.for_learner())
+            return run.finish(dataset=data.name, way=way, shot=shot, query=query, teacher=phi.arch, student=psi.arch, epochs=psi.epochs,
+                              meta_epochs=two.epochs, episodes=two.n_episodes, test_episodes=test_episodes, **result(*found),
+                              initial_weights={role:external_weights(s.arch, s.pretrained) or 'random' for role,s in
+                                               dict(teacher=phi, student=psi).items()}, seed=psi.seed, demo=demo)
         except Stopped as stop: return run.stopped(stop)
 
 
-def _stages(run, s, two, share, cache, allow_large):
-    "Data, stage one, stage two and the novel classes, for settings `s`"
-    if s.demo or s.data == 'demo':
-        run.say('*** DEMO: small settings' + (' on drawn characters' if s.data is None else '') + '; not a result about GRDD ***')
-    data = few_shot_data('demo' if s.demo and s.data is None else s.data, s.px, cache, s.seed, allow_large)
-    for split in (data.train, data.val, data.test): check_episode(split, s.way, s.shot, s.query)
-    run.begin(data)
-    common = dict(amp=not s.fp32, channels_last=s.channels_last, compile=s.compile, valid=dict(n_way=s.way, k_shot=s.shot, n_query=s.query))
-    card = dict(classes=data.train.vocab, px=s.px, stats=data.stats, fingerprint=data.fingerprint,
-                settings={k:v for k,v in run.settings.items() if k != 'data'})
+def split_names(classifiers):
+    "The names in a text that separates them by commas; UserError unless each is a classifier's"
+    if not isinstance(classifiers, str): raise UserError(f'--classifiers is {classifiers!r}: give names separated by commas')
+    for name in (names := classifiers.split(',')): get_classifier(name)
+    return names
 
-    # stage one: global category knowledge, Eq. 2-9
-    def train(name, arch, seed):
-        run.say(f'stage one: {name}, {arch}')
-        one = STAGE_ONE | dict(arch=arch, pretrained=s.pretrained, epochs=s.epochs, schedule=s.schedule, lr=s.lr, rotation=s.rotation,
-                               classifier=s.classifier, smoothing=s.smoothing,
-                           jitter=s.jitter, augment=s.augment, opt=s.opt, bs=s.bs, seed=seed)
-        return run.stage(name, *stage_one(data, one, **common), arch=arch, **card)
-    student_cl,val_cl = train('student_cl', s.student, s.seed)
-    teacher = student_cl if share else train('teacher', s.teacher, s.seed + (s.teacher == s.student))[0]
-
-    # stage two: relatedness decoupled-distillation, Eq. 10-15
-    run.say(f'stage two: {s.student} from {s.teacher}')
-    bank = feature_bank(teacher, data, 'train', stats=data.stats, cache=cache)[0] if two['teacher_view'] == 'clean' else None
-    student,val = run.stage('student_grdd', *stage_two(data, two, student_cl, teacher, bank, **common), arch=s.student, **card)
-
-    # the novel classes, the same episodes for all three and for every seed
-    novel,scores,names = plain_dl(data, 'test'),{},s.classifiers.split(',')
-    weights = {k:external_weights(arch, s.pretrained) for k,arch in dict(teacher=s.teacher, student=s.student).items()}
-    at_first = 'pretrained' if weights['student'] else 'untrained'
-    start = create_backbone(s.student, len(data.train.vocab), s.px, s.seed, s.pretrained).to(novel.device)
-    for name,net in {at_first:start, 'cl':student_cl, 'grdd':student}.items():
-        scores[name] = evaluate(*embed(net, novel, shared=True), s.way, s.shot, s.query, s.test_episodes, shared=True,
-                                classifier=with_base_mean(names, lambda net=net: embed(net, plain_dl(data, 'train'), shared=True)[0]))
-        for k,e in scores[name].items():
-            run.log_novel(what=name, classifier=k, accuracy=e.accuracy, ci95=e.ci95, test_episodes=s.test_episodes)
-            run.say(f'{name:>10}, {k}: {e}')
-    others = {k:dict(accuracy=round(e.accuracy, 3), ci95=round(e.ci95, 3), accuracy_cl=round(scores['cl'][k].accuracy, 3))
-              for k,e in scores['grdd'].items() if k != names[0]}
-    scores = {name:of[names[0]] for name,of in scores.items()}
-    gain = scores['grdd'] - scores['cl']
-    return run.finish(
-        dataset=data.name, way=s.way, shot=s.shot, query=s.query, teacher=s.teacher, student=s.student, epochs=s.epochs,
-        meta_epochs=s.meta_epochs, episodes=s.episodes, test_episodes=s.test_episodes,
-        accuracy=round(scores['grdd'].accuracy, 3), ci95=round(scores['grdd'].ci95, 3),
-        accuracy_cl=round(scores['cl'].accuracy, 3), ci95_cl=round(scores['cl'].ci95, 3),
-        gain=round(gain.mean, 3), ci95_gain=round(gain.ci95, 3), **{f'accuracy_{at_first}':round(scores[at_first].accuracy, 3)},
-        initial_weights={k:v or 'random' for k,v in weights.items()}, classifier=names[0], others=others,
-        val_accuracy=round(val, 3), val_accuracy_cl=round(val_cl, 3), seed=s.seed, demo=s.demo)
+def result(scores, val, val_cl):
+    "What `method` returns, as the entries of the result; README says what each means"
+    (before,start),(_,cl),(_,grdd) = scores.items()
+    first,*others = grdd
+    gain = grdd[first] - cl[first]
+    def rounded(**numbers): return {k:round(v, 3) for k,v in numbers.items()}
+    return rounded(accuracy=grdd[first].accuracy, ci95=grdd[first].ci95, accuracy_cl=cl[first].accuracy, ci95_cl=cl[first].ci95,
+                   gain=gain.mean, ci95_gain=gain.ci95, **{f'accuracy_{before}':start[first].accuracy},
+                   val_accuracy=val, val_accuracy_cl=val_cl) | dict(
+        classifier=first, others={k:rounded(accuracy=grdd[k].accuracy, ci95=grdd[k].ci95, accuracy_cl=cl[k].accuracy) for k in others})

@@ -1,7 +1,7 @@
 """Equations 10-15 of GRDD (arXiv 2107.05583) as pure functions of tensors
 
-Shapes: E episodes, NS = way*shot support images, NQ query images, D features, C = way classes. Everything is computed
-in float32, also under autocast.
+Shapes: E episodes, NS = way*shot support images, NQ query images, D features, C = way classes. Half precision is computed in float32,
+also under autocast.
 """
 from functools import wraps
 
@@ -15,7 +15,7 @@ __all__ = ['full_precision', 'relatedness', 'log_relatedness', 'kl_relatedness',
 
 
 def full_precision(f):
-    "Run `f` with autocast off and its half-precision tensors in float32; a `.float()` alone is undone by autocast, and float64 stays"
+    "Decorator: run `f` without autocast, which would undo a `.float()`, and with half-precision tensors in float32; float64 is kept"
     def up(x): return x.float() if isinstance(x, torch.Tensor) and x.dtype in (torch.float16, torch.bfloat16) else x
     @wraps(f)
     def _f(x, *args, **kwargs):
@@ -26,11 +26,11 @@ def full_precision(f):
 
 @full_precision
 def relatedness(
-    support, # features (E, NS, D)
-    query,   # features (E, NQ, D)
-    center=False, # subtract each episode's mean feature first (not in the paper)
+    support, # features of the support images (E, NS, D)
+    query, # features of the query images (E, NQ, D)
+    center=False, # whether the mean feature of each episode is subtracted first (not in the paper)
 ):
-    "Eq. 10: cosines of every support with every query feature, R (E, NS, NQ)"
+    "Eq. 10: R (E, NS, NQ), the cosine of every support feature with every query feature"
     if center:
         mean = torch.cat([support, query], 1).mean(1, keepdim=True)
         support,query = support - mean,query - mean
@@ -40,10 +40,13 @@ def relatedness(
 @full_precision
 def log_relatedness(
     R, # relatedness (E, NS, NQ)
-    T=4., # temperature; it divides the cosines
-    decouple=True, # one softmax per support image (Eq. 11), else one over the whole matrix ('w/o RDD')
+    T, # temperature; the cosines are divided by it
+    decouple=True, # True: one softmax per support image (Eq. 11); False: one softmax over the whole matrix (the paper's 'w/o RDD')
 ):
-    "Eq. 11: log of the decoupled relatedness w, groups (E, NS, NQ), or of the whole matrix (E, 1, NS*NQ)"
+    """Eq. 11: log of the decoupled relatedness w (E, NS, NQ), a group per support image; without `decouple` (E, 1, NS*NQ), one group
+
+    UserError unless T is positive and finite.
+    """
     if not 0 < T < float('inf'): raise UserError(f'the temperature T is {T}: it must be positive, since it divides the cosines')
     return F.log_softmax((R if decouple else R.flatten(1).unsqueeze(1)) / T, dim=-1)
 
@@ -52,15 +55,16 @@ def log_relatedness(
 def kl_relatedness(
     R_e, # the student's relatedness (E, NS, NQ)
     R_g, # the teacher's relatedness (E, NS, NQ)
-    T=4., # temperature
-    decouple=True, # groups per support image, else the whole matrix as one group
-    reverse=False, # KL(student || teacher) instead of KL(teacher || student)
-    reduction='sum', # over the groups of an episode: 'sum' (Eq. 12) or 'mean'
+    T, # temperature
+    decouple=True, # True: a group per support image; False: the whole matrix is one group
+    reverse=False, # True: KL(student || teacher); False: KL(teacher || student)
+    reduction='sum', # reduction over the groups of an episode: 'sum' (Eq. 12) or 'mean'
 ):
-    "Eq. 12: the groups' KL divergences, summed within an episode and averaged over episodes (scalar)"
-    log_e,log_g = log_relatedness(R_e, T, decouple),log_relatedness(R_g, T, decouple)
+    "Eq. 12: KL divergence of the groups, summed within an episode and averaged over episodes (scalar)"
+    log_e = log_relatedness(R_e, T, decouple)
+    log_g = log_relatedness(R_g, T, decouple)
     p,q = (log_e,log_g) if reverse else (log_g,log_e)
-    kl = (p.exp() * (p - q)).sum(-1)                                                      # (E, groups)
+    kl = (p.exp() * (p - q)).sum(-1) # (E, groups)
     return (kl.mean(-1) if reduction == 'mean' else kl.sum(-1)).mean()
 
 
@@ -68,11 +72,11 @@ def kl_relatedness(
 def class_relatedness(
     R, # relatedness (E, NS, NQ)
     support_y, # class of each support image, 0..C-1 (E, NS)
-    n_way, # C
-    mean=False, # divide by the shots of the class
+    n_way, # C, classes per episode
+    mean=False, # whether the sum is divided by the number of support images of the class
 ):
-    "Eq. 14: sigma, the relatedness of each query with each class (E, NQ, C)"
-    onehot = F.one_hot(support_y, n_way).to(R.dtype)                                      # (E, NS, C)
+    "Eq. 14: sigma (E, NQ, C), the relatedness of each query image with each class: a sum over the support images of the class"
+    onehot = F.one_hot(support_y, n_way).to(R.dtype) # (E, NS, C)
     sigma = R.transpose(-1, -2) @ onehot
     return sigma / onehot.sum(1, keepdim=True) if mean else sigma
 
@@ -81,32 +85,39 @@ def class_relatedness(
 def regularizer(
     sigma, # class relatedness (E, NQ, C)
     query_y, # class of each query image, 0..C-1 (E, NQ)
-    scale=10., # logit scale: sigma is a cosine (or a sum of K of them), not a logit
+    scale=10., # factor that makes logits of sigma, which is a cosine or a sum of K cosines
 ):
-    "Eq. 13: L_rt, cross-entropy of softmax(scale * sigma) with the queries' classes (scalar)"
+    "Eq. 13: L_rt, cross-entropy of softmax(scale * sigma) with the classes of the query images (scalar)"
     return F.cross_entropy(scale * sigma.flatten(0, 1), query_y.flatten())
 
 
 class EpisodicLoss(nn.Module):
-    "L_rt of a batch of episodes laid out as `EpisodicDL` does: training on it alone is the paper's CL+EL"
-    def __init__(self, n_way=5, k_shot=1, n_query=15, scale=10., mean=True):
+    """gamma * L_rt (Eq. 13) of a batch of episodes from `EpisodicDL`; training with this loss alone is the paper's CL+EL
+
+    After each call the attribute `L_rt` is the loss without its weight gamma. UserError for settings that are out of bounds.
+    """
+    def __init__(self, n_way=5, k_shot=1, n_query=15, scale=10., mean=True, gamma=1.):
         super().__init__()
         if not isinstance(mean, bool): raise UserError(f'mean is {mean!r}: it is True or False')
         if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < float('inf'):
             raise UserError(f'the logit scale is {scale!r}: it must be positive')
-        self.n_way,self.k_shot,self.n_query,self.scale,self.mean = n_way,k_shot,n_query,scale,mean
+        self.n_way,self.k_shot,self.n_query = n_way,k_shot,n_query
+        self.scale,self.mean,self.gamma = scale,mean,gamma
 
     def split(self, h):
-        "(E * n_way * (k_shot+n_query), D) -> support (E, n_way*k_shot, D), query (E, n_way*n_query, D), class-major"
+        "(E * n_way * (k_shot+n_query), D) -> support (E, n_way*k_shot, D) and query (E, n_way*n_query, D), both sorted by class"
         h = h.unflatten(0, (-1, self.n_way, self.k_shot + self.n_query))
         return h[:, :, :self.k_shot].flatten(1, 2),h[:, :, self.k_shot:].flatten(1, 2)
 
     def classes(self, h):
-        "Class 0..C-1 of each image, laid out as `h` is"
+        "Class 0..C-1 of each row of the batch `h`"
         y = torch.arange(self.n_way, device=h.device).repeat_interleave(self.k_shot + self.n_query)
         return y.repeat(len(h) // len(y))
 
-    def forward(self, h, y=None): # `y`, the base classes, is known from the layout already
-        (support,query),(support_y,query_y) = self.split(h),self.split(self.classes(h))
+    def forward(self, h, y=None): # `y`, the base classes, is not needed: the order of the batch tells the classes
+        support,query = self.split(h)
+        support_y,query_y = self.split(self.classes(h))
         sigma = class_relatedness(relatedness(support, query), support_y, self.n_way, self.mean)
-        return regularizer(sigma, query_y, self.scale)
+        loss = regularizer(sigma, query_y, self.scale)
+        self.L_rt = loss.detach()
+        return self.gamma * loss

@@ -1,4 +1,7 @@
-"""Stage one of GRDD, the global learner: categories and rotations (Eq. 2-9)."""
+"""Stage one of GRDD, the global learner: categories and rotations of the base classes (section 3.2, Eq. 2-9)."""
+from dataclasses import dataclass
+from typing import Annotated
+
 import torch
 import torch.nn.functional as F
 from fastai.learner import Learner
@@ -9,83 +12,113 @@ from torch import nn
 
 from .core.distributed import backbone_of
 from .core.errors import UserError
+from .data.augment import AUGMENTATIONS, train_augmentation
+from .data.blocks import category_dls, default_bs
 from .losses import relatedness
 from .models.create import create_backbone, features
+from .settings import Settings, at_least, between, flag, heading, one_of, positive, recorded, with_settings
 from .training.callbacks import LossTerm
-from .training.learner import _learner, check_dls
+from .training.learner import check_dls, few_shot_learner
+from .training.optim import OPTIMISERS
+from .training.schedules import SCHEDULES, fit_function
 
-__all__ = ['CATEGORY_CLASSIFIERS', 'CosineClassifier', 'GlobalNet', 'global_learner', 'rotate4', 'Rotation']
+__all__ = ['StageOne', 'stage_one', 'global_learner', 'GlobalNet', 'CosineHead', 'Rotation', 'rotate4']
 
 
-CATEGORY_CLASSIFIERS = ('linear', 'cosine')
+@dataclass(frozen=True, kw_only=True)
+class StageOne(Settings):
+    "The settings of stage one; the defaults are the paper's (section 4.1)"
+    arch: Annotated[str, 'timm model of the global learner', flag(None), heading('{}')] = 'resnet12'
+    pretrained: Annotated[bool, "start from the default pretrained weights of the networks' names; a name with a tag, such as "
+                          'resnet18.a1_in1k, starts from the weights of that tag anyway', recorded(absent=False)] = False
+    epochs: Annotated[int, 'epochs of stage one', between(1, 10**6), heading('{} epochs')] = 90
+    schedule: Annotated[str, f'learning-rate schedule of stage one: {", ".join(SCHEDULES)}', one_of(*SCHEDULES), heading('{}')] = 'poly'
+    lr: Annotated[float, 'initial or highest learning rate of stage one', positive, heading('lr {}')] = 0.05
+    opt: Annotated[str, f'optimiser of stage one: {", ".join(OPTIMISERS)}', one_of(*OPTIMISERS),
+                   recorded(absent='sgd'), heading('{}')] = 'sgd'
+    bs: Annotated[int|None, 'images per batch of stage one, before rotation (64, or 1% of fewer than 6,400 base images, at least 16)',
+                  between(1, 10**6), heading('batch {}')] = None
+    head: Annotated[str, "classifier of stage one, FC3: linear, the network's own, or cosine", one_of('linear', 'cosine'),
+                    recorded('classifier', absent='linear'), heading('{} head')] = 'linear'
+    rotation: Annotated[bool, 'train on four rotations of each image, with L_c + L_r',
+                        heading(lambda on: 'rotation' if on else 'no rotation')] = True
+    rotation_weight: Annotated[float, 'weight of the rotation loss L_r', at_least(0), recorded(absent=1.)] = 1.
+    rotation_from: Annotated[str, 'what FC4 reads of the category prediction: logits or probabilities', one_of('logits', 'probabilities'),
+                             heading(lambda v: '' if v == 'logits' else f'rotation from {v}')] = 'logits'
+    smoothing: Annotated[float, 'label smoothing of the categories in stage one', at_least(0, below=1), recorded(absent=0.)] = 0.
+    jitter: Annotated[bool, 'colour jitter in both stages', recorded(absent=True)] = True
+    augment: Annotated[str, f"augmentation of both stages' images: {' or '.join(AUGMENTATIONS)}; batch works on a batch at once, "
+                       'albumentations on one image after the other', one_of(*AUGMENTATIONS), recorded(absent='albumentations'),
+                       heading(lambda v: '' if v == 'batch' else v)] = 'batch'
+    seed: Annotated[int, 'seed of weights, batches, episodes and augmentation', between(0, 2**32 - 1), heading(lambda v: '')] = 0
 
 
-class CosineClassifier(nn.Module):
-    "scale * cos(h, w_c), the scale learned: features (B, D) -> logits (B, n_classes)"
+def stage_one(data, s, **kwargs):
+    "(Learner, fit) of stage one on a `FewShotData` for the settings `s`: `fit(learn)` trains `learn.model.backbone`"
+    dls = category_dls(data, s.bs or default_bs(data), aug=train_augmentation(data.px, s.jitter, s.augment), seed=s.seed)
+    learn = global_learner(dls, s.arch, pretrained=s.pretrained, head=s.head, rotation=s.rotation, rotation_weight=s.rotation_weight,
+                           rotation_from=s.rotation_from, smoothing=s.smoothing, seed=s.seed, opt_func=OPTIMISERS[s.opt], **kwargs)
+    return learn,fit_function(s, dls.train.bs)
+
+
+@with_settings(s=StageOne, but=('arch', 'epochs', 'schedule', 'lr', 'opt', 'bs', 'jitter', 'augment'))
+def global_learner(
+    dls, # DataLoaders of `category_dls`
+    arch, # name of a timm model, or a timm model with `dls.c` classes
+    s, # the settings of `StageOne` that concern the network and its loss
+    **kwargs # of `few_shot_learner`, such as amp, keep_best and valid, and of fastai's `Learner`
+) -> Learner:
+    """Learner of the global learner phi; `learn.model.backbone` is the network
+
+    UserError for data, a network or settings that do not fit.
+    """
+    check_dls(dls)
+    if isinstance(arch, Learner): arch = backbone_of(arch)
+    if not isinstance(arch, str | nn.Module):
+        raise UserError(f'the backbone is a {type(arch).__name__}: give the name of a timm model, or one')
+    backbone = create_backbone(arch, dls.c, dls.one_batch()[0].shape[-1], s.seed, s.pretrained) if isinstance(arch, str) else arch
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(s.seed)
+        model = GlobalNet(backbone, s.rotation, s.rotation_from, s.head)
+    terms = [Rotation(s.rotation_weight)] if s.rotation else []
+    return few_shot_learner(dls, model, CrossEntropyLossFlat(label_smoothing=s.smoothing), terms, seed=s.seed, splitter=body_and_head,
+                            **kwargs)
+
+
+class CosineHead(nn.Module):
+    "scale * cos(h, w_c) with a learned scale: features (B, D) -> logits (B, n_classes)"
     def __init__(self, n_features, n_classes, scale=10.):
         super().__init__()
-        self.weight,self.scale = nn.Parameter(torch.randn(n_classes, n_features) / n_features**0.5),nn.Parameter(torch.tensor(scale))
+        self.weight = nn.Parameter(torch.randn(n_classes, n_features) / n_features**0.5)
+        self.scale = nn.Parameter(torch.tensor(scale))
     def forward(self, h): return self.scale * relatedness(h, self.weight)
 
 
 class GlobalNet(nn.Module):
-    """The global learner in training: backbone phi with its classifier FC3, and FC4 from category prediction to rotation
+    """The global learner in training: the backbone phi with its head FC3, and FC4, which reads the rotation from the category prediction
 
-    Images (B, 3, H, W) -> category prediction p (B, n_classes); in training, with rotation, (p, r) with r (B, 4) (Eq. 2-4).
-    With `classifier='cosine'` FC3 is a `CosineClassifier` in place of the backbone's own, which is left with none.
+    Images (B, 3, H, W) -> category prediction p (B, n_classes); in training with rotation (p, r), where r is (B, 4) (Eq. 2-4). With
+    `head='cosine'` a `CosineHead` takes the place of the backbone's own classifier, and the backbone is left without one.
     """
-    def __init__(self, backbone, rotation=True, rotation_from='logits', classifier='linear'):
+    def __init__(self, backbone, rotation=True, rotation_from='logits', head='linear'):
         super().__init__()
-        if rotation_from not in ('logits', 'probabilities'):
-            raise UserError(f"rotation_from is 'logits' or 'probabilities', not {rotation_from!r}")
-        if classifier not in CATEGORY_CLASSIFIERS: raise UserError(f"classifier is 'linear' or 'cosine', not {classifier!r}")
-        self.backbone,self.rotation_from,n_classes = backbone,rotation_from,backbone.num_classes
+        n_classes = backbone.num_classes
+        self.backbone,self.rotation_from = backbone,rotation_from
         self.rotation_head = nn.Linear(n_classes, 4) if rotation else None
-        self.classifier = (CosineClassifier(getattr(backbone, 'head_hidden_size', None) or backbone.num_features, n_classes)
-                           if classifier == 'cosine' else None)
+        n_features = getattr(backbone, 'head_hidden_size', None) or backbone.num_features
+        self.classifier = CosineHead(n_features, n_classes) if head == 'cosine' else None
         if self.classifier: backbone.reset_classifier(0)
     def forward(self, x):
         p = self.classifier(features(self.backbone, x)) if self.classifier else self.backbone(x)
         if self.rotation_head is None or not self.training: return p
         return p,self.rotation_head(p if self.rotation_from == 'logits' else p.softmax(1))
 
-def _body_and_head(model):
-    head = L(p for m in (model.backbone.get_classifier(), model.classifier, model.rotation_head) if m for p in params(m))
+def body_and_head(model):
+    "Parameter groups of a `GlobalNet`: the network's body, then its heads"
+    heads = (model.backbone.get_classifier(), model.classifier, model.rotation_head)
+    head = L(p for m in heads if m for p in params(m))
     ids = {id(p) for p in head}
     return L(L(p for p in params(model) if id(p) not in ids), head)
-
-
-def global_learner(
-    dls, # `category_dls`
-    arch, # name of a timm model (with a tag's weights, where it has one), or a timm model with `dls.c` classes
-    pretrained=False, # start from the weights of the name's default tag
-    rotation=True, # train on four rotations with L_c + L_r
-    rotation_weight=1., # of L_r
-    rotation_from='logits', # FC4 reads 'logits' or 'probabilities' of the category prediction
-    smoothing=0., # of the category labels in L_c
-    classifier='linear', # FC3: 'linear', the backbone's own, or 'cosine', which leaves the backbone without one
-    seed=0, # of weights, dropout, order and augmentation
-    amp=True, # bfloat16, or float16 with scaled gradients, where the device has it
-    keep_best=True, # end with the weights of the epoch that was best on the validation classes
-    channels_last=True, # convolutions' memory format
-    compile=False, # the network by torch.compile, True or its options: slower on the CPUs measured (benchmarks/README.md)
-    valid=None, # episodes of the validation classes: n_way=5, k_shot=1, n_query=15, n_episodes=1000, seed=0
-    **kwargs # of fastai's `Learner`
-) -> Learner:
-    "Stage one: a Learner of the global learner phi; `learn.model.backbone` is the network"
-    check_dls(dls)
-    if isinstance(arch, Learner): arch = backbone_of(arch)
-    if not isinstance(arch, str | nn.Module):
-        raise UserError(f'the backbone is a {type(arch).__name__}: give the name of a timm model, or one')
-    if not isinstance(smoothing, int | float) or not 0 <= smoothing < 1:
-        raise UserError(f'smoothing is {smoothing!r}: it must be at least 0 and below 1')
-    backbone = create_backbone(arch, dls.c, dls.one_batch()[0].shape[-1], seed, pretrained) if isinstance(arch, str) else arch
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = GlobalNet(backbone, rotation, rotation_from, classifier)
-    return _learner(dls, model, CrossEntropyLossFlat(label_smoothing=smoothing), [Rotation(rotation_weight)] if rotation else [], seed, amp,
-                    keep_best,
-                    valid or {}, channels_last, compile, splitter=_body_and_head, **kwargs)
 
 
 def rotate4(x):
@@ -94,7 +127,7 @@ def rotate4(x):
 
 
 class Rotation(LossTerm):
-    "Train on each batch at 0, 90, 180 and 270 degrees; L_c + weight * L_r (Eq. 5-9), the category label kept"
+    "Train on each batch at 0, 90, 180 and 270 degrees with L_c + weight * L_r (Eq. 5-9); a rotated image keeps its category label"
     parts = ('L_c', 'L_r')
     def __init__(self, weight=1.): self.weight = weight
     def before_batch(self):
@@ -103,10 +136,11 @@ class Rotation(LossTerm):
         self.learn.xb,self.learn.yb = (rotate4(x),),(y.repeat(4),)
         self.angles = torch.arange(4, device=x.device).repeat_interleave(len(x))
     def after_pred(self):
-        "Runs after the model and leaves `learn.pred` the category prediction p"
+        "Runs after the model and leaves the category prediction p in `learn.pred`"
         self.learn.pred,self.rotation_pred = self.pred
     def after_loss(self):
-        L_c,L_r = self.loss_grad,F.cross_entropy(self.rotation_pred.float(), self.angles)
+        L_c = self.loss_grad
+        L_r = F.cross_entropy(self.rotation_pred.float(), self.angles)
         self.set_loss(L_c + self.weight*L_r, L_c=L_c, L_r=L_r)
         self.learn.xb,self.learn.yb = self.upright # other callbacks count and measure the batch's own images
         self.learn.pred = self.pred[:len(self.yb[0])]

@@ -11,13 +11,14 @@ from fastcore.script import call_parse
 
 from grdd_fastai.experiments.plots import plot_rows, save_figure
 from grdd_fastai.experiments.table import CL, EL, GR, table
-from grdd_fastai.stages import stage_two_settings
+from grdd_fastai.settings import from_flags
+from grdd_fastai.stage_two import get_preset
 
 
 def ablations(two):
-    "Rows around a reading `two` of stage two"
-    n = two['way']*two['shot'] # N_S
-    weight = two['kl_weight'] / (n if two['reduction'] == 'mean' else 1) # of each group in the sum of Eq. 12
+    "Rows around the settings `two` of stage two"
+    n = two.n_way*two.k_shot # N_S
+    weight = two.distill.kl_weight / (n if two.distill.reduction == 'mean' else 1) # of each group in the sum of Eq. 12
     whole = dict(decouple=False, reduction='sum')
     return {
         'CL':                     CL,
@@ -29,13 +30,12 @@ def ablations(two):
     }
 
 @call_parse
-@delegates(table, but=['name', 'keep'])
+@delegates(table, but=['name', 'all_rows'])
 def main(
-    rows:str=None, # the rows wanted, separated by commas (all)
-    reading:str='best', # of stage two: best, muon or paper, see docs/readings.md
+    preset:str='best', # preset of stage two's settings: best, muon or paper, see docs/method.md
     **kwargs
 ):
     "Figure 4: the components of GRDD"
-    made = table('ablations', ablations(stage_two_settings(reading)), rows, reading=reading, **kwargs)
+    made = table('ablations', ablations(from_flags(get_preset(preset), kwargs)), preset=preset, **kwargs)
     if len(made.scored): save_figure(plot_rows(made.scored, 'Components of GRDD'), made.path('ablations'))
     made.check()

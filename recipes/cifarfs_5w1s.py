@@ -5,7 +5,7 @@
     python recipes/cifarfs_5w1s.py --demo                        # three minutes on two cores, no download
 
 The defaults are the paper's ResNet-12 teacher and student and 90 + 15 epochs, with stage two as it did best on validation classes;
-`--reading paper` takes the paper's words for it. `--help` lists every setting.
+`--preset paper` takes the paper's words for it. `--help` lists every setting.
 """
 from fastcore.meta import delegates
 from fastcore.script import call_parse

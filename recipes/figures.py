@@ -6,6 +6,8 @@
 Figure 3 is a t-SNE of the same images of the same novel classes in each panel. Figure 5 takes one episode of the validation
 classes; 'whole matrix' is without the relatedness decoupling. Nothing is scored on the novel classes.
 """
+from typing import Annotated
+
 import numpy as np
 import pandas as pd
 import torch
@@ -21,7 +23,7 @@ from grdd_fastai.experiments.plots import plot_relatedness, plot_tsne, save_figu
 from grdd_fastai.experiments.table import CL, EL, GR, table
 from grdd_fastai.fewshot.embed import embed
 from grdd_fastai.losses import log_relatedness, relatedness
-from grdd_fastai.stages import check_settings
+from grdd_fastai.settings import at_least, between, checked
 
 ROWS = {'CL': CL, 'CL+EL': EL, 'GRDD': GR}
 T = (0.05, 0.1, 0.5, 1., 4.)
@@ -51,19 +53,19 @@ def relatedness_over_T(teacher, data, seed):
     return panels,tidy
 
 @call_parse
-@delegates(table, but=['name', 'rows', 'keep', 'seeds', 'score', 'results'])
+@checked
+@delegates(table, but=['name', 'all_rows', 'rows', 'seeds', 'score', 'results'])
 def main(
-    classes:int=5, # novel classes in Figure 3
-    images:int=100, # of each of them
-    seed:int=0, # of the networks, the images, the t-SNE and the episode
+    classes:Annotated[int, 'novel classes in Figure 3', at_least(1)]=5,
+    images:Annotated[int, 'images of each of these classes', at_least(1)]=100,
+    seed:Annotated[int, 'seed of the networks, the images, the t-SNE and the episode', between(0, 2**32 - 1)]=0,
     **kwargs
 ):
     "Figures 3 and 5: embeddings, relatedness"
-    check_settings(dict(classes=classes, images=images, seed=seed))
     if classes*images < 8: raise UserError(f'{classes} classes of {images} images are too few to show: give --classes or --images more')
     made = table('figures', ROWS, seeds=seed, **kwargs)
     if len(made.scored) < len(ROWS): return made.check() # stopped, or a row failed
-    nets,out,data = {k:made.nets[k, seed]['net'].net for k in ROWS},made.study.out,made.study.data
+    nets,out,data = {k:made.nets[k, seed]['net'].net for k in ROWS},made.store.out,made.store.data
     points,y,names,tidy = tsne(nets, data, classes, images, seed)
     atomic_write(out/'figure3.csv', tidy.to_csv(index=False))
     save_figure(plot_tsne(points, y, names), out/'figure3.png')

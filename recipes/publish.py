@@ -7,33 +7,33 @@ hub as well, for `timm.create_model('hf-hub:user/name')`.
 """
 from fastcore.script import call_parse
 
-from grdd_fastai.core.distributed import say
+from grdd_fastai.core.distributed import log
 from grdd_fastai.core.storage import user_path
-from grdd_fastai.data.cache import few_shot_data
 from grdd_fastai.experiments.publish import load_trained, measured, publish
-from grdd_fastai.experiments.store import SPLITS, Study
+from grdd_fastai.experiments.store import SPLITS, NetworkStore
 from grdd_fastai.experiments.table import numbers, writable
+from grdd_fastai.runs.options import DataOptions
+from grdd_fastai.settings import from_flags, with_flags
 
 
 @call_parse
+@with_flags(files=DataOptions)
 def main(
     run:str, # folder of the training: net.safetensors and net.json in it, as recipes/table2.py leaves them
     out:str=None, # folder to write; its name is the weights', as timm spells it: arch.tag (none: published/ in the run's)
-    data:str=None, # raw data set in any layout of data/README.md (none: fetch CIFAR-FS)
+    files=None, # the given `DataOptions`
     shots:str='1,5', # shots to score, separated by commas
     test_episodes:int=10_000, # to score, of the validation and of the novel classes
     results:str=None, # folder whose log of every scoring of the novel classes takes these (the project's own: results)
     hub:str=None, # also push to this Hugging Face repository: user/name
-    cache:str=None, # folder for decoded images (none: ~/.cache/grdd_fastai)
-    allow_large:bool=False, # also decode photos of 90 to 179 megapixels
 ):
     "Score a trained network and write it as a folder that timm loads"
     writable(out or user_path(run)/'published', results)
     px = load_trained(run).read('net.json')['px']
-    data = few_shot_data(data, px, cache, allow_large=allow_large)
+    data = from_flags(DataOptions(), files).load(px)
     trained = load_trained(run, data.fingerprint)
-    study = Study(data, trained.folder.parent, logs=[trained.folder.parent, *([results] if results else [])])
-    scores = {(split, shot):study.score(trained, split, shot, test_episodes) for split in SPLITS for shot in numbers('shots', shots)}
-    for (split,shot),e in scores.items(): say(f'{split}, {shot}-shot: {e}')
+    store = NetworkStore(data, trained.folder.parent, logs=[trained.folder.parent, *([results] if results else [])])
+    scores = {(split, shot):store.score(trained, split, shot, test_episodes) for split in SPLITS for shot in numbers('shots', shots)}
+    for (split,shot),e in scores.items(): log(f'{split}, {shot}-shot: {e}')
     folder = publish(trained.net, measured(trained, scores), out or trained.folder/'published', n_base=len(data.train), hub=hub)
-    say(f"timm.create_model('local-dir:{folder}') loads it")
+    log(f"timm.create_model('local-dir:{folder}') loads it")

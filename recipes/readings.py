@@ -5,20 +5,23 @@
 
 A row changes one thing of BASE. Each stage two trains on --images in one epoch, so that none is chosen; the validation classes tell
 the readings apart.
-docs/readings.md has what was measured.
+docs/method.md has what was measured.
 """
+from typing import Annotated
+
 from fastcore.meta import delegates
 from fastcore.script import call_parse
 
 from grdd_fastai.core.errors import UserError
 from grdd_fastai.experiments.plots import plot_rows, save_figure
 from grdd_fastai.experiments.table import CL, EL, GR, table
-from grdd_fastai.stages import READINGS, check_settings
+from grdd_fastai.settings import between, checked
+from grdd_fastai.stage_two import PRESETS
 
-LITERAL = {k:v for k,v in READINGS['paper'].items() if k != 'jitter'} # --no-jitter is for all rows
-BASE = LITERAL | dict(way=20, query=6, T=0.1, scale=10., mean=True, schedule='one_cycle', lr=1e-2, epochs=1)
+LITERAL = {k:v for k,v in PRESETS['paper'].values().items() if k not in ('jitter', 'augment', 'seed')} # these flags are for all rows
+BASE = LITERAL | dict(n_way=20, n_query=6, T=0.1, scale=10., mean=True, schedule='one_cycle', lr=1e-2, epochs=1)
 BEST = dict(reduction='mean', gamma=1., kl_weight=5., teacher_view='same', lr=2e-2) # changes that proved best together
-SHOT5 = dict(way=10, shot=5, query=9)
+SHOT5 = dict(n_way=10, k_shot=5, n_query=9)
 
 CHANGES = { # row -> (kind of row, changes of BASE)
     'CL+EL':                    (EL, {}),
@@ -30,7 +33,7 @@ CHANGES = { # row -> (kind of row, changes of BASE)
     'CL+EL muon lr=0.001':      (EL, dict(opt='muon', lr=1e-3)),
     'CL+EL muon lr=0.003':      (EL, dict(opt='muon', lr=3e-3)),
     'CL+EL muon lr=0.01':       (EL, dict(opt='muon', lr=1e-2)),
-    'CL+EL 5-way':              (EL, dict(way=5, query=15)),
+    'CL+EL 5-way':              (EL, dict(n_way=5, n_query=15)),
     'base':                     (GR, {}),
     'lr=0.001':                 (GR, dict(lr=1e-3)),
     'lr=0.003':                 (GR, dict(lr=3e-3)),
@@ -40,7 +43,7 @@ CHANGES = { # row -> (kind of row, changes of BASE)
     'T=0.25 (T multiplies)':    (GR, dict(T=0.25)),
     'T=1':                      (GR, dict(T=1.)),
     'T=4':                      (GR, dict(T=4.)),
-    'T=4 weight T squared':     (GR, dict(T=4., hinton=True)),
+    'T=4 weight T squared':     (GR, dict(T=4., T_squared=True)),
     'T=0.25 weight 4':          (GR, dict(T=0.25, kl_weight=4.)),
     'reverse KL':               (GR, dict(reverse=True)),
     'mean of groups':           (GR, dict(reduction='mean')),
@@ -70,8 +73,8 @@ CHANGES = { # row -> (kind of row, changes of BASE)
     'best T=0.25':              (GR, BEST | dict(T=0.25)),
     'best centred':             (GR, BEST | dict(center=True)),
     'best reverse KL':          (GR, BEST | dict(reverse=True)),
-    'best 5-way':               (GR, BEST | dict(way=5, query=15)),
-    'best 5-way 4 episodes a step': (GR, BEST | dict(way=5, query=15, per_step=4)),
+    'best 5-way':               (GR, BEST | dict(n_way=5, n_query=15)),
+    'best 5-way 4 episodes a step': (GR, BEST | dict(n_way=5, n_query=15, episodes_per_step=4)),
     'best from scratch':        (GR, BEST | dict(init='random')),
     'best from itself shared':  (GR | dict(phi='student'), BEST),
     'best from itself independent': (GR | dict(phi='student', independent=True), BEST),
@@ -79,30 +82,30 @@ CHANGES = { # row -> (kind of row, changes of BASE)
     'teacher itself shared':    (GR | dict(phi='student'), {}),
     'teacher itself independent': (GR | dict(phi='student', independent=True), {}),
     'student from scratch':     (GR, dict(init='random')),
-    '5-way':                    (GR, dict(way=5, query=15)),
-    '5-way 4 episodes a step':  (GR, dict(way=5, query=15, per_step=4)),
-    '10-way':                   (GR, dict(way=10, query=13)),
-    '20-way 15 queries':        (GR, dict(query=15)),
+    '5-way':                    (GR, dict(n_way=5, n_query=15)),
+    '5-way 4 episodes a step':  (GR, dict(n_way=5, n_query=15, episodes_per_step=4)),
+    '10-way':                   (GR, dict(n_way=10, n_query=13)),
+    '20-way 15 queries':        (GR, dict(n_query=15)),
     '5-shot mean':              (GR, SHOT5),
     '5-shot sum':               (GR, SHOT5 | dict(mean=False)),
 }
 PAPER = { # the literal words, and the same in wide episodes
     'paper':                    {},
-    'paper wide':               dict(way=20, query=6),
+    'paper wide':               dict(n_way=20, n_query=6),
     'paper lr=0.01':            dict(lr=1e-2),
 }
-ONE = dict(rotation=False, rotation_from='logits', classifier='linear', smoothing=0., jitter=True, schedule='one_cycle', lr=0.1, opt='sgd',
+ONE = dict(rotation=False, rotation_from='logits', head='linear', smoothing=0., jitter=True, schedule='one_cycle', lr=0.1, opt='sgd',
            bs=64)
 MUON = dict(opt='muon', lr=0.02, bs=128)
 STAGE_ONE = { # CL alone; with rotation a quarter of the epochs, for the same number of images
     'stage one':                            {},
-    'stage one cosine classifier':          dict(classifier='cosine'),
+    'stage one cosine classifier':          dict(head='cosine'),
     'stage one no jitter':                  dict(jitter=False),
     'stage one albumentations':             dict(augment='albumentations'),
     'stage one label smoothing':            dict(smoothing=0.1),
     'stage one muon':                       MUON,
-    'stage one muon cosine classifier':     MUON | dict(classifier='cosine'),
-    'stage one best':                       MUON | dict(classifier='cosine', jitter=False),
+    'stage one muon cosine classifier':     MUON | dict(head='cosine'),
+    'stage one best':                       MUON | dict(head='cosine', jitter=False),
     'stage one flattened':                  dict(arch='convnet4_flat'),
     'stage one poly lr=0.05':               dict(schedule='poly', lr=0.05),
     'stage one poly lr=0.1':                dict(schedule='poly', lr=0.1),
@@ -113,7 +116,8 @@ STAGE_ONE = { # CL alone; with rotation a quarter of the epochs, for the same nu
 
 def sized(two, images):
     "`two` with as many episodes an epoch as `images` fill"
-    return two | dict(episodes=max(1, round(images/two['epochs']/(two['way']*(two['shot'] + two['query'])))))
+    per_episode = two['n_way'] * (two['k_shot'] + two['n_query'])
+    return two | dict(n_episodes=max(1, round(images/two['epochs']/per_episode)))
 
 def readings(images, epochs):
     def one(change): return ONE | dict(epochs=epochs//4 if change.get('rotation') else epochs) | change
@@ -125,19 +129,18 @@ def readings(images, epochs):
             **{k:CL | versus(k, 'stage one') | dict(stage_one=one(change)) for k,change in STAGE_ONE.items()}}
 
 @call_parse
-@delegates(table, but=['name', 'keep', 'reading', 'meta_epochs', 'meta_lr', 'meta_opt', 'episodes'])
+@checked
+@delegates(table, but=['name', 'all_rows', 'preset', 'meta_epochs', 'meta_lr', 'meta_opt', 'episodes'])
 def main(
-    rows:str=None, # the rows wanted, separated by commas (all)
-    images:int=None, # each stage two trains on (400000; demo: 2000)
-    stage_one_epochs:int=None, # of the rows on stage one, a multiple of 4 (40; demo: 4)
+    images:Annotated[int, 'images that each stage two trains on (400000; demo: 2000)', between(1, 10**9)]=None,
+    stage_one_epochs:Annotated[int, 'epochs of the rows on stage one, a multiple of 4 (40; demo: 4)', between(1, 10**6)]=None,
     demo:bool=False, # small settings, and the embedded data set unless --data is given
     **kwargs
 ):
     "What the paper leaves open, measured"
-    check_settings(dict(images=images, stage_one_epochs=stage_one_epochs))
     images,stage_one_epochs = images or (2000 if demo else 400_000),stage_one_epochs or (4 if demo else 40)
     if stage_one_epochs % 4:
         raise UserError(f'--stage-one-epochs is {stage_one_epochs}: it must be a multiple of 4, a quarter is trained with rotation')
-    made = table('readings', readings(images, stage_one_epochs), rows, demo=demo, **kwargs)
+    made = table('readings', readings(images, stage_one_epochs), demo=demo, **kwargs)
     if len(made.scored): save_figure(plot_rows(made.scored, 'Readings'), made.path('readings'))
     made.check()

@@ -1,4 +1,4 @@
-"""Figure 6 of arXiv 2107.05583: accuracy over gamma and over T, one at a time around a reading of stage two
+"""Figure 6 of arXiv 2107.05583: accuracy over gamma and over T, one at a time around a preset of stage two
 
     python recipes/sweep.py --data cifar-fs.zip                 # ResNet-12 teacher, 90 epochs: a GPU's work
     python recipes/sweep.py --demo                              # four minutes on two cores, no download
@@ -18,13 +18,10 @@ ROWS = {'CL': CL, 'CL+EL': EL | dict(versus=['CL']),
         **{f'T={v:g}': GR | dict(versus=['CL', 'CL+EL'], stage_two=dict(T=v)) for v in T}}
 
 @call_parse
-@delegates(table, but=['name', 'keep'])
-def main(
-    rows:str=None, # the rows wanted, separated by commas (all)
-    **kwargs
-):
+@delegates(table, but=['name', 'all_rows'])
+def main(**kwargs):
     "Figure 6: gamma and T"
-    made = table('sweep', ROWS, rows, **kwargs)
+    made = table('sweep', ROWS, **kwargs)
     scored = made.scored
     if scored.empty: return made.check() # stopped, or every row failed
     values = scored.assign(symbol=scored.row.str.split('=').str[0], value=scored.row.str.extract('=(.*)', expand=False).astype(float))

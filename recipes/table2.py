@@ -30,12 +30,9 @@ ROWS = {
 }
 
 @call_parse
-@delegates(table, but=['name', 'keep'])
-def main(
-    rows:str=None, # the rows wanted, separated by commas (all eight)
-    **kwargs
-):
+@delegates(table, but=['name', 'all_rows'])
+def main(**kwargs):
     "Table 2: category labels, episodic labels, global relatedness"
-    made = table('table2', ROWS, rows, **kwargs)
+    made = table('table2', ROWS, **kwargs)
     if len(made.scored): save_figure(plot_rows(made.scored, 'Table 2'), made.path('table2'))
     made.check()

@@ -1,1 +1,1 @@
-"""What everything stands on: errors, files, the device, several processes."""
+"""The foundation of all other modules: errors, files, the device and distributed processes."""

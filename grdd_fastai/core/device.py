@@ -1,4 +1,4 @@
-"""What the device can do: mixed precision, memory that is kept, deterministic kernels."""
+"""Settings of the device: mixed precision, reuse of freed memory, deterministic kernels."""
 import contextlib
 import ctypes
 import os
@@ -10,28 +10,30 @@ import torch
 __all__ = ['keep_freed_memory', 'amp', 'autocast_dtype', 'deterministic']
 
 
-M_TRIM_THRESHOLD,M_MMAP_THRESHOLD = -1,-3 # of <malloc.h>
+M_TRIM_THRESHOLD,M_MMAP_THRESHOLD = -1,-3 # names and numbers from <malloc.h>
 
 
 @lru_cache
 def keep_freed_memory():
-    """Have glibc keep freed memory for the next tensor instead of returning it; True where that could be set
+    """Make glibc keep freed memory for the next tensor instead of returning it to the system; return whether this could be set
 
-    By default every activation is a fresh mapping whose pages the kernel zeroes one by one: nearly half of a ConvNet-4
-    training step. The process then holds on to its peak memory until it ends.
+    By default every activation gets new pages from the kernel, which zeroes them one by one. That takes nearly half of a ConvNet-4
+    training step. With this setting the process keeps its peak memory until it ends.
     """
     if not sys.platform.startswith('linux'): return False
-    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) # musl has none
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) # musl has no mallopt
     return bool(mallopt and mallopt(M_MMAP_THRESHOLD, 1 << 30) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
-def amp(device, dtype): return torch.autocast(torch.device(device).type, dtype or torch.bfloat16, enabled=dtype is not None)
+def amp(device, dtype):
+    "Autocast to `dtype` on `device`, or do nothing if `dtype` is None"
+    return torch.autocast(torch.device(device).type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 def autocast_dtype(device):
-    """What forward passes on `device` are autocast to, None for float32
+    """The dtype to which forward passes on `device` are autocast, or None for float32
 
-    bfloat16 on a CPU with AVX512-BF16 or AMX, on NVIDIA's Ampere and newer, and on Apple's GPUs where a convolution runs in it; float16 on
-    older NVIDIA GPUs.
+    It is bfloat16 on CPUs with AVX512-BF16 or AMX, on NVIDIA GPUs from Ampere on, and on Apple GPUs that can run a convolution in it.
+    It is float16 on older NVIDIA GPUs.
     """
     if device.type == 'cuda': return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type == 'mps': return torch.bfloat16 if _convolves(device.type, torch.bfloat16) else None
@@ -41,22 +43,24 @@ def autocast_dtype(device):
 
 @lru_cache
 def _convolves(device, dtype):
+    "Whether a convolution autocast to `dtype` runs forward and backward on `device`"
     try:
         with torch.autocast(device, dtype): y = torch.nn.Conv2d(3, 4, 3, device=device)(torch.ones(1, 3, 8, 8, device=device))
         y.sum().backward()
         return bool(torch.isfinite(y).all())
-    except (RuntimeError, TypeError): return False # an older torch or system
+    except (RuntimeError, TypeError): return False # the version of torch or of the system is too old
 
 
 @contextlib.contextmanager
 def deterministic(on=True):
-    "Deterministic kernels inside, where `on`: what CUDA needs to repeat a run to the bit; slower"
-    was = torch.are_deterministic_algorithms_enabled(),torch.backends.cudnn.benchmark
+    "Use deterministic kernels if `on`: CUDA needs these slower kernels to repeat a run to the bit"
+    deterministic_before = torch.are_deterministic_algorithms_enabled()
+    benchmark_before = torch.backends.cudnn.benchmark
     if on:
-        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8') # cuBLAS reads it when CUDA starts
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8') # cuBLAS reads this variable when CUDA starts
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     try: yield
     finally:
-        torch.use_deterministic_algorithms(was[0])
-        torch.backends.cudnn.benchmark = was[1]
+        torch.use_deterministic_algorithms(deterministic_before)
+        torch.backends.cudnn.benchmark = benchmark_before

@@ -1,4 +1,4 @@
-"""Several processes on one training, as `accelerate launch` or torchrun starts them: who is who, and what they tell each other."""
+"""Distributed training as `accelerate launch` or torchrun starts it: ranks, and messages between the processes."""
 import atexit
 import os
 import shutil
@@ -17,21 +17,22 @@ __all__ = ['processes']
 
 
 def ranks():
-    "(rank, n): which of how many processes this one is, (0, 1) alone"
+    "(rank, n): this process's rank and the number of processes; (0, 1) without a process group"
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 @contextmanager
 def processes():
-    "Join the processes that `accelerate launch` or torchrun started, if any, and leave the group at the end"
+    "Join the group of processes that `accelerate launch` or torchrun started, if any, and leave it at the end"
     check_launch(os.environ)
-    if join := int(os.environ.get('WORLD_SIZE', 1)) > 1 and ranks()[1] == 1:
+    join = int(os.environ.get('WORLD_SIZE', 1)) > 1 and ranks()[1] == 1
+    if join:
         try:
             from accelerate import PartialState
         except ImportError:
             raise UserError("several processes need accelerate: pip install 'grdd-fastai[distributed]'") from None
         PartialState()
     yield
-    if join: # after an error the launcher ends them all
+    if join: # after an error this is not reached, and the launcher ends all processes
         dist.barrier(_words())
         dist.destroy_process_group()
         PartialState._reset_state()
@@ -39,56 +40,58 @@ def processes():
 
 
 def check_launch(env):
-    "UserError where a launcher was asked for several processes that know nothing of each other"
+    "Raise UserError if the launcher that set the environment variables `env` started processes that do not train together"
     if 'WORLD_SIZE' in env: return
     mpi = max(int(env.get(k, 1)) for k in ('OMPI_COMM_WORLD_SIZE', 'PMI_SIZE', 'MV2_COMM_WORLD_SIZE'))
-    # accelerate launch --cpu starts one process, whatever it is asked for
+    # accelerate launch --cpu starts one process, whatever number it is asked for
     cpu = env.get('ACCELERATE_USE_CPU', '').lower() in ('1', 'true', 'yes') and 'MASTER_ADDR' in env
-    if mpi > 1 or cpu:
-        raise UserError(('mpirun started processes that train apart' if mpi > 1
-                         else 'accelerate launch --cpu started one process where several were asked for') +
-                        ': use torchrun --nproc_per_node 2 recipes/..., '
-                        'or accelerate launch --multi_gpu --num_processes 2 recipes/..., on CPUs too')
+    if mpi > 1: what = 'mpirun started processes that train apart'
+    elif cpu: what = 'accelerate launch --cpu started one process where several were asked for'
+    else: return
+    raise UserError(f'{what}: use torchrun --nproc_per_node 2 recipes/..., '
+                    'or accelerate launch --multi_gpu --num_processes 2 recipes/..., on CPUs too')
 
 
-# ---- words between processes, apart from what GPUs send each other ----------------------------------------------------
+# ---- messages between processes ---------------------------------------------------------------------------------------
 
 @lru_cache
-def _words(): return dist.new_group(backend='gloo')
+def _words():
+    "The process group of the messages, which the CPUs send even where GPUs exchange the tensors"
+    return dist.new_group(backend='gloo')
 
 def shared(f):
-    "What `f()` returns or raises in rank 0, in every process"
+    "Call `f` in rank 0 alone, and return its result or raise its error in every process"
     rank,n = ranks()
     if n == 1: return f()
-    box = [None, None] # result and error
+    box = [None, None] # the result and the error
     if rank == 0:
         try: box[0] = f()
-        except BaseException as e: box[1] = e # a signal too: the others must not wait
+        except BaseException as e: box[1] = e # signals are passed on too, so that no other process waits
     dist.broadcast_object_list(box, 0, group=_words())
     if box[1]: raise box[1]
     return box[0]
 
 def agreed(code, key=None):
-    "The largest of all processes' whole numbers `code` (by `key`)"
+    "The largest of the whole numbers `code` of all processes, compared by `key`"
     if ranks()[1] == 1: return code
     codes = [None]*ranks()[1]
     dist.all_gather_object(codes, code, group=_words())
     return max(codes, key=key)
 
 def gathered(items):
-    "All processes' lists as one"
+    "The lists of all processes, joined in the order of ranks"
     if ranks()[1] == 1: return items
     lists = [None]*ranks()[1]
     dist.all_gather_object(lists, items, group=_words())
     return [o for items in lists for o in items]
 
 def summed(tensor):
-    "A tensor's sum over all processes, in its place"
+    "Replace a tensor by its sum over all processes, and return it"
     if ranks()[1] > 1: dist.all_reduce(tensor)
     return tensor
 
 def replica(folder):
-    "Rank 0 keeps `folder`; every other process gets a folder of its own with the same files, to write what it likes"
+    "Return `folder` in rank 0, and a private temporary copy of it in every other process, where that process can write freely"
     folder = Path(folder)
     files = shared(lambda: {f.name:f.read_bytes() for f in folder.iterdir() if f.is_file()})
     if ranks()[0] == 0: return folder
@@ -100,13 +103,14 @@ def replica(folder):
     return own
 
 def unwrapped(model):
-    "The network itself, which a distributed fit wraps"
+    "The network itself, without the wrapper of a distributed fit"
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 def backbone_of(learn):
-    "The network that a Learner of either stage trains, without stage one's heads and without what a distributed fit wraps around it"
+    "The backbone that a Learner of either stage trains, without the heads of stage one and the wrapper of a distributed fit"
     model = unwrapped(learn.model)
     return getattr(model, 'backbone', model)
 
-def say(text):
+def log(text):
+    "Print `text` on stderr, once for all processes"
     if ranks()[0] == 0: print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Where the bytes of a raw data set come from: a folder, a zip, or CIFAR-100's pickles."""
+"""Readers for the files of a raw data set: a folder, a zip archive, or CIFAR-100's pickles."""
 import hashlib
 import io
 import os
@@ -19,23 +19,26 @@ from PIL import Image
 from ..core.errors import UserError
 from ..core.storage import read_bytes
 
-LINKS = 4 # at most so many links to the same folder are followed
-LARGEST = 2**28 # bytes a member of an archive may unpack to
+LINKS = 4 # most links that are followed to one folder
+LARGEST = 2**28 # most bytes in one unpacked member of an archive
 IMAGES = re.compile(r'(^|/)[^./][^/]*\.(png|jpe?g|bmp|webp|gif|tiff?|ppm|pgm)$', re.IGNORECASE)
 
 
 class Folder:
-    """Regular files below a folder by relative path; a link is followed where it stays inside the folder
+    """Regular files below a folder, by relative path
 
-    Links that lead out, nowhere or in a circle, pipes and devices are left out, which is said once.
+    A link is followed if it stays inside the folder. Other links (out of the folder, to nowhere, in a circle), pipes and devices are left
+    out, with one warning.
     """
     def __init__(self, path):
-        self.path,self.root = Path(path),Path(path).resolve()
+        self.path = Path(path)
+        self.root = self.path.resolve()
         self.name = self.root.name
     @cached_property
     def files(self):
         found,self.left_out = [],[]
-        folders,visits = [''],Counter()
+        folders = ['']
+        visits = Counter()
         while folders: folders += self._entries(folders.pop(), visits, found)
         if self.left_out:
             print(f'{self.path}: {len(self.left_out)} links that lead out of the folder, '
@@ -43,9 +46,9 @@ class Folder:
                   f'{min(self.left_out)} the first', file=sys.stderr)
         return sorted(found)
     def _entries(self, below, visits, found):
-        """Append the files in the folder `below` to `found` and return its folders
+        """Append the files in the folder `below` to `found` and return its subfolders
 
-        Links are followed to each folder a few times at most, so that a circle of links ends.
+        At most `LINKS` links are followed to any one folder, so a circle of links comes to an end.
         """
         inner = []
         try: entries = list(os.scandir(self.root/below))
@@ -56,14 +59,16 @@ class Folder:
             if real is None: self.left_out.append(f)
             elif e.is_dir():
                 if e.is_symlink():
-                    if self.root.joinpath(below).resolve().is_relative_to(real) or visits[real] >= LINKS: self.left_out.append(f); continue
+                    if self.root.joinpath(below).resolve().is_relative_to(real) or visits[real] >= LINKS:
+                        self.left_out.append(f)
+                        continue
                     visits[real] += 1
                 inner.append(f'{f}/')
             elif e.is_file(): found.append(f)
             else: self.left_out.append(f)
         return inner
     def _inside(self, f):
-        "The real path of `f`, or None if it leads out of the folder or nowhere"
+        "The real path of `f`, or None if `f` leads out of the folder or to nowhere"
         try: real = (self.root/f).resolve(strict=True)
         except (OSError, ValueError, RuntimeError): return None # a dangling link, a circle, or a name no file can have
         return real if real.is_relative_to(self.root) else None
@@ -74,13 +79,16 @@ class Folder:
         try: return read_bytes(self._inside(f) or self.root/f, LARGEST)
         except OSError as e: raise UserError(f'{self.path/f} cannot be read ({e.strerror}): mend or replace it') from None
     def lines(self, f): return io.TextIOWrapper(io.BytesIO(self.read(f)), 'utf-8-sig', newline='')
-    def stamp(self, f): st = (self.root/f).stat(); return st.st_size,st.st_mtime_ns
+    def stamp(self, f):
+        st = (self.root/f).stat()
+        return st.st_size,st.st_mtime_ns
 
 
 class Zip:
-    "Members of a zip archive by name, read in place"
+    "Members of a zip archive by name; the archive is not unpacked to disk"
     def __init__(self, path):
-        self.path,self.name = Path(path),Path(path).stem
+        self.path = Path(path)
+        self.name = self.path.stem
         try: self.zip = zipfile.ZipFile(path)
         except zipfile.BadZipFile as e: raise UserError(f'{path} is not a readable zip archive ({e}): fetch it again') from None
         self.infos = {i.filename:i for i in self.zip.infolist()
@@ -97,7 +105,7 @@ class Zip:
         if size > LARGEST:
             raise UserError(f'{self.path}: {f} would unpack to {size >> 20} MiB: remove it, no file of a data set is so large')
     def lines(self, f):
-        "Open a member as text; it is unpacked while it is read"
+        "Open a member as text and unpack it while it is read"
         self._check_size(f)
         try: return io.TextIOWrapper(self.zip.open(self.infos[f]), 'utf-8-sig', newline='')
         except Exception as e: raise UserError(f'{self.path}: {f} cannot be read from the archive ({e}): fetch it again') from None
@@ -105,7 +113,7 @@ class Zip:
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    "Loads arrays, lists, dicts, strings and numbers, and refuses anything else: a pickle can otherwise run any code"
+    "Loads only arrays, lists, dicts, strings and numbers, because a pickle could otherwise run any code; UserError for anything else"
     allowed = {(m, n) for m in ('numpy.core.multiarray','numpy._core.multiarray') for n in ('_reconstruct','scalar')} | {
         ('numpy','ndarray'), ('numpy','dtype'), ('_codecs','encode'),
         ('numpy.core.numeric','_frombuffer'), ('numpy._core.numeric','_frombuffer')}
@@ -115,17 +123,21 @@ class ArrayUnpickler(pickle.Unpickler):
 
 
 class CifarPickles:
-    "torchvision's CIFAR-100 archive (`train`, `test`, `meta` pickles), seen as class folders of PNGs"
+    "torchvision's CIFAR-100 archive (the pickles `train`, `test` and `meta`), presented as class folders of PNG files"
     def __init__(self, path, read, prefix):
-        self.path,self.name,tables = Path(path),'cifar100',{}
+        self.path = Path(path)
+        self.name = 'cifar100'
+        tables = {}
         for part in ('meta','train','test'):
             try: tables[part] = ArrayUnpickler(io.BytesIO(read(prefix+part)), encoding='latin1').load()
             except UserError as e: raise UserError(f'{path}, {prefix}{part}: {e}') from None
             except Exception as e: raise UserError(f'{path}, {prefix}{part}: not a CIFAR-100 pickle ({e}): fetch it again') from None
         try:
-            names,self.images = tables['meta']['fine_label_names'],{}
+            names = tables['meta']['fine_label_names']
+            self.images = {}
             for part in ('train','test'):
-                images,labels = tables[part]['data'],tables[part]['fine_labels']
+                images = tables[part]['data']
+                labels = tables[part]['fine_labels']
                 if (not isinstance(images, np.ndarray) or images.dtype != np.uint8 or not isinstance(labels, list)
                     or len(labels) != len(images)):
                     raise ValueError('no array of images')
@@ -140,13 +152,14 @@ class CifarPickles:
 
 
 def png(image):
-    "A uint8 array (H, W, 3) as the bytes of a PNG"
+    "The bytes of a PNG file that holds the uint8 array (H, W, 3)"
     buf = io.BytesIO()
     Image.fromarray(image).save(buf, 'png')
     return buf.getvalue()
 
 
 def _open_tree(path):
+    "The `Folder`, `Zip` or `CifarPickles` at `path`; UserError if there is none"
     try: there = (path := Path(path).expanduser()).exists()
     except (OSError, RuntimeError, ValueError, TypeError): there = False
     if not there: raise UserError(f"no such file or folder: {path}; give --data a folder, a zip or CIFAR-100's archive")
@@ -169,7 +182,7 @@ def _open_tree(path):
             if not metas: raise UserError(f"{path} is not CIFAR-100's python archive: unpack it and give its folder")
             parts = {f:tar.extractfile(members[f]).read()
                      for f in (posixpath.join(posixpath.dirname(metas[0]), part) for part in ('meta','train','test')) if f in members}
-            while tar.fileobj.read(2**20): pass # the archive's own checksum stands at its end
+            while tar.fileobj.read(2**20): pass # read to the end, where the archive's checksum is tested
         return CifarPickles(path, parts.__getitem__, metas[0].removesuffix('meta'))
     except (EOFError, tarfile.TarError, zlib.error, OSError) as e:
         raise UserError(f'{path} is not a whole archive ({e}): fetch it again') from None

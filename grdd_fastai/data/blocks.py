@@ -1,4 +1,4 @@
-"""fastai DataBlocks and DataLoaders over packed splits: batches for stage one, episodes for stage two."""
+"""fastai DataBlocks and DataLoaders over packed splits: batches of images for stage one, episodes for stage two."""
 from functools import partial
 
 from fastai.data.block import DataBlock, TransformBlock
@@ -14,7 +14,7 @@ __all__ = ['category_block', 'episode_block', 'category_dls', 'episodic_dls', 'p
 
 
 def _packed_block(stats, splits, dl_type):
-    "DataBlock over packed splits: trains on the first, validates on the rest"
+    "DataBlock over packed splits: the first split is for training, the others are for validation"
     return DataBlock(blocks=(TransformBlock(type_tfms=PackedImage(*splits), batch_tfms=IntToFloatTensor),
                              TransformBlock(type_tfms=PackedLabel(*splits))),
                      get_items=lambda _: range(sum(map(len, splits))),
@@ -24,7 +24,7 @@ def _packed_block(stats, splits, dl_type):
 def category_block(data, dl_type=SeededDL):
     """DataBlock of a `FewShotData`: `category_block(data).dataloaders(data)` trains on the base classes
 
-    The validation set is the validation *classes*: images to embed and draw episodes from, never to classify.
+    The validation set holds other *classes*: its images are embedded for episodes, and the network's classifier never sees them.
     """
     return _packed_block(data.stats, (data.train, data.val), dl_type)
 
@@ -37,32 +37,35 @@ def _dataloaders(block, data, aug, **kwargs):
     aug = train_augmentation(data.px) if isinstance(aug, str) and aug == 'default' else aug
     return block.dataloaders(data, dl_kwargs=[dict(aug=aug), dict(aug=None)], **kwargs)
 
+def default_bs(data):
+    "Images per batch of stage one: 64, or 1% of fewer than 6,400 base images, at least 16, since a small set needs many steps"
+    return min(64, max(16, len(data.train)//100))
+
 def category_dls(
     data, # FewShotData
-    bs=None, # images a batch, before rotation; None is the paper's 64, or 1% of a base set of under 6,400, at least 16
-    aug='default', # `train_augmentation`; or an albumentations Compose for uint8 images, a function (`SeededDL`), None
-    seed=0, # of order and augmentation
-    num_workers=0, # packed images need none
-    **kwargs
+    bs=None, # images per batch, before rotation; None: the paper's 64, or 1% of a base set of under 6,400 images, but at least 16
+    aug='default', # 'default': `train_augmentation`; or an albumentations Compose for uint8 images, a function (see `SeededDL`) or None
+    seed=0, # seed of the order and the augmentation
+    num_workers=0, # worker processes; packed images need none
+    **kwargs # further arguments of `DataBlock.dataloaders`
 ):
-    "Stage one's DataLoaders: shuffled batches of base images, validation classes beside them"
-    if bs is None: bs = min(64, max(16, len(data.train)//100)) # a small set needs steps more than it needs full batches
-    bs = min(bs, len(data.train))
+    "DataLoaders of stage one: shuffled batches of base images to train on, and the validation classes"
+    bs = min(default_bs(data) if bs is None else bs, len(data.train))
     return _dataloaders(category_block(data), data, aug, num_workers=num_workers, bs=bs, val_bs=256, seed=seed, **kwargs)
 
 def episodic_dls(
     data, # FewShotData
-    n_way=5, # C, classes an episode
-    k_shot=1, # K, support images a class
-    n_query=15, # query images a class
-    n_episodes=400, # episodes an epoch
-    per_step=1, # episodes an optimiser step
-    aug='default', # `train_augmentation`; or an albumentations Compose for uint8 images, a function (`SeededDL`), None
-    seed=0, # of episodes and augmentation
-    num_workers=0, # packed images need none
-    **kwargs
+    n_way=5, # C, classes per episode
+    k_shot=1, # K, support images per class
+    n_query=15, # query images per class
+    n_episodes=400, # episodes per epoch
+    per_step=1, # episodes per optimiser step
+    aug='default', # 'default': `train_augmentation`; or an albumentations Compose for uint8 images, a function (see `SeededDL`) or None
+    seed=0, # seed of the episodes and the augmentation
+    num_workers=0, # worker processes; packed images need none
+    **kwargs # further arguments of `DataBlock.dataloaders`
 ):
-    "Stage two's DataLoaders: episodes of base classes, validation classes beside them"
+    "DataLoaders of stage two: episodes of base classes to train on, and the validation classes; UserError if the data cannot fill them"
     check_episode(data.train, n_way, k_shot, n_query)
     block = episode_block(data, n_way, k_shot, n_query, n_episodes, per_step)
     return _dataloaders(block, data, aug, num_workers=num_workers, seed=seed, **kwargs)
@@ -70,11 +73,12 @@ def episodic_dls(
 def plain_dl(
     data, # FewShotData
     split='test', # 'train', 'val' or 'test'
-    bs=256, # images a batch
-    stats=None, # mean and std to normalise with (the data's own)
-    **kwargs # of `SeededDL`: an `aug` makes every pass another view
+    bs=256, # images per batch
+    stats=None, # (mean, std) to normalise with; None: those of the data
+    **kwargs # arguments of `SeededDL`; with `aug`, every pass gives new views
 ):
-    "Every image of a split, in order, normalised and, without `aug`, not augmented"
-    if split not in SPLITS: raise UserError(f'there is no split {split!r}: it is one of {", ".join(SPLITS)}')
+    "DataLoader of all images of a split in order, normalised, and augmented only if `aug` is given; UserError for an unknown split"
+    known = ', '.join(SPLITS)
+    if split not in SPLITS: raise UserError(f'there is no split {split!r}: it is one of {known}')
     block = _packed_block(stats or data.stats, (getattr(data, split),), SeededDL)
     return block.dataloaders(data, bs=bs, shuffle=False, drop_last=False, num_workers=0, **kwargs).train

@@ -1,4 +1,4 @@
-"""Images decoded once into a memory-mapped uint8 cache, row i = CSV row i."""
+"""The packed images: decoded once into a memory-mapped uint8 array, in the order of the CSV rows."""
 import hashlib
 import json
 import os
@@ -29,7 +29,7 @@ BLOCK = 1024 # images decoded at a time
 def _check(meta): return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 def _fingerprint(folder, splits):
-    "SHA-256 of the packed images and CSVs, read a block at a time"
+    "SHA-256 of the packed images and CSVs, which are read block by block"
     h = hashlib.sha256()
     for split in splits:
         for at in range(0, len(split), BLOCK): h.update(np.ascontiguousarray(split.images[at:at+BLOCK]))
@@ -38,7 +38,7 @@ def _fingerprint(folder, splits):
 
 
 class Split:
-    "One split: `images` uint8 (N, px, px, 3), `y` int64 (N), `vocab` the class names, `df` (filename, label)"
+    "One split: `images` uint8 (N, px, px, 3), class codes `y` int64 (N), class names `vocab`, and `df` with columns filename and label"
     def __init__(self, name, images, df):
         self.name,self.images,self.df = name,images,df
         self.vocab = sorted(df.label.unique())
@@ -48,12 +48,12 @@ class Split:
 
 
 class FewShotData:
-    "The splits `train`, `val` and `test` of a data set with the base classes' `stats` (mean, std) and a `fingerprint`"
+    "The splits `train`, `val` and `test` of a data set, the `stats` (mean, std) of its base classes and its SHA-256 `fingerprint`"
     def __init__(self, folder):
         meta = read_json(folder/'meta.json')
         if meta.pop('check') != _check(meta): raise ValueError('the checksum of its meta.json is wrong')
         self.name,self.px,self.fingerprint,self.stats = (meta[k] for k in ('name','px','fingerprint','stats'))
-        self.shared = meta.get('shared', []) # images that two splits have: (split, filename, split before, filename)
+        self.shared = meta.get('shared', []) # images that are in two splits: (split, filename, earlier split, filename)
         self.folder = folder
         pair = np.array(self.stats, float)
         if type(self.px) is not int or pair.shape != (2, 3) or not np.isfinite(pair).all() or pair[1].min() <= 0:
@@ -70,22 +70,24 @@ class FewShotData:
 
 
 def few_shot_data(
-    data=None, # raw data set in any layout of data/README.md; None fetches CIFAR-FS, 'demo' draws the embedded data set
-    px=32, # side of the packed images, from 1 to 1024
-    cache=None, # folder for the packed images (default: `default_cache()`)
-    seed=0, # splits a folder of class folders, draws the demo
-    allow_large=False, # also decode images of 89 to 179 megapixels
+    data=None, # raw data set in any layout of data/README.md; None: fetch CIFAR-FS; 'demo': draw the embedded data set
+    px=32, # side of the packed images in pixels, from 1 to 1024
+    cache=None, # folder for the packed images; None: `default_cache()`
+    seed=0, # seed that splits a folder of class folders and draws the demo
+    allow_large=False, # whether images of 89 to 179 megapixels are decoded too
 ):
-    """Pack `data` once, and again when its CSVs or images change, and open it
+    """Pack `data` if it is new or has changed (CSVs or images), and return it as a `FewShotData`
 
-    Warns of classes and images that two splits seem to share. UserError for data that cannot be read.
+    Prints a warning if two splits seem to share classes or images. UserError if the data cannot be read or the cache cannot be written.
     """
     if not isinstance(px, int | np.integer) or isinstance(px, bool) or not 1 <= px <= LARGEST_SIDE:
         raise UserError(f'images of {px!r} px are asked for: px must be from 1 to {LARGEST_SIDE}')
     if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
         raise UserError(f'the seed is {seed!r}: give a whole number, 0 or more')
     source = DemoSource(seed) if isinstance(data, str) and data == 'demo' and not Path('demo').exists() else open_source(data, seed)
-    try: cache,stamp = user_path(cache or default_cache(), '--cache').resolve(),source.stamp()
+    try:
+        cache = user_path(cache or default_cache(), '--cache').resolve()
+        stamp = source.stamp()
     except (OSError, RuntimeError) as e:
         raise UserError(f'the cache folder {cache} cannot be used ({getattr(e, "strerror", None) or e}): give --cache another') from None
     if cache.is_relative_to(Path(source.path).resolve()):
@@ -95,10 +97,10 @@ def few_shot_data(
     folder = cache/f'{source.name[:60]}-{px}-{key}'
     try: cache.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise UserError(f'the cache folder {cache} cannot be written ({e.strerror}): give --cache another') from None
-    with locked(cache/f'.{folder.name}.lock'): # of several processes one packs, the others wait
+    with locked(cache/f'.{folder.name}.lock'): # one process packs while the others wait
         if _stamp(folder) == stamp:
             try: return _warned(FewShotData(folder))
-            except Exception as e: # whatever the damage
+            except Exception as e: # a damaged file can raise any error
                 print(f'{folder} is damaged ({type(e).__name__}: {e}) and packed anew', file=sys.stderr)
         _pack(source, px, stamp, folder, allow_large)
         return _warned(FewShotData(folder))
@@ -109,19 +111,21 @@ def _stamp(folder):
     except (UserError, KeyError): return None
 
 def _warned(data):
-    "`data`, after a warning of the images that two of its splits share"
+    "Print a warning if two splits of `data` share images, and return `data`"
     if data.shared:
-        print(f'warning: {data.name}: {len(data.shared)} images are in two splits, so that one of them does not measure what is new: ' +
-              '; '.join(f'{a} ({s}) is {b} ({t})' for s,a,t,b in data.shared[:3]) + (' ...' if len(data.shared) > 3 else ''),
-              file=sys.stderr)
+        examples = '; '.join(f'{a} ({s}) is {b} ({t})' for s,a,t,b in data.shared[:3])
+        if len(data.shared) > 3: examples += ' ...'
+        print(f'warning: {data.name}: {len(data.shared)} images are in two splits, so that one of them does not measure what is new: '
+              f'{examples}', file=sys.stderr)
     return data
 
 def _shared(images, source):
-    "Images that two splits share, pixel by pixel: [(split, filename, earlier split, filename)]"
-    first,found = {},[]
-    for s,of in images.items():
+    "Images with the same pixels in two splits: a list of [split, filename, earlier split, filename]"
+    first = {}
+    found = []
+    for s,packed in images.items():
         mine = {}
-        for name,im in zip(source.frames[s].filename, of):
+        for name,im in zip(source.frames[s].filename, packed):
             key = hashlib.blake2b(np.ascontiguousarray(im), digest_size=16).digest()
             if key in first: found.append([s, name, *first[key]])
             else: mine.setdefault(key, [s, name])
@@ -129,13 +133,14 @@ def _shared(images, source):
     return found
 
 def _pack(source, px, stamp, folder, allow_large):
-    "Decode `source` into a new folder beside `folder`, then put it in its place"
+    "Decode `source` into a new folder beside `folder`, then replace `folder` by it"
     sweep(folder.parent, folder.name)
     tmp = None
     try:
         tmp = part_name(folder)
         tmp.mkdir()
-        fingerprint,histogram = hashlib.sha256(),np.zeros((3, 256), np.int64)
+        fingerprint = hashlib.sha256()
+        histogram = np.zeros((3, 256), np.int64)
         n = {s:len(df) for s,df in source.frames.items()}
         print(f'packing {sum(n.values())} images of {source.name} at {px} px', file=sys.stderr)
         images = {s:new_memmap(tmp/f'{s}.npy', (n[s], px, px, 3), np.uint8) for s in n}
@@ -163,8 +168,9 @@ def _pack(source, px, stamp, folder, allow_large):
 
 
 def _stats(histogram):
-    "Mean and standard deviation of each channel in [0, 1] from the counts (3, 256) of its values"
-    p,v = histogram / histogram.sum(1, keepdims=True),np.arange(256) / 255
+    "Mean and standard deviation of each channel, scaled to [0, 1], from the counts (3, 256) of its values"
+    p = histogram / histogram.sum(1, keepdims=True)
+    v = np.arange(256) / 255
     mean = p @ v
     return [mean.round(4).tolist(), np.sqrt(p @ v**2 - mean**2).clip(1e-3).round(4).tolist()]
 

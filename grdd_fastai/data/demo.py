@@ -1,4 +1,4 @@
-"""The embedded data set: characters from matplotlib's own fonts under random affine maps, colours and noise."""
+"""The embedded data set: characters in matplotlib's own fonts, with random affine maps, colours and noise."""
 import hashlib
 from functools import lru_cache
 
@@ -20,7 +20,7 @@ PX = 32
 
 @lru_cache
 def _glyph(char, font, side=64):
-    "A character as an 8-bit mask (side, side), centred"
+    "An 8-bit mask (side, side) with the character in its centre"
     import matplotlib
     im = Image.new('L', (side, side))
     face = ImageFont.truetype(f'{matplotlib.get_data_path()}/fonts/ttf/{font}.ttf', 44)
@@ -29,9 +29,12 @@ def _glyph(char, font, side=64):
 
 
 def draw(char, rng):
-    "One image of `char`: a random font, rotation, shear, scale, place, a light paper, a dark ink and noise; uint8 (32, 32, 3)"
-    mask,side = _glyph(char, FONTS[rng.integers(len(FONTS))]),64
-    angle,scale,shear = rng.uniform(-.45, .45),side/PX*rng.uniform(.75, 1.25),rng.uniform(-.3, .3)
+    "A uint8 image (32, 32, 3) of `char`, dark on light paper: font, rotation, shear, scale, position, colours and noise are random"
+    side = 64
+    mask = _glyph(char, FONTS[rng.integers(len(FONTS))])
+    angle = rng.uniform(-.45, .45)
+    scale = side/PX*rng.uniform(.75, 1.25)
+    shear = rng.uniform(-.3, .3)
     A = scale*np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) @ np.array([[1, shear], [0, 1]])
     b = side/2 - A @ (np.full(2, PX/2) + rng.uniform(-4, 4, 2))
     alpha = np.asarray(mask.transform((PX, PX), Image.Transform.AFFINE, (*A[0], b[0], *A[1], b[1]),
@@ -42,10 +45,13 @@ def draw(char, rng):
 
 
 class DemoSource:
-    "A `Source` of 100 classes, 64/16/20, drawn on demand: image i of a class is a function of seed, class and i"
+    "A `Source` of 64/16/20 drawn classes: image i of a class is drawn when it is read and depends only on the seed, the class and i"
     name = path = 'demo'
     def __init__(self, seed=0, n_per_class=80):
-        chars,self.seed,self.n_per_class,self.frames,self.key = list(CHARS),seed,n_per_class,{},f'demo {seed}'
+        self.seed,self.n_per_class = seed,n_per_class
+        self.key = f'demo {seed}'
+        self.frames = {}
+        chars = list(CHARS)
         np.random.default_rng(seed).shuffle(chars)
         for s in SPLITS:
             mine,chars = chars[:N_CLASSES[s]],chars[N_CLASSES[s]:]

@@ -1,4 +1,4 @@
-"""Every sampler of episodes and its checks: for training as a DataLoader, for evaluation as rows of features."""
+"""Samplers of episodes and their checks: a DataLoader of images for training, and rows of features for evaluation."""
 from functools import cached_property
 
 import matplotlib.pyplot as plt
@@ -12,11 +12,11 @@ __all__ = ['check_episode', 'rows_by_class', 'EpisodicDL', 'sample_episodes', 's
 
 
 def check_episode(split, n_way, k_shot, n_query):
-    "UserError if `split` cannot hold an episode of `n_way` classes with `k_shot + n_query` images each"
+    "Raise UserError if `split` cannot fill an episode of `n_way` classes with `k_shot + n_query` images each"
     rows_by_class(split.y, n_way, k_shot, n_query, f'the {split.name} split', split.vocab)
 
 def rows_by_class(y, n_way, k_shot, n_query, where='the data', vocab=None):
-    "Rows of each class of `y`, or a UserError if they cannot fill an episode"
+    "A list with the rows of each class of `y`; UserError if they cannot fill an episode"
     for name,v,lowest in (('way', n_way, 2), ('shot', k_shot, 1), ('query', n_query, 1)):
         if not isinstance(v, int | np.integer) or v < lowest:
             raise UserError(f'an episode of {v!r} {name}: it must be a whole number, at least {lowest}')
@@ -25,32 +25,34 @@ def rows_by_class(y, n_way, k_shot, n_query, where='the data', vocab=None):
     if n_way > len(rows):
         raise UserError(f'{where} has {len(rows)} classes, too few for {n_way}-way episodes: lower the way or add classes')
     least = min(range(len(rows)), key=lambda i: len(rows[i]))
-    if len(rows[least]) < k_shot + n_query: raise UserError(
-        f'class {vocab[least] if vocab else classes[least]} of {where} has {len(rows[least])} images, '
-        f'too few for {k_shot} support + {n_query} '
-        'query images: lower --query (or the shot) or add images')
+    if len(rows[least]) < k_shot + n_query:
+        name = vocab[least] if vocab else classes[least]
+        raise UserError(f'class {name} of {where} has {len(rows[least])} images, too few for {k_shot} support + {n_query} '
+                        'query images: lower --query (or the shot) or add images')
     return rows
 
 
 class EpisodicDL(SeededDL):
-    """Episodes of `n_way` classes with `k_shot` support and `n_query` query images each, `n_episodes` an epoch
+    """DataLoader of `n_episodes` episodes per epoch: `n_way` classes, each with `k_shot` support and `n_query` query images
 
-    A batch is `per_step` episodes one after the other, (per_step * n_way * (k_shot + n_query), 3, H, W), each class-major
-    with a class's support before its queries: `split_episodes` takes it apart. Support and query are disjoint.
+    A batch holds `per_step` episodes one after the other, (per_step * n_way * (k_shot + n_query), 3, H, W). An episode is sorted by class,
+    and in each class the support images come before the query images. `split_episodes` separates them. No image is both support and
+    query. UserError for sizes that are out of range and for classes with too few images.
     """
     def __init__(self, dataset, n_way=5, k_shot=1, n_query=15, n_episodes=400, per_step=1, **kwargs):
         for k,v,most in (('n_episodes', n_episodes, 100_000), ('per_step', per_step, 10_000)):
             if not isinstance(v, int | np.integer) or not 1 <= v <= most: raise UserError(f'{k} is {v!r}: it must be from 1 to {most}')
         self.episode = dict(n_way=n_way, k_shot=k_shot, n_query=n_query, n_episodes=n_episodes, per_step=per_step)
-        self.n_way,self.k_shot,self.n_query,self.n_item,self.n_episodes = n_way,k_shot,n_query,k_shot + n_query,n_episodes
-        for k in ('bs','shuffle','drop_last','n'): kwargs.pop(k, None) # episodes fix them
+        self.n_way,self.k_shot,self.n_query,self.n_episodes = n_way,k_shot,n_query,n_episodes
+        self.n_item = k_shot + n_query # images per class
+        for k in ('bs','shuffle','drop_last','n'): kwargs.pop(k, None) # the episodes determine these
         super().__init__(dataset, bs=per_step*n_way*self.n_item, **kwargs)
 
     def new(self, dataset=None, cls=None, **kwargs):
         return super().new(dataset, cls, **({**self.episode, **kwargs} if cls is None else kwargs))
 
     def shared(self, rank, ranks):
-        "What `rank` of `ranks` processes trains on: whole episodes, as many as the others"
+        "The loader of process `rank` of `ranks`: whole episodes, the same number for each process"
         return self.new(per_step=max(1, self.episode['per_step']//ranks), share=(rank, ranks))
 
     @cached_property
@@ -58,44 +60,51 @@ class EpisodicDL(SeededDL):
         return rows_by_class(self.labels(), self.n_way, self.k_shot, self.n_query)
 
     def __len__(self):
-        ranks,per_step = self.share[1],self.episode['per_step']
+        ranks = self.share[1]
+        per_step = self.episode['per_step']
         return -(-self.n_episodes // per_step) if ranks == 1 else self.n_episodes // (ranks*per_step)
     def get_idxs(self):
-        "Drawn here, in the main process: as many workers as one likes give the same episodes"
+        "Rows of all episodes of this epoch, drawn in the main process, so that they do not depend on the number of workers"
         rng = np.random.default_rng([self.seed, max(self.epoch, 0)])
         return self.my_share([int(i) for _ in range(self.n_episodes)
                               for c in rng.choice(len(self.by_class), self.n_way, replace=False)
                               for i in rng.choice(self.by_class[c], self.n_item, replace=False)], whole=True)
 
     def show_batch(self, b=None, max_n=None, ctxs=None, show=True, figsize=None, nrows=5, **kwargs):
-        "Draw the first episode: a class a row, at most `nrows`; its support images framed, then its queries (at most `max_n` a row)"
+        "Show the first episode, one class per row: framed support images, then query images; at most `nrows` rows of `max_n` images"
         if not show: return super().show_batch(b, show=False)
         x,y = self.decode(self.one_batch() if b is None else b)
-        n,nrows,names = min(self.n_item, max_n or self.k_shot + 7),min(self.n_way, nrows),self.dataset.tls[-1].tfms
+        n = min(self.n_item, max_n or self.k_shot + 7)
+        nrows = min(self.n_way, nrows)
+        names = self.dataset.tls[-1].tfms
         _,axes = plt.subplots(nrows, n, figsize=figsize or (1.1*n, 1.2*nrows), squeeze=False)
         for i,row in enumerate(axes):
             for j,ax in enumerate(row):
-                k,support = i*self.n_item + j,j < self.k_shot
+                k = i*self.n_item + j
+                support = j < self.k_shot
                 x[k].show(ctx=ax)
                 ax.set(xticks=[], yticks=[])
                 ax.axis('on')
                 for side in ax.spines.values(): side.set(color='C1' if support else '0.85', linewidth=3 if support else 1)
                 if i==0 and j in (0, self.k_shot): ax.set_title('support' if support else 'query', loc='left', fontsize=10)
             row[0].set_ylabel(str(names.decode(y[i*self.n_item])), fontsize=9)
+
+
 BLOCK = 500 # episodes drawn at a time
 
 
 def sample_episodes(
     y, # class of each image (N)
-    n_way=5, # C, classes an episode
-    k_shot=1, # K, support images a class
-    n_query=15, # query images a class
-    n_episodes=10_000,
-    seed=0, # the same seed draws the same episodes; more episodes begin with the fewer
+    n_way=5, # C, classes per episode
+    k_shot=1, # K, support images per class
+    n_query=15, # query images per class
+    n_episodes=10_000, # number of episodes
+    seed=0, # seed of the episodes; a larger `n_episodes` adds episodes after the same first ones
 ):
-    "Yield blocks of episodes: rows of the support (E, C, K) and of the query images (E, C, n_query), disjoint"
+    "Yield blocks of episodes: disjoint rows of the support (E, C, K) and query images (E, C, n_query); UserError if `y` cannot fill them"
     y = np.asarray(y.cpu() if isinstance(y, torch.Tensor) else y)
-    by_class,m = rows_by_class(y, n_way, k_shot, n_query),k_shot + n_query
+    by_class = rows_by_class(y, n_way, k_shot, n_query)
+    m = k_shot + n_query
     if not isinstance(n_episodes, int | np.integer) or n_episodes < 1:
         raise UserError(f'{n_episodes!r} episodes are asked for: it must be at least 1')
     if not isinstance(seed, int | np.integer) or seed < 0:
@@ -104,38 +113,42 @@ def sample_episodes(
     table = np.stack([np.pad(rows, (0, size.max() - len(rows))) for rows in by_class])
     for block in range(-(-n_episodes // BLOCK)):
         rng = np.random.default_rng([seed, block])
-        classes = rng.random((BLOCK, len(size))).argsort(1)[:, :n_way]                    # (E, C)
-        n,chosen = size[classes],np.full((BLOCK, n_way, m), -1)
-        for j in range(m): # Floyd's algorithm: m of n without replacement, every set equally likely
+        classes = rng.random((BLOCK, len(size))).argsort(1)[:, :n_way] # (E, C)
+        n = size[classes]
+        chosen = np.full((BLOCK, n_way, m), -1)
+        for j in range(m): # Floyd's algorithm: m of n without replacement; all sets have the same probability
             last = n - m + j
             pick = (rng.random(n.shape) * (last + 1)).astype(np.int64)
             chosen[..., j] = np.where((chosen == pick[..., None]).any(-1), last, pick)
-        chosen = np.take_along_axis(chosen, rng.random(chosen.shape).argsort(-1), -1)     # and every order
+        chosen = np.take_along_axis(chosen, rng.random(chosen.shape).argsort(-1), -1) # all orders have the same probability
         rows = table[classes[..., None], chosen][:n_episodes - block*BLOCK]
         yield rows[..., :k_shot],rows[..., k_shot:]
 
 
 def sample_unbalanced(
-    y, n_way=5, k_shot=1, n_query=15, n_episodes=10_000, seed=0, # as in `sample_episodes`
-    concentration=2., # of the symmetric Dirichlet distribution the classes' shares of the queries are drawn from
+    y, n_way=5, k_shot=1, n_query=15, n_episodes=10_000, seed=0, # same as in `sample_episodes`
+    concentration=2., # parameter of the symmetric Dirichlet distribution of the classes' shares of the queries
 ):
-    """Yield blocks of episodes whose n_way * n_query queries fall unevenly on the classes: support rows (E, C, K), query rows and their
-    classes 0..C-1 (E, C * n_query)
+    """Yield blocks of episodes with unbalanced queries, as in alpha-TIM (arXiv 2204.11181)
 
-    As alpha-TIM's (arXiv 2204.11181): shares from Dirichlet(2), rounded by the largest remainders.
+    A block is the support rows (E, C, K), the query rows (E, C * n_query) and the classes 0..C-1 of the queries (E, C * n_query). Each
+    episode has n_way * n_query queries. The shares of the classes are drawn from Dirichlet(`concentration`) and rounded by the largest
+    remainders. UserError if `y` cannot fill the episodes.
     """
     total = n_way*n_query
-    # as many of each class as one might need
+    # one class may get all queries, so `total` are drawn for each
     for block,(support,query) in enumerate(sample_episodes(y, n_way, k_shot, total, n_episodes, seed)):
         rng = np.random.default_rng([seed, block, 1])
         shares = rng.dirichlet([concentration]*n_way, BLOCK)[:len(query)] * total
         counts = np.floor(shares).astype(np.int64)
         rank = (shares - counts).argsort(1)[:, ::-1].argsort(1)
         counts += rank < (total - counts.sum(1))[:, None]
-        taken = np.arange(total) < counts[..., None]                                          # (E, C, total)
-        yield support,query[taken].reshape(-1, total),np.broadcast_to(np.arange(n_way)[:, None], taken.shape)[taken].reshape(-1, total)
+        taken = np.arange(total) < counts[..., None] # (E, C, total)
+        query_y = np.broadcast_to(np.arange(n_way)[:, None], taken.shape)[taken]
+        yield support,query[taken].reshape(-1, total),query_y.reshape(-1, total)
 
 def _balanced(*args):
+    "`sample_episodes` with the classes 0..C-1 of the queries (E, C, n_query) as a third array"
     for support,query in sample_episodes(*args):
         yield support,query,np.broadcast_to(np.arange(query.shape[1])[:, None], query.shape).copy()
 

@@ -1,4 +1,4 @@
-"""Image files of any kind to upright RGB arrays."""
+"""Image files of many formats, decoded to upright RGB arrays."""
 import io
 import warnings
 
@@ -7,24 +7,24 @@ from PIL import Image, ImageOps
 
 __all__ = ['decode']
 
-# the image formats that are decoded; others, such as EPS, may run programs
+# other formats are refused because decoding some of them, such as EPS, may run programs
 FORMATS = ('PNG', 'JPEG', 'MPO', 'BMP', 'WEBP', 'GIF', 'TIFF', 'PPM', 'AVIF', 'JPEG2000')
-MEGAPIXELS = 89 # of an image that is decoded without being asked about
+MEGAPIXELS = 89 # size of the largest image that is decoded without `allow_large`
 
 
 def decode(image, px, allow_large=False):
-    "The bytes of an image -> RGB uint8 (px, px, 3): upright, shorter side to `px`, centre crop; `allow_large` as in `open_image`"
+    "Bytes of an image file -> uint8 RGB array (px, px, 3): upright, shorter side resized to `px`, centre crop; limits as in `open_image`"
     im = upright_rgb(open_image(io.BytesIO(image), allow_large))
     return np.asarray(im if im.size == (px, px) else ImageOps.fit(im, (px, px), Image.Resampling.BICUBIC))
 
 
 def open_image(file, allow_large=False):
-    """A PIL image, not yet decoded; ValueError above 89 megapixels, or with `allow_large` above 179
+    """Open an image file as a PIL image without decoding it; ValueError above 89 megapixels, or above 179 with `allow_large`
 
-    A small file can hold an image that fills the memory. The limits are those at which Pillow warns and refuses.
+    A small file can hold an image that fills the memory. At these limits Pillow itself warns and refuses.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore', Image.DecompressionBombWarning) # the size is looked at here
+        warnings.simplefilter('ignore', Image.DecompressionBombWarning) # the size is checked below
         Image.init()
         im = Image.open(file, formats=[f for f in FORMATS if f in Image.OPEN])
     if not allow_large and im.width*im.height > MEGAPIXELS*10**6:
@@ -33,16 +33,16 @@ def open_image(file, allow_large=False):
     return im
 
 def upright_rgb(im):
-    "A PIL image of any mode -> RGB, turned as its camera says"
+    "PIL image of any mode -> RGB image, turned upright by its EXIF orientation"
     im = ImageOps.exif_transpose(im)
     if im.mode[0] in 'IF': im = Image.fromarray(_to_8_bit(np.asarray(im), im.mode))
     return im.convert('RGB')
 
 def _to_8_bit(a, mode):
-    "Deep grey levels by the range they use: [0, 1], 8 bit, 16 bit, or their own maximum"
+    "Grey levels (H, W) of more than 8 bits -> uint8, scaled by the range that they use: [0, 1], 8 bits, 16 bits or their own maximum"
     top = a.max() if a.size else 0
     full = 1 if mode == 'F' and top <= 1 else 255 if top <= 255 else 65535 if top <= 65535 else top
     out = np.empty(a.shape, np.uint8)
-    # a row at a time: floating-point levels of a large image would fill the memory
+    # row by row, because floating-point levels of a whole large image would fill the memory
     for row,levels in zip(out, a): row[:] = (levels * (255/full)).clip(0, 255)
     return out

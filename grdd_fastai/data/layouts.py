@@ -1,4 +1,4 @@
-"""Which images of a raw data set belong to which split: one function for each layout in data/README.md."""
+"""Assignment of the images of a raw data set to splits: one function for each layout in data/README.md."""
 import csv
 import posixpath
 import random
@@ -16,24 +16,27 @@ __all__ = ['SPLITS', 'class_list']
 
 
 SPLITS = ('train', 'val', 'test') # base, validation and novel classes
-LONGEST = 2**20 # characters in a line of a text file
+LONGEST = 2**20 # most characters in a line of a text file
 ALIASES = dict(train='train', base='train', val='val', valid='val', validation='val', test='test', novel='test')
 
-def _norm(name): return re.sub(r'[\s_]', '', name).lower()
+def _norm(name):
+    "A class name without case, blanks and underscores, for comparison"
+    return re.sub(r'[\s_]', '', name).lower()
 
 @lru_cache
 def class_list(name):
-    "The committed class list `name` ('cifar_fs', 'mini_imagenet') as a frame of (label, split), 64/16/20 classes"
+    "The package's class list `name` ('cifar_fs' or 'mini_imagenet') as a DataFrame with columns label and split: 64/16/20 classes"
     here = Path(__file__).parent.parent # the package
     path = next(p for p in (here/'class_lists'/f'{name}.csv', here.parent/'data'/f'{name}.csv') if p.exists())
     return pd.read_csv(path, dtype=str)
 
 
 def _split_csvs(tree, seed):
-    "train/val/test.csv of (filename, label), images in images/ beside them or beside them"
+    "Layout: train.csv, val.csv and test.csv with columns filename and label; images beside them or in images/ beside them"
     csvs = [''] if tree.has('train.csv') else [f.removesuffix('train.csv') for f in tree.files if f.endswith('/train.csv')]
     if not csvs: return
-    base,frames = min(csvs, key=lambda f: (f.count('/'), f)),[]
+    base = min(csvs, key=lambda f: (f.count('/'), f)) # the folder nearest to the root
+    frames = []
     for split in SPLITS:
         name = f'{base}{split}.csv'
         if not tree.has(name):
@@ -42,12 +45,15 @@ def _split_csvs(tree, seed):
     return pd.concat(frames, ignore_index=True)
 
 def _read_csv(tree, name):
-    "Read the rows of a CSV one by one, and stop with a sentence at the first that is wrong"
-    where,base,found,seen = f'{tree.path}, {name}',name.rpartition('/')[0],[],set()
+    "The rows of a CSV as a DataFrame with columns filename, label and path; UserError at the first wrong row"
+    where = f'{tree.path}, {name}'
+    base = name.rpartition('/')[0]
+    found = []
+    seen = set()
     def image(n, filename, label):
         row = f'{where}, row {n}'
-        if not filename or not label:
-            raise UserError(f'{row}: the {"label" if filename else "filename"} is empty: fill it in or remove the row')
+        empty = 'label' if filename else 'filename'
+        if not filename or not label: raise UserError(f'{row}: the {empty} is empty: fill it in or remove the row')
         f = posixpath.normpath(filename)
         if f.startswith(('/', '../')) or f == '..':
             raise UserError(f'{row}: {filename} lies outside the data folder: give a path relative to images/ or to the CSV')
@@ -65,7 +71,9 @@ def _read_csv(tree, name):
             if not header: raise UserError(f'{where} is empty: it needs the columns filename,label and a row an image')
             missing = [c for c in ('filename','label') if c not in header]
             if missing:
-                raise UserError(f'{where} lacks the column{"s"[:len(missing)-1]} {", ".join(missing)}: it has {", ".join(header[:20])}')
+                lacks = f'column {missing[0]}' if len(missing) == 1 else f'columns {missing[0]}, {missing[1]}'
+                has = ', '.join(header[:20])
+                raise UserError(f'{where} lacks the {lacks}: it has {has}')
             twice = next((c for c in ('filename','label') if header.count(c) > 1), None)
             if twice: raise UserError(f'{where} has {header.count(twice)} columns {twice}: leave one of them')
             columns = header.index('filename'),header.index('label')
@@ -76,18 +84,18 @@ def _read_csv(tree, name):
                 found.append(image(n, *(row[c] for c in columns)))
     except UserError: raise
     except (csv.Error, UnicodeDecodeError) as e: raise UserError(f'{where} is not a readable CSV ({e}): save it as CSV in UTF-8') from None
-    except Exception as e: raise UserError(f'{where} cannot be read ({e}): fetch it again') from None # whatever a damaged archive gives
+    except Exception as e: raise UserError(f'{where} cannot be read ({e}): fetch it again') from None # damage can raise any error
     if not found: raise UserError(f'{where} has no rows: it needs a row (filename,label) an image')
     return pd.DataFrame(found, columns=['filename','label','path'])
 
 def whole_lines(f):
-    "Yield the lines of an open text file; ValueError for a line that is too long to be a row"
+    "Yield the lines of an open text file; ValueError for a line of more than `LONGEST` characters"
     while line := f.readline(LONGEST):
         if len(line) == LONGEST: raise ValueError(f'a line has more than {LONGEST} characters')
         yield line
 
 def _official_cifar_fs(tree, seed):
-    "data/<class>/*.png with splits/bertinetto/{train,val,test}.txt"
+    "Layout: data/<class>/*.png with splits/bertinetto/{train,val,test}.txt"
     roots = [f.removesuffix('splits/bertinetto/train.txt') for f in tree.files if f.endswith('splits/bertinetto/train.txt')]
     if not roots: return
     split_of = {}
@@ -110,7 +118,7 @@ def _official_cifar_fs(tree, seed):
     return df.assign(split=df.label.map(split_of)).dropna()
 
 def _split_folders(tree, seed):
-    "train/val/test folders above class folders"
+    "Layout: train, val and test folders above class folders; other usual names of the splits are in `ALIASES`"
     df = _images(tree)
     parts = df.path.str.split('/')
     for depth in range(parts.str.len().max() - 2):
@@ -119,21 +127,22 @@ def _split_folders(tree, seed):
             return _without(tree, df.assign(split=split), split.isna(), 'outside the train, val and test folders')
 
 def _known_classes(tree, seed):
-    "Class folders, at any depth and in any part, that are exactly a committed class list's: the list splits them"
+    "Layout: class folders at any depth that are exactly the classes of a class list of the package; the list splits them"
     df = _images(tree)
     for name in ('cifar_fs','mini_imagenet'):
         known = {_norm(c):(c, s) for c,s in class_list(name).itertuples(index=False)}
         other = ~df.label.map(_norm).isin(set(known))
-        if set(df.label[~other].map(_norm)) == set(known) and other.mean() < .1: # all of ImageNet is not miniImageNet
+        if set(df.label[~other].map(_norm)) == set(known) and other.mean() < .1: # ImageNet itself holds these classes among many others
             df = _without(tree, df, other, f'outside the class folders of {name}')
             return df.assign(split=[known[_norm(c)][1] for c in df.label], label=[known[_norm(c)][0] for c in df.label])
 
 def _class_folders(tree, seed):
-    "Class folders: 64/16/20 % of the classes by `seed`"
+    "Layout: class folders without splits; `seed` assigns 64/16/20 % of the classes to train, val and test"
     df = _images(tree)
     classes = sorted(df.label.unique())
     if len(classes) < 3:
-        raise UserError(f'{tree.path} has {len(classes)} class folder{"s"[:len(classes)!=1]}: '
+        folders = 'folder' if len(classes) == 1 else 'folders'
+        raise UserError(f'{tree.path} has {len(classes)} class {folders}: '
                         'at least 3 are needed, one for each of train, val and test')
     n_val,n_test = (max(1, round(r*len(classes))) for r in (.16, .2))
     random.Random(seed).shuffle(classes)
@@ -141,11 +150,12 @@ def _class_folders(tree, seed):
     return df.assign(split=df.label.map(split_of))
 
 def _without(tree, df, drop, why):
+    "The rows of `df` without those in the mask `drop`, with a printed warning"
     if drop.any(): print(f'{tree.path}: {drop.sum()} images {why} are left out, {df.path[drop].iloc[0]} the first', file=sys.stderr)
     return df[~drop]
 
 def _images(tree, prefix=''):
-    "Every image below `prefix`, labelled with its folder's name"
+    "DataFrame (filename, label, path) of all images below `prefix`; the label is the name of the folder"
     paths = [f for f in tree.files if f.startswith(prefix) and '/' in f and IMAGES.search(f)]
     if not paths:
         raise UserError(f'{tree.path}: no split CSVs and no images in class folders found: '

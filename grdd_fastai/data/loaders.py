@@ -1,4 +1,4 @@
-"""Packed splits as fastai items, and a DataLoader whose order and augmentation are functions of the seed."""
+"""Packed splits as fastai items, and a DataLoader whose order and augmentation depend only on the seed."""
 import random
 from functools import cached_property
 
@@ -16,30 +16,33 @@ from .augment import seeded
 __all__ = ['PackedImage', 'PackedLabel', 'SeededDL']
 
 
-# ---- rows of packed splits as fastai items ----------------------------------------------------------------------------
+# ---- packed splits as fastai items ------------------------------------------------------------------------------------
 
 class PackedImage(DisplayedTransform):
-    "Row, or rows of one split -> uint8 image(s) (..., 3, H, W); rows count through `splits` in turn"
+    "Row number, or rows of one split -> uint8 image(s) (..., 3, H, W); the rows of `splits` are numbered one split after the other"
     def __init__(self, *splits):
-        self.images,self.starts = [s.images for s in splits],np.cumsum([0] + [len(s) for s in splits])
+        self.images = [s.images for s in splits]
+        self.starts = np.cumsum([0] + [len(s) for s in splits]) # first row of each split
     def encodes(self, rows):
         rows = np.asarray(rows)
         i = np.searchsorted(self.starts, rows.flat[0], 'right') - 1
-        images,rows = self.images[i],rows - self.starts[i]
+        images = self.images[i]
+        rows = rows - self.starts[i]
         x = (images[torch.as_tensor(rows, device=images.device)] if isinstance(images, torch.Tensor)
              else torch.from_numpy(np.array(images[rows])))
         return TensorImage(x.movedim(-1, -3))
     def hold(self, device, room):
-        "From now on the images lie on `device`, if all of them take no more than `room` bytes"
+        "Move the images to `device` and keep them there, if all of them together need at most `room` bytes"
         if sum(im.nbytes for im in self.images) <= room:
             self.images = [torch.as_tensor(np.asarray(im) if isinstance(im, np.ndarray) else im, device=device) for im in self.images]
 
 class PackedLabel(DisplayedTransform):
-    "Row, or rows -> class code(s); the first split's classes come first and `c` is their number"
+    "Row number(s) -> class code(s); the classes of the first split have the lowest codes and `c` is their number"
     def __init__(self, *splits):
         n_before = np.cumsum([0] + [len(s.vocab) for s in splits])
         self.y = np.concatenate([s.y + n for s,n in zip(splits, n_before)])
-        self.vocab,self.c = [c for s in splits for c in s.vocab],len(splits[0].vocab)
+        self.vocab = [c for s in splits for c in s.vocab]
+        self.c = len(splits[0].vocab)
     def encodes(self, rows): return TensorCategory(torch.as_tensor(self.y[np.asarray(rows)]))
     def decodes(self, o:TensorCategory): return Category(self.vocab[int(o)])
 
@@ -47,12 +50,13 @@ class PackedLabel(DisplayedTransform):
 # ---- loaders ----------------------------------------------------------------------------------------------------------
 
 class SeededDL(TfmdDL):
-    """A `TfmdDL` whose order and augmentation are functions of `seed`, epoch and row, for any number of workers
+    """A `TfmdDL` whose order and augmentation depend only on `seed`, epoch and row, for any number of workers
 
-    `epoch` counts the iterations begun; our Learners set it. Packed splits are read a whole batch at a time; `aug` augments their
-    images: an albumentations `Compose`, or a function of (uint8 images, seed, epoch, rows) such as `BatchAugmentation`, which without
-    workers runs on the loader's device. Images that fit into a quarter of a GPU's free memory stay there. Any other fastai dataset is
-    read item by item, as ever. `share` is (rank, ranks): of each ranks * bs items the rank's bs.
+    `epoch` counts the iterations that have begun; our Learners set it. Packed splits are read a whole batch at a time, and any other fastai
+    dataset item by item. `aug` augments packed images: it is an albumentations `Compose`, or a function of (uint8 images, seed, epoch,
+    rows) such as `BatchAugmentation`, which runs on the loader's device if there are no workers. Images that fit into a quarter of a GPU's
+    free memory stay there. `share` is (rank, ranks): of each ranks * bs items, this loader gives the bs items of its rank. UserError for
+    arguments that are out of range.
     """
     def __init__(self, dataset, bs=64, seed=0, aug=None, share=(0, 1), **kwargs):
         if not isinstance(bs, int | np.integer | type(None)) or (bs is not None and bs < 1):
@@ -60,28 +64,30 @@ class SeededDL(TfmdDL):
         if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63:
             raise UserError(f'the seed is {seed!r}: give a whole number, 0 or more')
         if aug is not None and not callable(aug): raise UserError(f'aug is {aug!r}: give an albumentations Compose, a function or None')
-        self.seed,self.epoch,self.aug,self.augment,self.share = seed,-1,aug,seeded(aug),share
+        self.seed,self.aug,self.share = seed,aug,share
+        self.epoch = -1
+        self.augment = seeded(aug)
         super().__init__(dataset, bs=bs, **kwargs)
 
     def new(self, dataset=None, cls=None, **kwargs):
         return super().new(dataset, cls, **{**dict(seed=self.seed, aug=self.aug, share=self.share), **kwargs})
 
     def shared(self, rank, ranks):
-        "What `rank` of `ranks` processes trains on: its part of each step, all parts as large"
+        "The loader of process `rank` of `ranks`: an equal part of each step"
         return self.new(bs=max(1, self.bs//ranks), share=(rank, ranks), drop_last=True)
 
     def plain(self, bs=256):
-        "Every item once, in order and not augmented"
+        "A loader that gives every item once, in order and not augmented"
         return self.new(cls=SeededDL, aug=None, bs=bs, shuffle=False, drop_last=False)
 
     @cached_property
     def packed(self):
-        "The dataset's `PackedImage`, None for any other dataset"
+        "The `PackedImage` of the dataset, or None if the dataset is not packed"
         return next((f for f in self.dataset.tls[0].tfms.fs if isinstance(f, PackedImage)), None)
     @cached_property
     def rows(self): return np.asarray(list(self.dataset.items))
     def labels(self):
-        "Class code of every item of the dataset"
+        "Class codes (N) of all items of the dataset"
         y = self.dataset.tls[-1]
         return y.tfms(self.rows).numpy() if self.packed else np.asarray([int(o) for o in y])
 
@@ -96,16 +102,17 @@ class SeededDL(TfmdDL):
 
     @property
     def on_device(self):
-        "Batches are made in this process, on the loader's device"
+        "Whether batches are made in this process, on the loader's device"
         return self.device is not None and self.fake_l.num_workers == 0
 
     def get_idxs(self): return self.my_share(super().get_idxs(), self.drop_last)
     def my_share(self, idxs, whole):
-        "Of `idxs`, `bs` at a time in turn, those of this rank; `whole` leaves out a last step that is not whole"
+        "The part of `idxs` for this rank: the ranks take turns with `bs` items each; `whole` leaves out an incomplete last step"
         rank,ranks = self.share
         if ranks == 1: return idxs
-        n,step = len(idxs),ranks*self.bs
-        return [i for at in range(rank*self.bs, n//step*step if whole else n, step) for i in idxs[at:at+self.bs]]
+        step = ranks*self.bs
+        end = len(idxs)//step*step if whole else len(idxs)
+        return [i for at in range(rank*self.bs, end, step) for i in idxs[at:at+self.bs]]
     def __len__(self):
         rank,ranks = self.share
         if ranks == 1: return super().__len__()

@@ -1,4 +1,4 @@
-"""Raw few-shot data sets, in the layouts people hold them in, as three pandas split CSVs of (filename, label)."""
+"""Raw few-shot data sets in their usual layouts, read as one table of (filename, label) for each split."""
 import hashlib
 import re
 import sys
@@ -19,11 +19,17 @@ CONTROL = re.compile('[\x00-\x1f\x7f-\x9f\u2028\u2029]')
 
 
 class Source:
-    "A raw data set: `frames[split]` of (filename, label, path) and `read(path)`, the bytes of an image"
+    """A raw data set: DataFrames `frames[split]` with columns filename, label and path, and `read(path)` for the bytes of an image
+
+    UserError if splits are empty or share a class, if an image is listed twice, or if a name holds a control character.
+    """
     def __init__(self, tree, seed=0):
         layout,df = next((f, d) for f,d in ((f, f(tree, seed)) for f in LAYOUTS) if d is not None)
-        self.key = f'{Path(tree.path).resolve()} {seed if layout is _class_folders else ""}' # what the splits depend on
-        self.tree,self.path,self.read = tree,tree.path,tree.read
+        used_seed = seed if layout is _class_folders else ''
+        self.key = f'{Path(tree.path).resolve()} {used_seed}' # everything that determines the splits
+        self.tree = tree
+        self.path = tree.path
+        self.read = tree.read
         self.frames = {s:df.loc[df.split==s, ['filename','label','path']].reset_index(drop=True) for s in SPLITS}
         self._check(df)
 
@@ -38,11 +44,12 @@ class Source:
         alike = {}
         for label,(s,) in splits.items():
             alike.setdefault(unicodedata.normalize('NFKC', ' '.join(label.split())).casefold(), []).append((label, s))
-        for of in alike.values():
-            of.sort(key=lambda o: SPLITS.index(o[1]))
-            if len({s for _,s in of}) > 1:
-                print(f'warning: {self.path}: the classes ' + ' and '.join(f'{label!r} ({s})' for label,s in of) +
-                      ' differ in case, blanks or Unicode form alone: if they are one class, the splits are not disjoint', file=sys.stderr)
+        for classes in alike.values():
+            classes.sort(key=lambda o: SPLITS.index(o[1]))
+            if len({s for _,s in classes}) > 1:
+                names = ' and '.join(f'{label!r} ({s})' for label,s in classes)
+                print(f'warning: {self.path}: the classes {names} differ in case, blanks or Unicode form alone: '
+                      'if they are one class, the splits are not disjoint', file=sys.stderr)
         again = df[df.duplicated('path')]
         if len(again): raise UserError(f'{self.path}: {again.filename.iloc[0]} is listed twice: an image may be in one row only')
         for s in SPLITS:
@@ -50,13 +57,13 @@ class Source:
 
     @property
     def name(self):
-        "'cifar_fs' or 'mini_imagenet' where the splits are that data set's, else the source's own name"
+        "'cifar_fs' or 'mini_imagenet' if the splits are those of that data set, else the name of the file or folder"
         mine = {(_norm(c), s) for s,df in self.frames.items() for c in df.label.unique()}
         return next((n for n in ('cifar_fs','mini_imagenet')
                      if mine == {(_norm(c), s) for c,s in class_list(n).itertuples(index=False)}), self.tree.name)
 
     def stamp(self):
-        "Changes when a CSV row or an image does (by size and time, or checksum), without reading the images"
+        "A hash that changes with any CSV row and with any image (its size and time, or its checksum); the images are not decoded"
         h = hashlib.sha256()
         for s,df in self.frames.items():
             for r in df.itertuples(): h.update(repr((s, r.filename, r.label, r.path, self.tree.stamp(r.path))).encode())
@@ -64,10 +71,10 @@ class Source:
 
 
 def open_source(
-    data=None, # a path in any layout of data/README.md, or None: CIFAR-FS through `untar_data(URLs.CIFAR_100)`
-    seed=0, # splits a folder of class folders
+    data=None, # path in any layout of data/README.md; None: CIFAR-FS through `untar_data(URLs.CIFAR_100)`
+    seed=0, # seed that splits a folder of class folders
 ):
-    "The raw data set at `data`; UserError where there is none"
+    "The raw data set at `data` as a `Source`; UserError if there is none"
     return Source(_open_tree(_download() if data is None else data), seed)
 
 def _download():
@@ -79,11 +86,11 @@ def _download():
 
 
 def prepare(
-    data, # a path in any layout, or None to fetch CIFAR-FS
-    out, # folder to fill with train.csv, val.csv, test.csv and images/; it must not exist or be empty
-    seed=0, # splits a folder of class folders
+    data, # path in any layout; None: fetch CIFAR-FS
+    out, # new or empty folder for train.csv, val.csv, test.csv and images/
+    seed=0, # seed that splits a folder of class folders
 ):
-    "Write `data` out as split CSVs plus images and return the folder"
+    "Write `data` to the folder `out` as split CSVs and images, and return the folder; UserError if that fails"
     source = open_source(data, seed)
     try:
         out = user_path(out, '--out').resolve()

@@ -1,4 +1,4 @@
-"""Figures of the experiments: arrays and DataFrames in, a matplotlib Figure out; legible in grey and for the colour-blind."""
+"""Figures of the experiments: matplotlib Figures of arrays and DataFrames, legible in grey and for colour-blind readers."""
 import io
 from pathlib import Path
 
@@ -13,25 +13,28 @@ from ..core.storage import atomic_write
 __all__ = ['COLORS', 'MARKERS', 'plot_rows', 'plot_sweep', 'plot_tsne', 'plot_relatedness', 'save_figure']
 
 
-COLORS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#F0E442', '#000000') # Okabe and Ito's
+COLORS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#F0E442', '#000000') # the palette of Okabe and Ito
 MARKERS = 'osD^vPX*'
 
 
 def plot_rows(
-    scored, # DataFrame of `table`: row, shot, seed, split, n, accuracy, ci95
-    title='',
+    scored, # DataFrame of `table` with the columns row, shot, seed, split, n, accuracy, ci95
+    title='', # title of the figure
 ) -> Figure:
-    "A line per row, a mark per shot: the mean over seeds with the 95% interval over episodes, and a small tick for each seed"
-    shots,rows = sorted(scored.shot.unique()),list(dict.fromkeys(scored.row))
+    "A line per row and a mark per shot: the mean over seeds with the 95% interval over episodes, and a small tick for each seed"
+    shots = sorted(scored.shot.unique())
+    rows = list(dict.fromkeys(scored.row))
     fig,ax = plt.subplots(figsize=(5. + .07*max(map(len, rows)), 1.4 + .27*len(rows)*max(1, .7*len(shots))), layout='constrained')
     for i,shot in enumerate(shots):
         for j,row in enumerate(rows):
-            of,y = scored[(scored.shot == shot) & (scored.row == row)],j + .25*(i - (len(shots)-1)/2)
-            if of.empty: continue
-            mean,ci = of.accuracy.mean(),of.ci95.mean()
+            runs = scored[(scored.shot == shot) & (scored.row == row)]
+            if runs.empty: continue
+            y = j + .25*(i - (len(shots)-1)/2)
+            mean,ci = runs.accuracy.mean(),runs.ci95.mean()
             ax.errorbar(mean, y, xerr=ci, fmt=MARKERS[i], color=COLORS[i], ms=6, capsize=3, lw=1.3, label=None if j else f'{shot}-shot')
-            if len(of) > 1: ax.plot(of.accuracy, [y]*len(of), '|', color='black', ms=9, mew=1)
-            ax.annotate(f'{mean:.1f}', (max(mean + ci, of.accuracy.max()), y), (6, 0), textcoords='offset points', va='center', fontsize=8)
+            if len(runs) > 1: ax.plot(runs.accuracy, [y]*len(runs), '|', color='black', ms=9, mew=1)
+            right = max(mean + ci, runs.accuracy.max())
+            ax.annotate(f'{mean:.1f}', (right, y), (6, 0), textcoords='offset points', va='center', fontsize=8)
     classes = dict(val='validation').get(scored.split.iloc[0], scored.split.iloc[0])
     ax.set(yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - .4, -.6), title=title,
            xlabel=f'accuracy on the {classes} classes, %\n95% interval, {scored.n.iloc[0]:,} episodes')
@@ -42,20 +45,19 @@ def plot_rows(
 
 
 def plot_sweep(
-    sweeps, # symbol -> DataFrame with the columns value, shot, seed, accuracy, ci95
-    references, # name -> accuracy of a horizontal line
-    ylabel='5-way accuracy, %',
+    sweeps, # symbol of a hyper-parameter -> DataFrame with the columns value, shot, seed, accuracy, ci95
+    references, # name -> accuracy in percent, drawn as a horizontal line
+    ylabel='5-way accuracy, %', # label of the vertical axis
 ) -> Figure:
-    "A panel per hyper-parameter: accuracy over its values, each seed's points joined"
+    "A panel per hyper-parameter: accuracy against its values, with a line for each seed and shot"
     fig,axes = plt.subplots(1, len(sweeps), figsize=(3.6*len(sweeps) + .6, 3.2), sharey=True, layout='constrained', squeeze=False)
-    for ax,(symbol,of) in zip(axes[0], sweeps.items()):
-        values = sorted(of.value.unique())
-        for i,((seed,shot),line) in enumerate(of.groupby(['seed', 'shot'])):
+    for ax,(symbol,sweep) in zip(axes[0], sweeps.items()):
+        values = sorted(sweep.value.unique())
+        for i,((seed,shot),line) in enumerate(sweep.groupby(['seed', 'shot'])):
             at = [values.index(v) for v in line.value]
             order = np.argsort(at)
             ax.errorbar(np.take(at, order), line.accuracy.to_numpy()[order], line.ci95.to_numpy()[order], marker=MARKERS[i % 8],
-                        color=COLORS[i % 8],
-                        capsize=3, lw=1.5, label=f'{shot}-shot, seed {seed}')
+                        color=COLORS[i % 8], capsize=3, lw=1.5, label=f'{shot}-shot, seed {seed}')
         for (name,accuracy),style in zip(references.items(), ('--', ':', '-.')):
             ax.axhline(accuracy, ls=style, color='0.4', lw=1.2, label=name)
         ax.set(xticks=range(len(values)), xticklabels=[f'{v:g}' for v in values], xlabel=symbol)
@@ -66,11 +68,11 @@ def plot_sweep(
 
 
 def plot_tsne(
-    panels, # title -> points (N, 2), the same N images in each
+    panels, # title -> points (N, 2) of the same N images
     y, # class of each image (N)
-    names, # of the classes
+    names, # name of each class, indexed by class
 ) -> Figure:
-    "A panel per embedding, a colour and a marker per class"
+    "A panel per embedding, with a colour and a marker for each class"
     fig,axes = plt.subplots(1, len(panels), figsize=(3.3*len(panels), 3.9), layout='constrained', squeeze=False)
     for ax,(title,points) in zip(axes[0], panels.items()):
         for i,c in enumerate(np.unique(y)):
@@ -82,9 +84,9 @@ def plot_tsne(
 
 
 def plot_relatedness(
-    panels, # T -> (whole, decoupled): the softmax over the matrix (NS, NQ), and over each of its rows
+    panels, # T -> (whole, decoupled): the softmax over the whole matrix (NS, NQ), and the softmax over each of its rows
 ) -> Figure:
-    "A column per temperature: weights without and with decoupling, each as a multiple of the uniform weight of its softmax"
+    "A column per temperature: the weights without and with decoupling, as multiples of the uniform weight of the same softmax"
     fig,axes = plt.subplots(2, len(panels), figsize=(1.9*len(panels) + 1, 3.1), layout='constrained', squeeze=False, sharex=True,
                             sharey=True)
     for column,(T,(whole,decoupled)) in zip(axes.T, panels.items()):
@@ -104,7 +106,7 @@ def plot_relatedness(
 
 
 def save_figure(fig, path):
-    "Write (where there are several processes the first does) and close a figure, and return its path"
+    "Write a figure to `path` (in a distributed run only the first process writes), close it, and return `path`"
     if ranks()[0] == 0:
         content = io.BytesIO()
         fig.savefig(content, dpi=160, format=Path(path).suffix[1:])

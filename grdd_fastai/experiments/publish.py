@@ -17,8 +17,10 @@ from ..fewshot.stats import mean_ci95
 from ..models.backbones import WEIGHTS
 from ..models.pretrained import load_network
 from ..runs.provenance import command, public
-from ..stages import READINGS, STAGE_ONE
-from .store import EPISODIC, YOUNGER, Trained
+from ..settings import absent
+from ..stage_one import StageOne
+from ..stage_two import StageTwo
+from .store import Trained
 
 __all__ = ['load_trained', 'publish']
 
@@ -69,7 +71,7 @@ weights are under {license}.
 
 
 def load_trained(folder, fingerprint=None):
-    """`Trained`, without its classifier, of a finished run's folder, as `Study` leaves it
+    """`Trained`, without its classifier, of a finished run's folder, as `NetworkStore` leaves it
 
     UserError if it is none, or if it was trained on other data than `fingerprint`'s.
     """
@@ -99,9 +101,9 @@ def measured(trained, scores):
     found = {}
     for (split,shot),e in scores.items(): found.setdefault(split, {})[f'{shot}-shot'] = of(e)
     settings = trained.settings
-    def whole(s): # with what names nothing
-        of = STAGE_ONE if 'arch' in s else READINGS['paper'] if trained.folder.name.startswith('gr') else EPISODIC
-        return {k:v for k,v in YOUNGER.items() if k in of} | {k:whole(v) if isinstance(v, dict) else v for k,v in s.items()}
+    def whole(s): # also the settings whose absence in the record means their first value
+        stages = {k:whole(v) for k,v in s.items() if isinstance(v, dict)}
+        return absent(StageOne if 'arch' in s else StageTwo, s) | s | stages
     return dict(
         scores=found, supervision='CL' if 'student' not in settings else 'CL+GR' if settings['teacher'] else 'CL+EL',
         settings=whole(settings), run=trained.folder.name, sha256=card['sha256'], stats=card['stats'], px=card['px'],

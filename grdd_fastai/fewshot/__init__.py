@@ -1,2 +1,2 @@
-"""Few-shot classification on features: importing this package registers the classifiers."""
+"""Few-shot classification on features; importing this package registers the classifiers."""
 from . import inductive, transductive  # noqa: F401

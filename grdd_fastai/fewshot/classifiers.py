@@ -1,9 +1,9 @@
-"""Classifiers on features by name: the registry, its checks, and what the classifiers share
+"""Registry of few-shot classifiers by name, with its checks and shared functions
 
-A classifier is a function `(support, support_y, query, ...) -> logits`, stateless and batched over episodes. Shapes: E episodes, NS support
-and NQ query images, D features, C classes; support (E, NS, D), support_y 0..C-1 (E, NS), query (E, NQ, D), logits (E, NQ, C), whose argmax
-is the prediction. Episodes do not see each other, and everything is computed in float32. A registered classifier raises UserError for
-features that are not finite and for a class without support images.
+A classifier is a stateless function `(support, support_y, query, ...) -> logits` on a batch of episodes. Shapes: E episodes, NS support
+and NQ query images, D features, C classes; support (E, NS, D), support_y 0..C-1 (E, NS), query (E, NQ, D), logits (E, NQ, C). The
+prediction is the argmax of the logits. Episodes do not influence each other. Half precision is computed in float32. A registered
+classifier raises UserError for features that are not finite and for a class without support images.
 """
 import inspect
 from functools import partial, wraps
@@ -17,14 +17,16 @@ from ..losses import full_precision
 __all__ = ['CLASSIFIERS', 'register_classifier', 'check_settings_of', 'get_classifier', 'with_base_mean', 'prototypes']
 
 
-CLASSIFIERS = {} # name -> function with `transductive` and `balanced`: whether it takes every class to have equally many queries
+CLASSIFIERS = {} # name -> function with the attributes `transductive`, `balanced` and `at_once` (see `register_classifier`)
 
 
-def register_classifier(name, transductive=False, balanced=False, at_once=1):
-    """Register a classifier: its arguments are checked and in float32, its logits finite
-
-    `at_once`: how many times as many episodes as others it likes to have together, since it repeats cheap steps until the last is done.
-    """
+def register_classifier(
+    name, # name in `CLASSIFIERS`
+    transductive=False, # whether the classifier uses all queries of an episode together
+    balanced=False, # whether the classifier assumes the same number of queries in each class
+    at_once=1, # chunk-size multiplier: iterative methods run faster on larger chunks
+):
+    "Decorator that registers a classifier: arguments are checked and half precision becomes float32; UserError if a logit is not finite"
     def register(f):
         inner = full_precision(f)
         @wraps(f)
@@ -45,6 +47,7 @@ def register_classifier(name, transductive=False, balanced=False, at_once=1):
     return register
 
 def why_not_finite(name, support, support_y, query, logits):
+    "A UserError with the cause of logits that are not finite"
     if not (torch.isfinite(support).all() and torch.isfinite(query).all()):
         return UserError('the features hold NaN or infinite values: the network diverged, or images are damaged; classify others')
     n = F.one_hot(support_y, logits.shape[-1]).sum(1)
@@ -53,11 +56,12 @@ def why_not_finite(name, support, support_y, query, logits):
     return UserError(f'{name} gives logits that are not finite: its settings do not suit features of this size, try normalised ones')
 
 def check_settings_of(classifier, settings):
-    "Raise UserError for a setting that the classifier, given by name or as a function, does not have"
+    "Raise UserError for a setting that the classifier (a name or a function) does not have, and for a value of the wrong type"
     f = get_classifier(classifier)
     known = inspect.signature(f).parameters
     if any(p.kind is p.VAR_KEYWORD for p in known.values()): return
-    wrong = next((k for k in settings if k not in list(known)[3:]), None)
+    names = list(known)[3:] # the first three parameters are support, support_y and query
+    wrong = next((k for k in settings if k not in names), None)
     for k,v in settings.items():
         default = known[k].default if k in known else None
         if isinstance(default, bool) and not isinstance(v, bool): raise UserError(f'{k} is {v!r}: it is True or False')
@@ -66,13 +70,13 @@ def check_settings_of(classifier, settings):
             raise UserError(f'{k} is {v!r}: it is a number, at least 0')
     name = classifier if isinstance(classifier, str) else getattr(f, '__name__', 'the classifier')
     if wrong:
-        raise UserError(f'{name} has no setting {wrong!r}: ' +
-                        (f'its settings are {", ".join(list(known)[3:])}' if len(known) > 3 else 'it has none'))
+        has = 'its settings are ' + ', '.join(names) if names else 'it has none'
+        raise UserError(f'{name} has no setting {wrong!r}: {has}')
 
-SCALE = 1e-9,1e15 # smallest and largest feature whose squared length float32 can hold
+SCALE = 1e-9,1e15 # smallest and largest feature value at which float32 can hold squared lengths
 
 def check_scale(h):
-    "Return the features unchanged; UserError if they are not finite, all zero, or too large or too small to compute with"
+    "Return the features `h` unchanged; UserError if they are not finite, all zero, or too large or too small to compute with"
     low,high = h.aminmax()
     if not (torch.isfinite(low) and torch.isfinite(high)):
         raise UserError('the features hold NaN or infinite values: the network diverged, lower its learning rate')
@@ -83,39 +87,44 @@ def check_scale(h):
     return h
 
 def get_classifier(name):
-    "The classifier of that name, or a UserError that lists them; a function is returned as it is"
+    "The classifier with this name; a function is returned unchanged; UserError with the list of names for an unknown name"
     if callable(name): return name
     if not isinstance(name, str) or name not in CLASSIFIERS:
-        raise UserError(f'unknown classifier {name!r}: it is one of {", ".join(CLASSIFIERS)}')
+        known = ', '.join(CLASSIFIERS)
+        raise UserError(f'unknown classifier {name!r}: it is one of {known}')
     return CLASSIFIERS[name]
 
 
 def with_base_mean(names, base_features):
-    "name -> classifier; `simpleshot_cl2n` centres by the mean of what `base_features()` gives (N, D), which is not asked for otherwise"
-    of = {name:get_classifier(name) for name in names}
-    if 'simpleshot_cl2n' in of: of['simpleshot_cl2n'] = partial(of['simpleshot_cl2n'], mean=base_features().mean(0))
-    return of
+    """A dict name -> classifier, in which `simpleshot_cl2n` has the mean of the base features
+
+    `base_features()` returns features (N, D); it is called only if `simpleshot_cl2n` is among `names`.
+    """
+    classifiers = {name:get_classifier(name) for name in names}
+    if 'simpleshot_cl2n' in classifiers:
+        classifiers['simpleshot_cl2n'] = partial(classifiers['simpleshot_cl2n'], mean=base_features().mean(0))
+    return classifiers
 
 
-# ---- what they share --------------------------------------------------------------------------------------------------
+# ---- shared functions -------------------------------------------------------------------------------------------------
 
 def one_hot(y, like): return F.one_hot(y).to(like.dtype)
 
 def no_support(Y):
-    "NaN (E, 1, C) for a class without support images, else 0"
+    "(E, 1, C): NaN for a class without support images, else 0; `Y` is larger than 0 where an image (E, NS, C) is in a class"
     return torch.where(Y.amax(1, keepdim=True) > 0, 0., torch.nan)
 
 def prototypes(support, support_y):
-    "Mean feature of each class (E, C, D)"
+    "Mean support feature of each class (E, C, D)"
     Y = one_hot(support_y, support)
     return (Y.mT @ support) / Y.sum(1).unsqueeze(-1)
 
 def norms(x): return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12)
 
 def cosines(a, b):
-    "(E, A, D), (E, B, D) -> (E, A, B); the longer one is read twice and not copied"
+    "(E, A, D), (E, B, D) -> cosines (E, A, B); `a` may be long, because no normalised copy of it is made"
     return a @ (b / norms(b)).mT / norms(a)
 
 def squared_distances(a, b):
-    "(E, A, D), (E, B, D) -> (E, A, B)"
+    "(E, A, D), (E, B, D) -> squared distances (E, A, B)"
     return a.square().sum(-1, keepdim=True) + b.square().sum(-1).unsqueeze(-2) - 2 * a @ b.mT

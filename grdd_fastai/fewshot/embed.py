@@ -1,4 +1,4 @@
-"""Features of images: embedded once, and kept on disk where they are wanted again."""
+"""Features of images: computed once, and kept in a file on disk for later use."""
 import hashlib
 import json
 
@@ -20,30 +20,33 @@ def feature_bank(
     net, # timm model
     data, # FewShotData
     split, # 'train', 'val' or 'test'
-    views=0, # of augmented views of each image, as in training, instead of the images as they are
-    jitter=True, # the views' colours
-    seed=0, # of the views
-    stats=None, # mean and std the network wants (those of its `pretrained_cfg`)
-    cache=None, # folder (none: the cache of decoded images)
+    views=0, # number of augmented views of each image, made as in training; 0: the images themselves
+    jitter=True, # whether the views have colour jitter
+    seed=0, # seed of the views
+    stats=None, # (mean, std) to normalise images with; None: those of the network's `pretrained_cfg`
+    cache=None, # folder for the features; None: `default_cache()`
 ):
-    """Features (N, D), or (views, N, D), and classes (N) of a split in float32: embedded once, then memory-mapped from a file named by
-    weights and data; images are normalised as the network wants them"""
+    """Features (N, D), or (views, N, D) with `views`, in float32, and classes (N) of a split
+
+    They are computed once and then read from a memory-mapped file, whose name depends on weights, data and settings. UserError if the
+    cache folder cannot be written.
+    """
     if stats is None: _,*stats = images_of(net)
     dl = plain_dl(data, split, stats=stats, aug=train_augmentation(data.px, jitter) if views else None, seed=seed)
-    of = dict(weights=digest(net.state_dict()), net=type(net).__name__, data=data.fingerprint, split=split, stats=stats)
-    if views: of |= dict(views=views, jitter=jitter, augment='batch', seed=seed)
-    key = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:16]
+    meta = dict(weights=digest(net.state_dict()), net=type(net).__name__, data=data.fingerprint, split=split, stats=stats)
+    if views: meta |= dict(views=views, jitter=jitter, augment='batch', seed=seed)
+    key = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()[:16]
     path = user_path(cache or default_cache(), '--cache')/'features'/f'{key}.npy'
     try: path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise UserError(f'{path.parent} cannot be written ({e.strerror}): give --cache another folder') from None
     with locked(path.with_suffix('.lock')):
         try: h,found = load_array(path)
-        except UserError: found = None # none there, or a damaged one: embed again
-        if found != of:
+        except UserError: found = None # the file is missing or damaged
+        if found != meta:
             sweep(path.parent, path.name)
             net = net.to(dl.device).eval()
             with torch.no_grad(): n_features = features(net, torch.zeros(1, 3, data.px, data.px, device=dl.device)).shape[1]
-            with filled_array(path, (max(1, views), len(dl.dataset), n_features), np.float32, of) as h:
+            with filled_array(path, (max(1, views), len(dl.dataset), n_features), np.float32, meta) as h:
                 for view in h: embed(net, dl, out=view)
             h,_ = load_array(path)
     h = torch.from_numpy(h if views else h[0])
@@ -52,25 +55,30 @@ def feature_bank(
 
 @torch.no_grad()
 def embed(
-    model, # timm model or module; left in the mode it was in
-    dl, # DataLoader of (images, labels): `plain_dl(data, 'test')`
-    dtype=None, # autocast to this, float32 if None
-    out=None, # array (N, D) that takes the features, memory-mapped for instance; None makes a tensor on the model's device
-    shared=False, # the processes of a distributed run each embed a part, all have all
+    model, # timm model or other module; its training mode is not changed
+    dl, # DataLoader of (images, labels), such as `plain_dl(data, 'test')`
+    dtype=None, # dtype for autocast; None: float32 without autocast
+    out=None, # array (N, D) for the features, for example memory-mapped; None: a new tensor on the model's device
+    shared=False, # in a distributed run, each process embeds a part and all get the whole
 ):
     "Features (N, D) in float32 and labels (N) of all images of `dl`, in order"
-    was_training,device = model.training,next(model.parameters()).device
+    was_training = model.training
+    device = next(model.parameters()).device
     model.eval()
-    h,y,N,(rank,n) = None if out is None else torch.from_numpy(out),None,len(dl.dataset),ranks() if shared else (0, 1)
-    if n > 1: dl = dl.new(share=(rank, n), bs=min(dl.bs, -(-N//n))) # something for each
+    h = None if out is None else torch.from_numpy(out)
+    y = None
+    N = len(dl.dataset)
+    rank,n = ranks() if shared else (0, 1)
+    if n > 1: dl = dl.new(share=(rank, n), bs=min(dl.bs, -(-N//n))) # each process gets at least one image
     at = rank*dl.bs if n > 1 else 0
     try:
         with amp(device, dtype):
             for x,y_b in dl:
                 h_b = features(model, x.as_subclass(torch.Tensor).to(device))
-                if h is None: h = torch.zeros(N, *h_b.shape[1:], device=device) # once, never copied
+                if h is None: h = torch.zeros(N, *h_b.shape[1:], device=device) # made at once, so that parts need no copy
                 if y is None: y = torch.zeros(N, dtype=torch.int64)
-                h[at:at+len(h_b)],y[at:at+len(h_b)] = h_b,y_b.as_subclass(torch.Tensor)
+                h[at:at+len(h_b)] = h_b
+                y[at:at+len(h_b)] = y_b.as_subclass(torch.Tensor)
                 at += len(h_b) + (n-1)*dl.bs if n > 1 else len(h_b)
     finally: model.train(was_training)
     return (summed(h),summed(y.to(device))) if n > 1 else (h,y.to(device))

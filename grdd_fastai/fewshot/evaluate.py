@@ -1,4 +1,4 @@
-"""Few-shot accuracy from features: draw and classify as many episodes as wanted."""
+"""Few-shot accuracy from features: episodes are drawn and classified."""
 import hashlib
 
 import numpy as np
@@ -14,12 +14,12 @@ from .stats import Evaluation
 __all__ = ['evaluate']
 
 
-MOST_EPISODES = 10**8 # that are evaluated at once
-CHUNK = 2**21,2**28 # bytes of features classified at a time: what a CPU's cache holds, what fills a GPU
+MOST_EPISODES = 10**8 # limit for one call of `evaluate`
+CHUNK = 2**21,2**28 # bytes of features that are classified at a time on a CPU (fits its cache) and on a GPU (keeps it busy)
 
 
 def as_features(h):
-    "Features (N, D) of any kind, NumPy's and whole numbers too, as a floating-point tensor; half precision becomes float32"
+    "Features (N, D), a tensor or an array, as a float32 or float64 tensor; UserError for other shapes and values that are no real numbers"
     try: h = h if isinstance(h, torch.Tensor) else torch.as_tensor(np.asarray(h))
     except (TypeError, ValueError, RuntimeError) as e:
         raise UserError(f'the features are no numbers ({first_line(e)}): give a tensor or an array (N, D)') from None
@@ -29,7 +29,7 @@ def as_features(h):
     return h if h.dtype in (torch.float32, torch.float64) else h.float()
 
 def as_classes(y, n):
-    "Classes of `n` images, numbers or names, as a tensor of whole numbers"
+    "Classes of `n` images, given as numbers or names, as an int64 tensor (n); UserError if one is missing or they are of several kinds"
     y = np.asarray(y.cpu() if isinstance(y, torch.Tensor) else y)
     if y.shape != (n,): raise UserError(f'{n} rows of features and classes of shape {y.shape}: give a class for each row')
     if y.dtype.kind == 'f' and np.isfinite(y).all() and (y == np.floor(y)).all(): y = y.astype(np.int64)
@@ -39,14 +39,16 @@ def as_classes(y, n):
     except TypeError: raise UserError('the classes are of several kinds, such as text and numbers: give all of them as text') from None
 
 def is_missing(o):
-    "None, NaN and pandas' NA"
+    "Whether `o` is None, NaN or pandas' NA"
     return o is None or (missing := pd.isna(o)) is True or (isinstance(missing, np.bool_) and bool(missing))
 
 def checked_logits(name, f, support, support_y, query):
-    "The logits of the classifier `f` (E, NQ, C); UserError unless they are finite and of the shape they should have"
-    logits,shape = f(support, support_y, query),(*query.shape[:2], int(support_y.max()) + 1)
+    "The logits (E, NQ, C) of the classifier `f`; UserError if their type or shape is wrong or they are not finite"
+    logits = f(support, support_y, query)
+    shape = (*query.shape[:2], int(support_y.max()) + 1)
     if not isinstance(logits, torch.Tensor) or logits.shape != shape:
-        raise UserError(f'{name} gives {tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__}: '
+        found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise UserError(f'{name} gives {found}: '
                         f'a classifier gives logits (E, NQ, C), here {shape}')
     if not logits.is_floating_point(): raise UserError(f'{name} gives {logits.dtype}: logits are floating-point numbers')
     if not torch.isfinite(logits.sum()): raise UserError(f'{name} gives logits that are NaN or infinite: they cannot be compared')
@@ -56,25 +58,27 @@ def checked_logits(name, f, support, support_y, query):
 def evaluate(
     h, # features (N, D), a tensor or an array
     y, # classes (N), numbers or names
-    n_way=5, # C, classes an episode
-    k_shot=1, # K, support images a class
-    n_query=15, # query images a class
-    n_episodes=10_000,
-    seed=0, # of the episodes
-    classifier='cosine', # a name of `CLASSIFIERS`, or `(support, support_y, query) -> logits`; or a list of names or dict of functions
-    query_distribution='balanced', # n_query of each class, or 'dirichlet': as many in all, unevenly (`sample_unbalanced`)
-    views=None, # features of V augmented views of every image (V, N, D), to be the support in place of h: RFS's support augmentation
-    shared=False, # the processes of a distributed run each classify a part of the episodes, all have all
+    n_way=5, # C, classes per episode
+    k_shot=1, # K, support images per class
+    n_query=15, # query images per class
+    n_episodes=10_000, # number of episodes
+    seed=0, # seed of the episodes
+    classifier='cosine', # name in `CLASSIFIERS`, function `(support, support_y, query) -> logits`, list of names, or dict name -> function
+    query_distribution='balanced', # 'balanced': n_query of each class; 'dirichlet': as many in total, unbalanced (`sample_unbalanced`)
+    views=None, # features of augmented views (V, N, D) that replace h in the support: the support augmentation of RFS (arXiv 2003.11539)
+    shared=False, # in a distributed run, each process classifies a part of the episodes and all get the whole
 ):
-    """Accuracy over `n_episodes` seeded episodes drawn from features; `a - b` is the paired `Difference` of two
+    """The `Evaluation` over `n_episodes` seeded episodes drawn from features: accuracy of each episode in percent
 
-    Of several classifiers a dict of `Evaluation`s, all on the same episodes in one pass. Memory does not grow with the episodes.
+    With several classifiers, the result is a dict name -> `Evaluation` on the same episodes. The difference `a - b` of two evaluations is a
+    paired `Difference`. Memory for features does not grow with the number of episodes. UserError for unusable features or settings.
     """
     h = as_features(h)
     y = as_classes(y, len(h))
     if views is not None: views = as_features(views)
     if not isinstance(query_distribution, str) or query_distribution not in QUERIES:
-        raise UserError(f'the query distribution is {query_distribution!r}: it is one of {", ".join(QUERIES)}')
+        known = ', '.join(QUERIES)
+        raise UserError(f'the query distribution is {query_distribution!r}: it is one of {known}')
     for x in (h, *(views if views is not None else ())): check_scale(x)
     if views is not None and views.shape[1:] != h.shape:
         raise UserError(f'views of shape {tuple(views.shape)} are not those of features {tuple(h.shape)}')
@@ -82,17 +86,19 @@ def evaluate(
         if not isinstance(v, int | np.integer) or isinstance(v, bool): raise UserError(f'{k} is {v!r}: give a whole number')
     one = not isinstance(classifier, (dict, list, tuple))
     for c in [] if one or isinstance(classifier, dict) else classifier: get_classifier(c)
-    of = classifier if isinstance(classifier, dict) else {c:c for c in ([classifier] if one else classifier)}
-    of = {k:get_classifier(f) for k,f in of.items()}
-    if not of: raise UserError('no classifier is given: name one, such as cosine')
+    classifiers = classifier if isinstance(classifier, dict) else {c:c for c in ([classifier] if one else classifier)}
+    classifiers = {k:get_classifier(f) for k,f in classifiers.items()}
+    if not classifiers: raise UserError('no classifier is given: name one, such as cosine')
     if not isinstance(n_episodes, int | np.integer) or isinstance(n_episodes, bool) or not 1 <= n_episodes <= MOST_EPISODES:
         raise UserError(f'{n_episodes!r} episodes are asked for: it must be at least 1 and at most {MOST_EPISODES}')
     bank,V = (h, 1) if views is None else (views.flatten(0, 1), len(views))
-    budget = CHUNK[h.device.type != 'cpu'] * max(getattr(getattr(f, 'func', f), 'at_once', 1) for f in of.values()) # a partial's, too
+    at_once = max(getattr(getattr(f, 'func', f), 'at_once', 1) for f in classifiers.values()) # `func` is the function in a partial
+    budget = CHUNK[h.device.type != 'cpu'] * at_once
     size = max(1, budget // max(1, n_way*(V*k_shot + n_query)*h[0].numel()*h.element_size()))
-    # one array per classifier, since many small arrays would fragment the memory
-    accs,(rank,n) = {k:np.zeros(n_episodes) for k in of},ranks() if shared else (0, 1)
-    names = {k:k if isinstance(k, str) else getattr(k, '__name__', str(k)) for k in of}
+    # one array per classifier, because many small arrays would fragment the memory
+    accs = {k:np.zeros(n_episodes) for k in classifiers}
+    rank,n = ranks() if shared else (0, 1)
+    names = {k:k if isinstance(k, str) else getattr(k, '__name__', str(k)) for k in classifiers}
     for block,(support,query,query_y) in enumerate(QUERIES[query_distribution](y, n_way, k_shot, n_query, n_episodes, seed)):
         if block % n != rank: continue
         for at in range(0, len(support), size):
@@ -101,13 +107,13 @@ def evaluate(
             s = torch.cat([s + v*len(y) for v in range(V)], 1)
             z_s,z_q = (b.index_select(0, rows.flatten()).view(*rows.shape, -1) for b,rows in ((bank, s), (h, q)))
             first = block*BLOCK + at
-            for k,f in of.items():
-                accs[k][first:first+len(s)] = 100 * (
-                    checked_logits(names[k], f, z_s, s_y, z_q).argmax(-1) == q_y).float().mean(1).cpu().numpy()
-    if n > 1: accs = {k:sum(gathered([a])) for k,a in accs.items()} # an episode is zero in all processes but one
+            for k,f in classifiers.items():
+                right = checked_logits(names[k], f, z_s, s_y, z_q).argmax(-1) == q_y
+                accs[k][first:first+len(s)] = 100 * right.float().mean(1).cpu().numpy()
+    if n > 1: accs = {k:sum(gathered([a])) for k,a in accs.items()} # each episode is zero in all processes but one
     classes = hashlib.sha256(y.numpy().tobytes()).hexdigest()[:8]
     drawn = f'{n_episodes} of {n_way} way {k_shot} shot {n_query} query, seed {seed}, {len(y)} images {classes}'
     if query_distribution != 'balanced': drawn += f', {query_distribution} queries'
     how = '' if V == 1 else f', support of {V} views'
-    made = {k:Evaluation(accs[k], drawn, names[k] + how) for k in of}
+    made = {k:Evaluation(accs[k], drawn, names[k] + how) for k in classifiers}
     return next(iter(made.values())) if one else made

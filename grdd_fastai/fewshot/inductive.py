@@ -1,4 +1,4 @@
-"""Inductive classifiers: each query is classified by itself (see `classifiers` for shapes and errors)."""
+"""Inductive classifiers, which classify each query by itself; shapes and errors are described in `classifiers`."""
 import warnings
 
 import torch
@@ -13,16 +13,17 @@ __all__ = ['mean_cosine', 'nearest_centroid', 'nearest_centroid_cosine', 'simple
 
 @register_classifier('cosine')
 def mean_cosine(support, support_y, query):
-    """The paper's: sigma of Eq. 14, divided by the number of a class's support images
+    """The paper's classifier: sigma of Eq. 14 (arXiv 2107.05583), divided by the number of support images of the class
 
-    With as many images of each class that changes no prediction; without, a sum would go to the class with the most images.
+    The division changes no prediction if all classes have equally many support images. Otherwise it keeps a class with more support images
+    from being preferred.
     """
     Y = one_hot(support_y, support)
     return query @ ((Y.mT @ (support / norms(support))) / Y.sum(1).unsqueeze(-1)).mT / norms(query)
 
 @register_classifier('centroid')
 def nearest_centroid(support, support_y, query):
-    "Minus the squared distance to the mean feature of each class: Prototypical Networks' classifier (arXiv 1703.05175)"
+    "Negative squared distance to the mean feature of each class: the classifier of Prototypical Networks (arXiv 1703.05175)"
     return -squared_distances(query, prototypes(support, support_y))
 
 @register_classifier('centroid_cosine')
@@ -32,9 +33,9 @@ def nearest_centroid_cosine(support, support_y, query):
 
 @register_classifier('simpleshot_cl2n')
 def simpleshot_cl2n(support, support_y, query,
-    mean=None, # mean feature of the base classes (D), which has to be given
+    mean=None, # mean feature of the base classes (D), required
 ):
-    "Nearest centroid of features centred by the base classes' mean and then normalised (SimpleShot's CL2N, arXiv 1911.04623)"
+    "Nearest centroid of features from which the base classes' mean is subtracted, then normalised (SimpleShot's CL2N, arXiv 1911.04623)"
     if mean is None: raise UserError('simpleshot_cl2n needs the mean feature of the base classes: give mean=, or take simpleshot_l2n')
     mean = torch.as_tensor(mean, device=support.device)
     if mean.ndim and mean.shape[-1] != support.shape[-1]:
@@ -45,24 +46,26 @@ def simpleshot_cl2n(support, support_y, query,
 def simpleshot_l2n(support, support_y, query):
     "Nearest centroid of normalised features (SimpleShot's L2N, arXiv 1911.04623)"
     p = prototypes(F.normalize(support, dim=-1), support_y)
-    return 2 * query @ p.mT / norms(query) - p.square().sum(-1).unsqueeze(1) - 1 # minus the squared distance to a query of length 1
+    return 2 * query @ p.mT / norms(query) - p.square().sum(-1).unsqueeze(1) - 1 # negative squared distance of the normalised query
 
 @register_classifier('neighbour')
 def nearest_neighbour(support, support_y, query):
     "Cosine with the nearest support image of each class"
     R = cosines(query, support)
-    index,C = support_y.unsqueeze(1).expand_as(R),int(support_y.max())+1
+    index = support_y.unsqueeze(1).expand_as(R)
+    C = int(support_y.max())+1
     return R.new_full((*R.shape[:2], C), -torch.inf).scatter_reduce(2, index, R, 'amax')
 
 @register_classifier('ridge')
 def ridge(support, support_y, query,
-    weight=1., # of the squared norm of the coefficients
-    normalize=True, # features to unit length first
+    weight=1., # weight of the squared norm of the coefficients
+    normalize=True, # whether features are scaled to unit length first
 ):
-    "Ridge regression onto -1 and 1 with an intercept, in its dual form (R2-D2, arXiv 1805.08136; scikit-learn's RidgeClassifier)"
+    "Ridge regression to the targets -1 and 1 with an intercept, in dual form (R2-D2, arXiv 1805.08136; scikit-learn's RidgeClassifier)"
     if normalize: support,query = F.normalize(support, dim=-1),F.normalize(query, dim=-1)
     Y = 2*one_hot(support_y, support) - 1
-    mean,offset = support.mean(1, keepdim=True),Y.mean(1, keepdim=True)
+    mean = support.mean(1, keepdim=True)
+    offset = Y.mean(1, keepdim=True)
     X = support - mean
     K = X @ X.mT
     K.diagonal(dim1=1, dim2=2).add_(weight)
@@ -70,35 +73,40 @@ def ridge(support, support_y, query,
 
 @register_classifier('logistic')
 def logistic_regression(support, support_y, query,
-    C=1., # weight of the losses' sum against half the squared norm of the coefficients, as in scikit-learn
-    normalize=True, # features to unit length first, as RFS and SKD do
-    tol=1e-6, # stop when no logit of a support image moves more
-    max_iter=2000,
+    C=1., # weight of the sum of the losses, against half the squared norm of the coefficients, as in scikit-learn
+    normalize=True, # whether features are scaled to unit length first, as in RFS and SKD
+    tol=1e-6, # an episode stops when no logit of its support images changes by this much
+    max_iter=2000, # most steps; a warning is given if an episode needs more
 ):
     """Multinomial logistic regression with an unpenalised intercept: RFS's classifier (arXiv 2003.11539), scikit-learn's LogisticRegression
 
-    Minimises a quadratic upper bound of the loss again and again (Boehning, 1992), in its dual form, with Nesterov's momentum: a
-    product with one (NS, NS) matrix a step, whatever D.
+    Each step minimises a quadratic upper bound of the loss (Boehning, 1992) in dual form, with Nesterov's momentum. A step is a product
+    with one (NS, NS) matrix, so its cost does not depend on D.
     """
     if normalize: support,query = F.normalize(support, dim=-1),F.normalize(query, dim=-1)
-    Y,K,h = one_hot(support_y, support),support @ support.mT,C/2 # h bounds the curvature of C * cross-entropy in the logits
+    Y = one_hot(support_y, support)
+    K = support @ support.mT
+    h = C/2 # upper bound of the curvature of C * cross-entropy in the logits
     M = h*K
     M.diagonal(dim1=1, dim2=2).add_(1.)
     M = torch.linalg.inv(M)
     u = M.sum(2, keepdim=True)
-    M = M - u @ u.mT / u.sum(1, keepdim=True) # the intercept: columns of A sum to zero
+    M = M - u @ u.mT / u.sum(1, keepdim=True) # for the intercept, the columns of A sum to zero
     A = Z = Z_new = torch.zeros_like(Y)
-    t,live = torch.ones(len(Y), 1, 1, device=Y.device),torch.ones(len(Y), 1, 1, dtype=torch.bool, device=Y.device)
+    t = torch.ones(len(Y), 1, 1, device=Y.device)
+    live = torch.ones(len(Y), 1, 1, dtype=torch.bool, device=Y.device)
     for _ in range(max_iter):
         G = C * (Z.softmax(-1) - Y)
         A = torch.where(live, M @ (h*Z - G), A)
-        Z_old,Z_new = Z_new,torch.where(live, Z - (G + A)/h, Z_new)
+        Z_old = Z_new
+        Z_new = torch.where(live, Z - (G + A)/h, Z_new)
         moved = Z_new - Z_old
-        live = live & (moved.abs().amax((1, 2), keepdim=True) >= tol) # an episode rests when it is done, whatever the others do
+        live = live & (moved.abs().amax((1, 2), keepdim=True) >= tol) # an episode that has converged stays as it is
         if not live.any(): break
-        t = torch.where(((Z - Z_new)*moved).sum((1, 2), keepdim=True) > 0, 1., t) # momentum against the descent starts anew
+        t = torch.where(((Z - Z_new)*moved).sum((1, 2), keepdim=True) > 0, 1., t) # restart momentum that points uphill
         t_new = (1 + (1 + 4*t*t).sqrt()) / 2
-        Z,t = Z_new + (t - 1)/t_new*moved,t_new
+        Z = Z_new + (t - 1)/t_new*moved
+        t = t_new
     if live.any():
         warnings.warn(f'logistic_regression has not converged in {max_iter} steps: normalise the features or lower C', stacklevel=2)
     b = (Z_new - K @ A).mean(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""A few labelled images a class to a classifier of others."""
+"""A classifier of images that is made from a few labelled images per class."""
 import io
 from collections.abc import Hashable
 from functools import partial
@@ -26,20 +26,23 @@ __all__ = ['FewShotClassifier']
 
 
 class FewShotClassifier:
-    """`FewShotClassifier('convnet4.grdd_cifarfs').fit(images, labels).predict(others)`: nothing is trained, the features are compared
+    """Few-shot classifier of images: `FewShotClassifier('convnet4.grdd_cifarfs').fit(images, labels).predict(others)`
 
-    Images are PIL images, paths or arrays (H, W, 3) of uint8; transductive classifiers look at all images of a `predict` together.
+    Nothing is trained: the features of the images are compared. Images are PIL images, paths or uint8 arrays (H, W, 3). A transductive
+    classifier uses all images of one `predict` together. UserError for unusable images, labels or settings.
     """
     def __init__(self,
-        network='convnet4.grdd_cifarfs', # a Learner of ours, a timm model with its weights, or a name or path that `load_network` takes
-        classifier='cosine', # of `CLASSIFIERS`, or `(support, support_y, query) -> logits`
+        network='convnet4.grdd_cifarfs', # a Learner of this package, a timm model, or a name or path for `load_network`
+        classifier='cosine', # name in `CLASSIFIERS`, or function `(support, support_y, query) -> logits`
         bs=64, # images embedded at a time
-        px=None, stats=None, # side, and (mean, std), of its images (as its `pretrained_cfg` has them, where a Learner notes its data's)
-        allow_large=False, # also decode images of 89 to 179 megapixels
-        **settings # of the classifier
+        px=None, # side of the network's images in pixels; None: as in its `pretrained_cfg`, where our Learners note that of their data
+        stats=None, # (mean, std) to normalise images with; None: as in its `pretrained_cfg`
+        allow_large=False, # whether images of 89 to 179 megapixels are decoded too
+        **settings # settings of the classifier
     ):
         if isinstance(network, Learner): network = backbone_of(network)
-        self.net,self.allow_large = (network if isinstance(network, nn.Module) else load_network(network)).eval(),allow_large
+        self.net = (network if isinstance(network, nn.Module) else load_network(network)).eval()
+        self.allow_large = allow_large
         if not isinstance(bs, int) or bs < 1: raise UserError(f'bs is {bs!r}: it must be at least 1')
         if px is not None and (not isinstance(px, int) or isinstance(px, bool) or not 1 <= px <= LARGEST_SIDE):
             raise UserError(f'px is {px!r}: it must be from 1 to {LARGEST_SIDE}')
@@ -48,12 +51,15 @@ class FewShotClassifier:
         if stats is not None: mean,std = pair_of(stats)
         config = timm.data.resolve_model_data_config(self.net) | dict(input_size=(3, side, side), mean=tuple(mean), std=tuple(std))
         check_settings_of(classifier, settings)
-        self.transform,self.classifier,self.bs,self.settings,self.vocab = (
-            timm.data.create_transform(**config),get_classifier(classifier),bs,settings,None)
+        self.transform = timm.data.create_transform(**config)
+        self.classifier = get_classifier(classifier)
+        self.bs = bs
+        self.settings = settings
+        self.vocab = None # set by `fit`
 
     @classmethod
     def from_folder(cls, path, *args, **kwargs):
-        "Fitted on the images of a folder that has a folder for each class"
+        "A classifier fitted on a folder that holds one folder of images for each class; UserError if it holds none"
         if not (path := user_path(path)).is_dir():
             raise UserError(f'there is no folder {path}: give one that has a folder of images for each class')
         files = [path/f for f in Folder(path).files if f.count('/') == 1 and IMAGES.search(f)]
@@ -62,17 +68,17 @@ class FewShotClassifier:
 
     @torch.no_grad()
     def embed(self, images):
-        "Features (N, D)"
-        one,device = isinstance(images, (str, Path, Image.Image)) or getattr(images, 'ndim', 0) == 3,next(self.net.parameters()).device
+        "Features (N, D) in float32 of an image or of a list of N images"
+        one = isinstance(images, (str, Path, Image.Image)) or getattr(images, 'ndim', 0) == 3
+        device = next(self.net.parameters()).device
         try: images = [images] if one else list(images)
         except TypeError: raise UserError(f'a {type(images).__name__} is no image: give an image or a list of images') from None
         if not images: raise UserError('no image is given: give at least one')
-        return torch.cat([features(self.net, torch.stack(
-                              [self.transform(opened(im, self.allow_large)) for im in images[at:at+self.bs]]).to(device)).float()
-                          for at in range(0, len(images), self.bs)])
+        def batch(at): return torch.stack([self.transform(opened(im, self.allow_large)) for im in images[at:at+self.bs]])
+        return torch.cat([features(self.net, batch(at).to(device)).float() for at in range(0, len(images), self.bs)])
 
     def fit(self, images, labels):
-        "Remember a few images of each class"
+        "Keep the features of a few `images` of each class with their `labels` (text or numbers), and return self"
         try: images,labels = list(images),list(labels)
         except TypeError: raise UserError('images and labels are no lists: give a list of each') from None
         if len(images) != len(labels): raise UserError(f'{len(images)} images and {len(labels)} labels: give a label for each image')
@@ -84,24 +90,26 @@ class FewShotClassifier:
         vocab = sorted(set(labels))
         if len(vocab) < 2: raise UserError(f'all images are of {len(vocab)} class: give images of at least two')
         support = check_scale(self.embed(images))
-        self.vocab,self.support = vocab,support # only now, so that a fit that fails changes nothing
+        # set at the end, so that a failed `fit` changes nothing
+        self.vocab = vocab
+        self.support = support
         self.support_y = torch.tensor([vocab.index(o) for o in labels], device=support.device)
         return self
 
     def logits(self, images):
-        "The classifier's logits, a row an image and a column a class"
+        "The logits as a DataFrame with a row for each image and a column for each class"
         if self.vocab is None: raise UserError('there are no classes yet: call fit with a few images of each first')
         f = partial(self.classifier, **self.settings)
         out = checked_logits('the classifier', f, self.support[None], self.support_y[None], check_scale(self.embed(images))[None])[0]
         return pd.DataFrame(out.cpu().numpy(), columns=self.vocab)
 
     def predict(self, images):
-        "The class of each image"
+        "A list with the class of each image"
         return self.logits(images).idxmax(axis=1).tolist()
 
 
 def pair_of(stats):
-    "Mean and std, three numbers each, or a UserError"
+    "(mean, std) of three numbers each; UserError for anything else"
     try:
         mean,std = stats
         check_images(1, list(mean), list(std))
@@ -110,7 +118,7 @@ def pair_of(stats):
     return mean,std
 
 def opened(image, allow_large=False):
-    "An upright RGB image of a path, an array or an image; `allow_large` as in `open_image`"
+    "An upright RGB image from a path, an array or a PIL image; `allow_large` as in `open_image`; UserError if it cannot be read"
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise UserError(f'an array of {image.dtype} {image.shape} is no image: give uint8 (H, W, 3)')

@@ -1,4 +1,4 @@
-"""What accuracies over episodes say: intervals, paired differences, several training seeds."""
+"""Statistics of accuracies over episodes: intervals, paired differences and several training seeds."""
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,38 +11,39 @@ __all__ = ['mean_ci95', 'Evaluation', 'Difference', 'over_seeds', 'compare']
 
 
 def mean_ci95(x):
-    "Mean and half-width of its 95% confidence interval, 1.96 standard errors"
+    "(mean, half-width of its 95% confidence interval: 1.96 standard errors); the half-width of a single value is NaN"
     x = np.asarray(x, dtype=np.float64)
-    return float(x.mean()),float(1.96 * x.std(ddof=1) / np.sqrt(len(x))) if len(x) > 1 else float('nan')
+    half_width = float(1.96 * x.std(ddof=1) / np.sqrt(len(x))) if len(x) > 1 else float('nan')
+    return float(x.mean()),half_width
 
 
 @dataclass
 class Evaluation:
-    "Accuracy of each episode, in percent"
-    episodes: np.ndarray
-    drawn: str = None # names the episodes: two evaluations can be compared where it is the same
-    classifier: str = 'cosine' # and what else was chosen
+    "Accuracies of a classifier over episodes, in percent; `a - b` is the paired `Difference` of two evaluations"
+    episodes: np.ndarray # accuracy of each episode
+    drawn: str = None # description of the episodes; only evaluations with the same description can be compared
+    classifier: str = 'cosine' # name of the classifier and of other choices
     @property
     def accuracy(self): return mean_ci95(self.episodes)[0]
     @property
     def ci95(self): return mean_ci95(self.episodes)[1]
     def __sub__(self, other):
-        "`Difference`, paired: both on the very same episodes (of images with the same labels), or a UserError"
-        if self.drawn != other.drawn or len(self.episodes) != len(other.episodes): raise UserError(
-            f'a difference needs the same episodes, not {self.drawn} and {other.drawn}: evaluate both with the same data, way, shot, '
-            'query, episodes and seed')
+        "The paired `Difference`; UserError unless both evaluations are on the same episodes (of images with the same labels)"
+        if self.drawn != other.drawn or len(self.episodes) != len(other.episodes):
+            raise UserError(f'a difference needs the same episodes, not {self.drawn} and {other.drawn}: evaluate both with the same data, '
+                            'way, shot, query, episodes and seed')
         return Difference(self.episodes - other.episodes)
     def __repr__(self): return f'{self.accuracy:.2f} ± {self.ci95:.2f} % ({len(self.episodes)} episodes)'
 
 
 @dataclass
 class Difference:
-    """Difference of two models' accuracies in each episode, in points
+    """Difference of the accuracies of two models in each episode, in percentage points
 
-    Interval and p-value are over episodes drawn from these classes and images, for these weights: other trainings of the same
-    two models may differ by more, which `over_seeds` tells.
+    Interval and p-value are over episodes of these classes and images, for these weights. Other trainings of the same two models may
+    differ by more; `over_seeds` compares trainings.
     """
-    episodes: np.ndarray
+    episodes: np.ndarray # difference in each episode
     @property
     def mean(self): return mean_ci95(self.episodes)[0]
     @property
@@ -54,7 +55,7 @@ class Difference:
         return float(ttest_1samp(self.episodes, 0.).pvalue) if len(self.episodes) > 1 else float('nan')
     @property
     def clear(self):
-        "1 or -1 where the interval lies above or below zero, else 0"
+        "1 if the interval lies above zero, -1 if it lies below zero, else 0"
         return int(np.sign(self.mean)) if abs(self.mean) > self.ci95 else 0
     def __repr__(self): return f'{self.mean:+.2f} ± {self.ci95:.2f} points (p = {self.p:.2g}, {len(self.episodes)} episodes)'
 
@@ -62,20 +63,22 @@ class Difference:
 def over_seeds(
     differences, # a `Difference` for each training seed
 ):
-    "Mean of the differences, their standard deviation over seeds, and `holds`: 1 or -1 if every seed's is clear and of that sign, else 0"
-    means,clear = [d.mean for d in differences],{d.clear for d in differences}
+    "A dict: `mean` and standard deviation `sd` over seeds, number of `seeds`, `holds` (the `clear` of all seeds if they agree, else 0)"
+    means = [d.mean for d in differences]
+    clear = {d.clear for d in differences}
     sd = float(np.std(means, ddof=1)) if len(means) > 1 else float('nan')
     return dict(mean=float(np.mean(means)), sd=sd, seeds=len(means), holds=clear.pop() if len(clear) == 1 else 0)
 
 
 def compare(
-    scores, # name -> `Evaluation`, or {training seed: `Evaluation`}, all on the same episodes
-    versus=None, # name -> names it is compared with; None compares each with all before it
+    scores, # name -> `Evaluation` or {training seed: `Evaluation`}, all on the same episodes
+    versus=None, # name -> names that it is compared with; None: each is compared with all before it
 ):
-    """Paired differences as a DataFrame: a line per pair and seed and, over several seeds, one of seed 'all'
+    """Paired differences as a DataFrame: a line per pair and seed and, for several seeds, a line with the seed 'all'
 
-    `difference` in points, its `ci95`, `p` (paired t-test) and `clear`: 1 or -1 where the interval excludes zero. Over seeds the
-    mean, the standard deviation `sd`, and `clear` only if the order holds in every seed.
+    Columns of a seed: `difference` in percentage points, its `ci95`, `p` of the paired t-test, and `clear` (1 or -1 if the interval
+    excludes zero, else 0). The line 'all' has the mean, the standard deviation `sd`, and a `clear` that is not 0 only if all seeds agree.
+    UserError for evaluations on different episodes.
     """
     scores = {k:v if isinstance(v, dict) else {0:v} for k,v in scores.items()}
     if versus is None: versus = {k:list(scores)[:i] for i,k in enumerate(scores)}

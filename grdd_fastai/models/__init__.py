@@ -1,1 +1,1 @@
-"""Backbones in timm, by name or with trained weights."""
+"""Backbones: timm models by name, our own architectures among them, and trained weights."""

@@ -1,4 +1,4 @@
-"""Few-shot backbones registered in timm: ConvNet-4 and ResNet-12 in the variants papers use."""
+"""Few-shot backbones registered in timm: ConvNet-4 and ResNet-12 in the variants that papers use."""
 import json
 from pathlib import Path
 from typing import Optional
@@ -15,14 +15,15 @@ __all__ = ['ConvNet4', 'ScheduledDropBlock', 'ResNet12']
 
 
 class FewShotBackbone(nn.Module):
-    """timm's model contract over `stages` and a head; subclasses set `stages` and `feature_info`
+    """The methods that timm expects of a model, for `stages` and a head; subclasses set `stages` and `feature_info`
 
-    `global_pool` is one of timm's pooling types, `'flat'` for a flattened feature map, or `''` for the feature map as it is.
+    `global_pool` is one of timm's pooling types, `'flat'` for a flattened feature map, or `''` for an unchanged feature map.
     """
 
     def _make_head(self, in_chans, num_classes, global_pool, drop_rate, map_size):
-        "`map_size`: side of the last feature map, which decides the number of features of a flattened head"
-        self.in_chans,self.drop_rate,self.map_size,self.grad_checkpointing = in_chans,drop_rate,map_size,False
+        "Make pooling and classifier; `map_size` is the side of the last feature map, needed for `global_pool='flat'`"
+        self.in_chans,self.drop_rate,self.map_size = in_chans,drop_rate,map_size
+        self.grad_checkpointing = False
         self.reset_classifier(num_classes, global_pool)
 
     def _init_weights(self, nonlinearity, a=0.):
@@ -41,7 +42,7 @@ class FewShotBackbone(nn.Module):
     def get_classifier(self): return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None):
-        "Replace the classifier; `num_classes=0` leaves the features h, and with `global_pool=''` the last feature map"
+        "Replace the classifier; with `num_classes=0` the output is the features h, or the last feature map if also `global_pool=''`"
         if global_pool is not None:
             flat = global_pool == 'flat'
             self.global_pool = nn.Flatten(1) if flat else SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
@@ -78,13 +79,13 @@ class FewShotBackbone(nn.Module):
     def forward_intermediates(
         self,
         x, # images (B, in_chans, H, W)
-        indices=None, # of the stages: the last n for a number, all for None
-        norm=False, # has no effect: there is no norm after the last stage
-        stop_early=False, # do not run the stages after the last wanted one
-        output_fmt='NCHW', # no other is known
-        intermediates_only=False, # leave out the last feature map
+        indices=None, # list of stages, or a number n for the last n stages; None: all stages
+        norm=False, # no effect: there is no norm after the last stage
+        stop_early=False, # whether the stages after the last wanted one are skipped
+        output_fmt='NCHW', # only 'NCHW' is possible
+        intermediates_only=False, # whether only the list is returned
     ):
-        "The last feature map and a list of the feature maps of some stages, as timm's backbones give them"
+        "The last feature map (B, C, H', W') and a list of the feature maps of the stages `indices`, as timm's backbones return them"
         if output_fmt != 'NCHW': raise ValueError(f"output_fmt is {output_fmt!r}: feature maps are 'NCHW'")
         wanted,last = feature_take_indices(len(self.stages), indices)
         maps = []
@@ -95,9 +96,10 @@ class FewShotBackbone(nn.Module):
 
     @torch.jit.ignore
     def prune_intermediate_layers(self, indices=1, prune_norm=False, prune_head=True):
-        "Drop the stages after the last of `indices` and, with `prune_head`, pooling and classifier; return the indices kept"
+        "Remove the stages after the last of `indices` and, with `prune_head`, pooling and classifier; return the indices as a list"
         wanted,last = feature_take_indices(len(self.stages), indices)
-        self.stages,self.feature_info = self.stages[:last+1],self.feature_info[:last+1]
+        self.stages = self.stages[:last+1]
+        self.feature_info = self.feature_info[:last+1]
         if prune_head: self.reset_classifier(0, '')
         return wanted
 
@@ -105,13 +107,13 @@ class FewShotBackbone(nn.Module):
 # ---- ConvNet-4 ------------------------------------------------------------------------------------------------------
 
 def conv_block(n_in, n_out, pool=True, bias=True):
-    "3x3 convolution, BatchNorm, ReLU and, with `pool`, a 2x2 max-pool (before the ReLU: the same function, 4x fewer ReLUs)"
+    "3x3 convolution, BatchNorm, ReLU and, with `pool`, a 2x2 max-pool; pooling before the ReLU gives the same result with less work"
     layers = [nn.Conv2d(n_in, n_out, 3, padding=1, bias=bias), nn.BatchNorm2d(n_out)]
     return nn.Sequential(*layers, *([nn.MaxPool2d(2)] if pool else []), nn.ReLU(inplace=True))
 
 
 class ConvNet4(FewShotBackbone):
-    "Four convolution blocks, with max-pools after the first `n_pool`"
+    "Four convolution blocks (`conv_block`); the first `n_pool` of them have a max-pool"
     def __init__(self, num_classes=64, in_chans=3, global_pool='avg', drop_rate=0., widths=(64,64,64,64), n_pool=3,
                  img_size=32):
         super().__init__()
@@ -124,13 +126,14 @@ class ConvNet4(FewShotBackbone):
 
 
 class R2D2Net(FewShotBackbone):
-    """R2-D2's wide ConvNet-4 (96-192-384-512, BN, pool, LeakyReLU 0.1; no activation after block 4)
+    """The wide ConvNet-4 of R2-D2 (arXiv 1805.08136): 96-192-384-512 channels, LeakyReLU 0.1, no activation after block 4
 
-    The features are the maps of blocks 3 and 4, flattened and concatenated: 8192-d at 32 px.
+    The features are the flattened feature maps of blocks 3 and 4, concatenated: 8192-d at 32 px.
     """
     def __init__(self, num_classes=64, in_chans=3, global_pool='flat', drop_rate=0., widths=(96,192,384,512), img_size=32):
         super().__init__()
-        chs,self.img_size = (in_chans, *widths),to_2tuple(img_size)[0]
+        chs = (in_chans, *widths)
+        self.img_size = to_2tuple(img_size)[0]
         def block(i, *tail): return nn.Sequential(
             nn.Conv2d(chs[i], chs[i+1], 3, padding=1), nn.BatchNorm2d(chs[i+1]), nn.MaxPool2d(2), *tail)
         act = lambda: nn.LeakyReLU(0.1)
@@ -158,7 +161,7 @@ class R2D2Net(FewShotBackbone):
         return wanted
 
     def forward_features(self, x):
-        "Images -> the maps of blocks 3 and 4, flattened and concatenated (B, num_features, 1, 1)"
+        "Images (B, in_chans, H, W) -> feature maps of blocks 3 and 4, flattened and concatenated (B, num_features, 1, 1)"
         maps = []
         for stage in self.stages:
             x = stage(x)
@@ -170,11 +173,11 @@ class R2D2Net(FewShotBackbone):
 
 @register_notrace_module
 class ScheduledDropBlock(nn.Module):
-    """DropBlock (arXiv 1810.12890) whose rate climbs linearly from 0 to `drop_prob` over `n_steps` training batches
+    """DropBlock (arXiv 1810.12890) whose rate rises linearly from 0 to `drop_prob` over `n_steps` training batches
 
-    Feature maps (B, C, H, W) lose squares of side `block_size` and are scaled up to keep their mean. A square's corner is drawn from the
-    (H-k+1) x (W-k+1) places where it fits, so that at a rate p a share of nearly 1 - p is kept on small maps as well. The number of
-    batches seen is the buffer `step`, and the rate is computed from it on the device.
+    Squares of side `block_size` in feature maps (B, C, H, W) are set to zero, and the maps are scaled up to keep their mean. The corner of
+    a square is drawn from the (H-k+1) x (W-k+1) places where the square fits, so at rate p nearly a share of 1 - p is kept on small maps
+    too. The buffer `step` counts the batches, and the rate is computed from it on the device.
     """
     def __init__(self, drop_prob=0.1, block_size=5, n_steps=40_000):
         super().__init__()
@@ -184,7 +187,7 @@ class ScheduledDropBlock(nn.Module):
     def extra_repr(self): return f'drop_prob={self.drop_prob}, block_size={self.block_size}, n_steps={self.n_steps}'
 
     def rate(self):
-        "The share of a feature map to drop at the present step, a scalar tensor"
+        "The share of a feature map that is dropped at the present step, a scalar tensor"
         return self.drop_prob * (self.step/self.n_steps).clamp(max=1.)
 
     def forward(self, x):
@@ -193,13 +196,13 @@ class ScheduledDropBlock(nn.Module):
         B,C,H,W = x.shape
         k = min(self.block_size, H, W)
         places = H-k+1,W-k+1
-        corners = torch.rand(B, C, *places, device=x.device) < self.rate() * (H*W) / (k*k*places[0]*places[1]) # section 3.2
-        kept = 1 - F.max_pool2d(F.pad(corners.float(), [k-1]*4), k, stride=1) # grow every corner to its square
+        corners = torch.rand(B, C, *places, device=x.device) < self.rate() * (H*W) / (k*k*places[0]*places[1]) # rate gamma of section 3.2
+        kept = 1 - F.max_pool2d(F.pad(corners.float(), [k-1]*4), k, stride=1) # each corner becomes a square
         return x * (kept * (kept.numel() / kept.sum().clamp(min=1))).to(x.dtype)
 
 
 class ResNet12Block(nn.Module):
-    "Three 3x3 convolutions with a 1x1 shortcut, LeakyReLU 0.1, a 2x2 max-pool, then `drop`"
+    "Three 3x3 convolutions with a 1x1 shortcut, LeakyReLU 0.1, a 2x2 max-pool, then the dropout module `drop`"
     def __init__(self, n_in, n_out, drop):
         super().__init__()
         chs = (n_in, n_out, n_out, n_out)
@@ -207,29 +210,31 @@ class ResNet12Block(nn.Module):
             setattr(self, f'conv{i}', nn.Conv2d(chs[i-1], chs[i], 3, padding=1, bias=False))
             setattr(self, f'bn{i}', nn.BatchNorm2d(chs[i]))
         self.downsample = nn.Sequential(nn.Conv2d(n_in, n_out, 1, bias=False), nn.BatchNorm2d(n_out))
-        self.act,self.pool,self.drop = nn.LeakyReLU(0.1, inplace=True),nn.MaxPool2d(2),drop
+        self.act = nn.LeakyReLU(0.1, inplace=True)
+        self.pool = nn.MaxPool2d(2)
+        self.drop = drop
 
     def forward(self, x):
         return self.drop(self.residual(x))
 
     def residual(self, x):
-        "The block without its dropout"
+        "The output of the block before its dropout"
         out = self.act(self.bn1(self.conv1(x)))
         out = self.act(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out)) + self.downsample(x)
-        return self.act(self.pool(out)) # the pool commutes with the activation and leaves it 4x less to do
+        return self.act(self.pool(out)) # pooling first gives the same result, and the activation has 4x less work
 
 
 class ResNet12(FewShotBackbone):
-    """MetaOptNet's ResNet-12, as RFS and SKD use it: four residual blocks, pooled to `widths[-1]` features
+    """The ResNet-12 of MetaOptNet (arXiv 1904.03758), RFS and SKD: four residual blocks, pooled to `widths[-1]` features
 
-    `block_drop_rate`: dropout after blocks 1-2 and DropBlock after blocks 3-4; `block_size`: DropBlock's, 2 at 32 px and
-    5 at 84 px (the default follows `img_size`).
+    `block_drop_rate` is the rate of dropout after blocks 1-2 and of DropBlock after blocks 3-4. `block_size` is that of DropBlock; by
+    default it is 2 below 64 px and 5 from 64 px (`img_size`). DropBlock reaches its full rate after `drop_steps` batches.
     """
     def __init__(self, num_classes=64, in_chans=3, global_pool='avg', drop_rate=0., widths=(64,160,320,640),
                  block_drop_rate=0.1, block_size=None, drop_steps=40_000, img_size=32):
         super().__init__()
-        img_size = to_2tuple(img_size)[0] # square images
+        img_size = to_2tuple(img_size)[0] # images are square
         if block_size is None: block_size = 2 if img_size < 64 else 5
         chs = (in_chans, *widths)
         drop = lambda i: (nn.Dropout(block_drop_rate) if i < 2 else
@@ -241,7 +246,7 @@ class ResNet12(FewShotBackbone):
 
     @torch.jit.ignore
     def _checkpointed(self, x):
-        "The dropout stays outside of what is computed again in the backward pass: it counts its steps and draws once"
+        "Checkpoint each block without its dropout, which must not count or draw again when the backward pass computes the block again"
         for block in self.stages: x = block.drop(checkpoint(block.residual, x, use_reentrant=False))
         return x
 
@@ -249,14 +254,15 @@ class ResNet12(FewShotBackbone):
 # ---- registration ---------------------------------------------------------------------------------------------------
 
 def _cfg(first_conv, pool_size, **kwargs):
+    "timm's pretrained cfg of an architecture without weights"
     return dict(url='', num_classes=64, input_size=(3,32,32), pool_size=pool_size, fixed_input_size=False, crop_pct=1.,
                 interpolation='bicubic', mean=(0.5071,0.4867,0.4408), std=(0.2675,0.2565,0.2761), license='apache-2.0',
                 first_conv=first_conv, classifier='head', **kwargs)
 
-WEIGHTS = Path(__file__).parent.with_name('weights') # a folder of `publish` per arch.tag, in the package
+WEIGHTS = Path(__file__).parent.with_name('weights') # the package's weights: one folder of recipes/publish.py for each arch.tag
 
 def _weights():
-    "What `publish` wrote beside each of the package's weights, as timm's cfgs"
+    "name -> timm's pretrained cfg for each of the package's weights, read from their config.json"
     return {f.parent.name:json.loads(f.read_text())['pretrained_cfg'] | dict(num_classes=0, file=str(f.with_name('model.safetensors')))
             for f in sorted(WEIGHTS.glob('*/config.json'))}
 
@@ -278,40 +284,40 @@ def _create(cls, variant, pretrained, **kwargs):
 
 @register_model
 def convnet4(pretrained=False, **kwargs):
-    "4 x 64, pools after blocks 1-3, global average pool: 64-d (RFS, SKD)"
+    "ConvNet-4 with 4 x 64 channels, max-pools in blocks 1-3 and global average pooling: 64-d (RFS, SKD)"
     return _create(ConvNet4, 'convnet4', pretrained, **kwargs)
 
 @register_model
 def convnet4_flat(pretrained=False, **kwargs):
-    "4 x 64, four pools, flattened: 256-d at 32 px, 1600-d at 84 px (`img_size`)"
+    "ConvNet-4 with 4 x 64 channels, four max-pools and flattened features: 256-d at 32 px, 1600-d at 84 px (`img_size`)"
     return _create(ConvNet4, 'convnet4_flat', pretrained, **dict(dict(n_pool=4, global_pool='flat'), **kwargs))
 
 @register_model
 def convnet4_128(pretrained=False, **kwargs):
-    "64-64-128-128, otherwise as `convnet4`"
+    "`convnet4` with 64-64-128-128 channels: 128-d"
     return _create(ConvNet4, 'convnet4_128', pretrained, **dict(dict(widths=(64,64,128,128)), **kwargs))
 
 @register_model
 def convnet4_256(pretrained=False, **kwargs):
-    "64-96-128-256, otherwise as `convnet4`"
+    "`convnet4` with 64-96-128-256 channels: 256-d"
     return _create(ConvNet4, 'convnet4_256', pretrained, **dict(dict(widths=(64,96,128,256)), **kwargs))
 
 @register_model
 def convnet4_r2d2(pretrained=False, **kwargs):
-    "R2-D2's 96-192-384-512 with concatenated features: 8192-d at 32 px (`img_size`)"
+    "R2-D2's ConvNet-4 with 96-192-384-512 channels and concatenated features: 8192-d at 32 px (`img_size`)"
     return _create(R2D2Net, 'convnet4_r2d2', pretrained, **kwargs)
 
 @register_model
 def resnet12(pretrained=False, **kwargs):
-    "64-160-320-640, 12.42 M parameters, 640-d (MetaOptNet, RFS, SKD)"
+    "ResNet-12 with 64-160-320-640 channels: 12.42 M parameters, 640-d (MetaOptNet, RFS, SKD)"
     return _create(ResNet12, 'resnet12', pretrained, **kwargs)
 
 @register_model
 def resnet12_512(pretrained=False, **kwargs):
-    "64-128-256-512, 8.0 M parameters, 512-d (Meta-Baseline)"
+    "ResNet-12 with 64-128-256-512 channels: 8.0 M parameters, 512-d (Meta-Baseline)"
     return _create(ResNet12, 'resnet12_512', pretrained, **dict(dict(widths=(64,128,256,512)), **kwargs))
 
 @register_model
 def resnet12_320(pretrained=False, **kwargs):
-    "32-80-160-320, half of `resnet12`'s widths and a quarter of its work: 3.11 M parameters, 320-d"
+    "ResNet-12 with 32-80-160-320 channels, half of those of `resnet12`: 3.11 M parameters, 320-d"
     return _create(ResNet12, 'resnet12_320', pretrained, **dict(dict(widths=(32,80,160,320)), **kwargs))

@@ -1,4 +1,4 @@
-"""Any timm model by name, the features it gives and the images it takes."""
+"""timm models by name, their features, and the images that they take."""
 import difflib
 import math
 
@@ -12,10 +12,10 @@ __all__ = ['check_backbone', 'external_weights', 'create_backbone', 'check_image
 
 
 def check_backbone(arch, px=None, pretrained=False):
-    "Raise UserError unless `arch` is a timm model that takes images of side `px` and, with a tag or `pretrained`, has weights"
+    "Raise UserError unless `arch` is a timm model, takes images of side `px`, and has weights if they are asked for (tag or `pretrained`)"
     if not timm.is_model(arch):
-        near = difflib.get_close_matches(arch, timm.list_models(), 3)
-        raise UserError(f"unknown backbone {arch!r}: give a timm model's name" + (f', such as {", ".join(near)}' if near else ''))
+        near = ', '.join(difflib.get_close_matches(arch, timm.list_models(), 3))
+        raise UserError(f"unknown backbone {arch!r}: give a timm model's name" + (f', such as {near}' if near else ''))
     external_weights(arch, pretrained)
     if px is None: return
     try:
@@ -23,28 +23,27 @@ def check_backbone(arch, px=None, pretrained=False):
     except Exception as e: raise UserError(f'{arch} does not take images of {px} px ({first_line(e)}): choose another backbone') from None
 
 def external_weights(arch, pretrained=False):
-    """The weights that `create_backbone` starts from, as timm names them: those of the tag in `arch`, or with `pretrained` of its default
+    """timm's name (arch.tag) of the weights that `create_backbone` starts from, or None for random weights
 
-    None for an architecture alone, which starts from random weights. UserError for a tag without weights.
+    The tag is that in `arch`, or the default tag if `arch` has none and `pretrained` is True. UserError for a tag without weights.
     """
     name,dot,tag = arch.partition('.')
     if not (dot or pretrained): return None
     try: cfg = timm.get_pretrained_cfg(arch)
     except RuntimeError: cfg = None
     if cfg is not None and cfg.has_weights: return f'{name}.{cfg.tag}' if cfg.tag else name
-    known = timm.list_pretrained(f'{name}.*')
-    raise UserError(f'{arch} has no pretrained weights: give {name} for random ones' +
-                    (f', or one of {", ".join(known[:8])}' if known else ''))
+    known = ', '.join(timm.list_pretrained(f'{name}.*')[:8])
+    raise UserError(f'{arch} has no pretrained weights: give {name} for random ones' + (f', or one of {known}' if known else ''))
 
 def create_backbone(
-    arch, # name of a timm model, ours among them; one with a tag, such as resnet18.a1_in1k, has that tag's weights
-    num_classes=0, # 0 for features
-    px=32, # image side, for networks whose shape depends on it
-    seed=0, # of the initial weights; the caller's random state is left alone
-    pretrained=False, # use the weights of the default tag if `arch` has no tag
-    **kwargs # of `timm.create_model`
+    arch, # name of a timm model (ours are registered there); a name with a tag, such as resnet18.a1_in1k, loads the weights of the tag
+    num_classes=0, # outputs of the classifier; 0: no classifier, the output is the features
+    px=32, # side of the images in pixels, for networks whose shape depends on it
+    seed=0, # seed of the initial weights; the caller's random state is not changed
+    pretrained=False, # whether the weights of the default tag are loaded if `arch` has no tag
+    **kwargs # further arguments of `timm.create_model`
 ):
-    "`timm.create_model` with seeded random weights, or with the pretrained ones of a tag (`external_weights`)"
+    "`timm.create_model` with seeded random weights or pretrained weights (`external_weights`); UserError if that fails"
     check_backbone(arch, pretrained=pretrained)
     weights = external_weights(arch, pretrained)
     if weights is None: return _build(arch, num_classes, px, seed, **kwargs)
@@ -63,7 +62,7 @@ def _build(arch, num_classes, px, seed, **kwargs):
         return timm.create_model(arch, num_classes=num_classes, **kwargs)
 
 def check_images(px, mean, std, crop_pct=1., interpolation='bicubic'):
-    "Side and normalisation of a network's images as `pretrained_cfg` holds them; ValueError if they are impossible"
+    "The entries of `pretrained_cfg` about images, as a dict: size, mean, std, crop and interpolation; ValueError for an impossible value"
     def numbers(v): return isinstance(v, list | tuple) and len(v) == 3 and all(isinstance(n, int | float) and math.isfinite(n) for n in v)
     if type(px) is not int or not 1 <= px <= LARGEST_SIDE: raise ValueError(f'images of {px!r} px: from 1 to {LARGEST_SIDE} can be')
     if not numbers(mean) or not numbers(std) or min(std) <= 0:
@@ -74,15 +73,15 @@ def check_images(px, mean, std, crop_pct=1., interpolation='bicubic'):
     return dict(input_size=(3, px, px), mean=tuple(mean), std=tuple(std), crop_pct=crop_pct, interpolation=interpolation)
 
 def images_of(net):
-    "Side, mean and std of the images that a timm network takes, as its `pretrained_cfg` has them"
+    "Side in pixels, mean and std of the images that a timm network takes, from its `pretrained_cfg`; UserError if that lacks them"
     cfg = getattr(net, 'pretrained_cfg', None)
-    if not cfg or not {'input_size', 'mean', 'std'} <= cfg.keys(): raise UserError(
-        f'a {type(net).__name__} does not say what images it takes (pretrained_cfg): '
-        'give a timm model, or set input_size, mean and std there')
+    if not cfg or not {'input_size', 'mean', 'std'} <= cfg.keys():
+        raise UserError(f'a {type(net).__name__} does not say what images it takes (pretrained_cfg): '
+                        'give a timm model, or set input_size, mean and std there')
     return cfg['input_size'][1],list(cfg['mean']),list(cfg['std'])
 
 
 def features(model, x):
-    "h = phi(x) (Eq. 2), (B, D): a timm model's features before its classifier, any other module's output"
+    "Features h = phi(x) (B, D) of Eq. 2: those before the classifier of a timm model, or the output of any other module"
     if hasattr(model, 'forward_head'): return model.forward_head(model.forward_features(x), pre_logits=True)
     return model(x)

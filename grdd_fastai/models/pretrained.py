@@ -1,4 +1,4 @@
-"""Trained networks by name or path, and the files that hold their weights."""
+"""Trained networks by name or path, and the files with their weights."""
 import inspect
 import re
 from pathlib import Path
@@ -16,17 +16,17 @@ from .create import check_backbone, check_images, create_backbone
 __all__ = ['load_network', 'save_weights', 'load_weights']
 
 
-RUNS = ('net', 'student_grdd') # what a run leaves as its network
+RUNS = ('net', 'student_grdd') # names of the network that a run saves
 PICKLES = ('.bin', '.pth', '.pt', '.ckpt', '.pkl', '.pickle', '.tar', '.npz', '.h5')
 
 
 def load_network(of):
-    """The network that `of` names, without a classifier
+    """The trained network with the name or path `of`, without a classifier
 
-    `of` is a timm model with pretrained weights, a folder of recipes/publish.py, `hf-hub:user/name`, the folder of a run, or weights of one
-    (`runs/grdd/student_cl`). The network's `pretrained_cfg` has the side of its images, and the mean and std they are normalised with. A
-    folder's weights are read from `model.safetensors` alone, and have to be exactly those of the network that its `config.json` describes.
-    UserError if `of` is none of these.
+    `of` is a timm model with pretrained weights, a folder of recipes/publish.py, `hf-hub:user/name`, the folder of a run, or a weights file
+    in such a folder (`runs/grdd/student_cl`). The `pretrained_cfg` of the network has the side, mean and std of its images. Published
+    weights are read only from `model.safetensors`, and they must match exactly the network that `config.json` describes. UserError if `of`
+    is none of these.
     """
     path = user_path(str(of).removesuffix('.safetensors'), 'the network')
     cards = [*(path/f'{name}.json' for name in RUNS), *([path.with_name(f'{path.name}.json')] if path.name else [])]
@@ -38,28 +38,30 @@ def load_network(of):
     return create_backbone(str(of), pretrained=True)
 
 def _of_a_run(card):
+    "The network that a run saved with the JSON file `card`"
     try:
         about = read_json(card, keys=dict(arch=str, px=int, stats=list))
-        (mean,std),px = about['stats'],about['px']
-        config = check_images(px, mean, std)
+        mean,std = about['stats']
+        config = check_images(about['px'], mean, std)
         check_backbone(about['arch'])
     except (UserError, TypeError, ValueError) as e:
         raise UserError(f'{card} is damaged or no network\'s ({first_line(e)}): give the folder of a run') from None
     return _with_weights(about['arch'], config, {}, card.with_suffix('.safetensors'), lambda: whole_weights(card.with_suffix(''))[1])
 
 def _of_a_folder(folder):
+    "The network of a folder with config.json and model.safetensors"
     weights = folder/'model.safetensors'
     config = read_json(folder/'config.json', keys=dict(architecture=str))
     if not weights.is_file():
         other = next((f.name for f in sorted(folder.iterdir()) if f.suffix in PICKLES), None)
-        raise UserError(f'{folder} has no model.safetensors' +
-                        (f' but {other}, a format that can run any program when it is read: ask its author for safetensors'
-                        if other else ': take it from a copy'))
+        advice = f' but {other}, a format that can run any program when it is read: ask its author for safetensors'
+        raise UserError(f'{folder} has no model.safetensors' + (advice if other else ': take it from a copy'))
     try:
         cfg = config.get('pretrained_cfg', config)
         c,*sides = cfg['input_size']
         if c != 3 or len(sides) != 2 or sides[0] != sides[1]:
-            raise ValueError(f'its images are {c} x {" x ".join(map(str, sides))}, not RGB squares')
+            size = ' x '.join(map(str, (c, *sides)))
+            raise ValueError(f'its images are {size}, not RGB squares')
         images = check_images(sides[0], cfg['mean'], cfg['std'], cfg.get('crop_pct', 1.), cfg.get('interpolation', 'bicubic'))
         args = _arguments(config.get('model_args') or {})
     except (TypeError, ValueError, KeyError, AttributeError) as e:
@@ -72,7 +74,7 @@ def _of_a_folder(folder):
     return _with_weights(config['architecture'], images, args, weights, tensors)
 
 def _arguments(args):
-    "A stranger's arguments of an architecture: plain, small, and none of timm's own, which name files for instance"
+    "The arguments of an architecture from an untrusted file; ValueError for large values and for arguments of timm itself"
     def small(v, depth=2):
         if isinstance(v, list): return depth and len(v) <= 64 and all(small(o, depth-1) for o in v)
         return v is None or isinstance(v, bool) or (isinstance(v, str) and len(v) <= 100) or (isinstance(v, int | float) and abs(v) <= 4096)
@@ -80,19 +82,21 @@ def _arguments(args):
     own = [*inspect.signature(timm.create_model).parameters, 'features_only', 'out_indices', 'feature_cfg', 'num_classes', 'in_chans',
            'img_size']
     for k,v in args.items():
+        # arguments of timm itself can name files
         if (k in own or k.startswith('pretrained')) and k not in ('num_classes', 'in_chans', 'img_size'):
             raise ValueError(f'{k} is no argument of an architecture')
         if not small(v): raise ValueError(f'{k} is too large')
         if re.search('depth|layer|block|repeat', k) and total(v) > 256: raise ValueError(f'{k} is too large')
-    # the arguments that are left out follow from the images
+    # `num_classes`, `in_chans` and `img_size` are left out: they follow from the images
     return {k:tuple(v) if isinstance(v, list) else v for k,v in args.items() if k not in own}
 
 def _with_weights(arch, images, args, path, tensors):
-    """The backbone with the tensors of the file at `path`, exactly its own but for a classifier's
+    """The backbone `arch` with the tensors of the file at `path`; UserError unless they match exactly, apart from a classifier
 
-    The network is first built without memory, so that one larger than its file is refused before it takes any.
+    The network is first built without memory, so that a network larger than its file is refused before it takes memory.
     """
-    arch,px = arch.partition('.')[0],images['input_size'][-1]
+    arch = arch.partition('.')[0]
+    px = images['input_size'][-1]
     try:
         with torch.device('meta'): shape = create_backbone(arch, 0, px, **args)
     except Exception as e:
@@ -102,7 +106,7 @@ def _with_weights(arch, images, args, path, tensors):
     try:
         sizes,_ = read_safetensors(path, header_only=True)
     except Exception as e: raise UserError(f'{path} is damaged ({first_line(e)}): take it from a copy') from None
-    def kept(of): return {k:v for k,v in of.items() if not k.startswith(prefixes)}
+    def kept(state): return {k:v for k,v in state.items() if not k.startswith(prefixes)}
     check_state(shape, kept(sizes), path)
     found = kept(tensors())
     net = create_backbone(arch, 0, px, **args)
@@ -111,7 +115,7 @@ def _with_weights(arch, images, args, path, tensors):
     return net
 
 def _from_hub(repo):
-    "The folder with config.json and model.safetensors of a Hugging Face repository, user/name or user/name@revision"
+    "Download config.json and model.safetensors of a Hugging Face repository, user/name or user/name@revision, and return their folder"
     repo,_,revision = repo.partition('@')
     try: files = [hf_hub_download(repo, f, revision=revision or None) for f in ('config.json', 'model.safetensors')]
     except EntryNotFoundError:
@@ -122,19 +126,19 @@ def _from_hub(repo):
     return Path(files[0]).parent
 
 def save_weights(model, path, **card):
-    "`model` as `path`.safetensors, the same bytes for the same weights, and `card` with their checksum as `path`.json"
+    "Write the weights of `model` to `path`.safetensors, and `card` with their checksum to `path`.json; same weights give the same bytes"
     tensors = on_cpu(model.state_dict())
     atomic_write(f'{path}.safetensors', save(tensors, metadata=dict(format='pt')))
     write_json(f'{path}.json', card | dict(sha256=digest(tensors)))
 
 def load_weights(model, path):
-    "Load `save_weights`' files into `model` and return their card; UserError unless they are whole and fit"
+    "Load the files of `save_weights` into `model` and return their card; UserError if they are damaged or do not fit"
     card,tensors = whole_weights(path, dict(val_accuracy=(int, float)))
     load_state(model, tensors, f'{path}.safetensors')
     return card
 
 def whole_weights(path, keys=None):
-    "The card, which has `keys`, and the tensors of `save_weights`; UserError unless the checksum is right"
+    "The card and the tensors that `save_weights` wrote; UserError if the checksum is wrong or the card lacks one of `keys` (name -> type)"
     card = read_json(f'{path}.json', keys=dict(sha256=str) | (keys or {}))
     try:
         tensors,_ = read_safetensors(f'{path}.safetensors')

@@ -8,10 +8,17 @@ from fastai.learner import Recorder, ValueMetric
 from ..core.device import amp, autocast_dtype
 from ..core.distributed import ranks
 
-__all__ = ['Autocast', 'amp_dtype', 'Seeded', 'LightRecorder', 'ShowsMetrics', 'LossTerm']
+__all__ = ['UndoAfterFit', 'Autocast', 'amp_dtype', 'Seeded', 'LightRecorder', 'ShowsMetrics', 'LossTerm']
 
 
-class Autocast(MixedPrecision):
+class UndoAfterFit(Callback):
+    """A callback that changes something for the time of a fit and undoes it in `after_fit`
+
+    A `FewShotLearner` calls `after_fit` whatever ends the fit, also an error or Ctrl-C. fastai calls it for its own Cancel exceptions only.
+    """
+
+
+class Autocast(MixedPrecision, UndoAfterFit):
     """fastai's MixedPrecision in `autocast_dtype` and around the model's forward pass alone: the loss stays in float32
 
     float16 gradients are scaled, and a step whose gradients overflow is left out.
@@ -38,7 +45,7 @@ def amp_dtype(learn):
     return getattr(getattr(learn, 'autocast', None), 'dtype', None)
 
 
-class Seeded(Callback):
+class Seeded(UndoAfterFit):
     "Make dropout, order and augmentation functions of `seed`, epoch and step; the caller's random state is left alone"
     order = -10
     def __init__(self, seed=0): self.seed,self.epochs_done = seed,0
@@ -67,7 +74,7 @@ class LightRecorder(Callback):
         if losses and isinstance(losses[-1], torch.Tensor): losses[-1] = losses[-1].item()
 
 
-class ShowsMetrics(Callback):
+class ShowsMetrics(UndoAfterFit):
     "While fitting, shows what `shown` returns among the Learner's metrics"
     order = MixedPrecision.order+1 # before the Recorder reads the metrics' names
     def shown(self): "Names and functions without arguments"; raise NotImplementedError
@@ -78,18 +85,26 @@ class ShowsMetrics(Callback):
 
 
 class LossTerm(ShowsMetrics):
-    """Adds terms to the training loss and shows each epoch's mean of every part
+    """A term of the training loss, which also shows each epoch's mean of its `parts`
 
-    It comes before every callback of fastai that works on the loss, so that `GradientAccumulation` and mixed precision scale all terms
-    alike.
+    A subclass names its parts and calls `add_loss` in `after_loss`. Terms come before all of fastai's callbacks that work on the loss, so
+    that `GradientAccumulation` and mixed precision scale them all alike. They do not run in validation.
     """
     order = GradientAccumulation.order-1
     run_valid,parts = False,()
     def shown(self): return {k:lambda k=k: self.part_mean(k) for k in self.parts}
     def before_train(self): self.totals = {k:[0., 0] for k in self.parts}
-    def part_mean(self, k): total,n = self.totals[k]; return float(total) / max(n, 1)
+    def part_mean(self, k):
+        total,n = self.totals[k]
+        return float(total) / max(n, 1)
     def set_loss(self, loss, **parts):
-        "The batch's loss becomes `loss`, trained on and logged; `parts` go into the epoch's means"
+        "Train on `loss` instead of the batch's loss so far, and log it; `parts` are scalars that go into the epoch's means"
         self.learn.loss_grad = loss
         self.learn.loss = loss.detach().clone()
-        for k,v in parts.items(): self.totals[k][0] += v.detach().float(); self.totals[k][1] += 1
+        for k,v in parts.items():
+            self.totals[k][0] += v.detach().float()
+            self.totals[k][1] += 1
+    def add_loss(self, weight, **part):
+        "Add `weight` times a part, given by its name, to the batch's loss"
+        value, = part.values()
+        self.set_loss(self.loss_grad + weight*value, **part)

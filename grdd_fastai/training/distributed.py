@@ -3,13 +3,13 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..core.distributed import ranks, summed, unwrapped
 from ..core.errors import UserError
+from .callbacks import UndoAfterFit
 
 __all__ = ['Distributed']
 
@@ -52,7 +52,7 @@ def shared_batch_norm(norm, x):
     return norm.act(norm.drop(y)) if hasattr(norm, 'act') and hasattr(norm, 'drop') else y # timm's BatchNormAct2d
 
 
-class Distributed(Callback):
+class Distributed(UndoAfterFit):
     """Train on this process's part of each step, with gradients averaged over all: in the place of fastai's DistributedTrainer
 
     A loader's batch is split evenly, an episode never. BatchNorm normalises over all processes' images, so that the steps are those of one

@@ -13,12 +13,12 @@ from fastcore.foundation import L
 from ..core.device import keep_freed_memory
 from ..core.distributed import ranks
 from ..core.errors import UserError
-from .callbacks import Autocast, LightRecorder, Seeded, ShowsMetrics
+from .callbacks import Autocast, LightRecorder, Seeded, UndoAfterFit
 from .distributed import Distributed
 from .optim import sgd
 from .validation import FewShotAccuracy, KeepBest
 
-__all__ = ['FewShotLearner', 'image_config']
+__all__ = ['FewShotLearner', 'few_shot_learner', 'image_config']
 
 
 class FewShotLearner(Learner):
@@ -30,7 +30,7 @@ class FewShotLearner(Learner):
     def fit(self, *args, **kwargs):
         try: super().fit(*args, **kwargs)
         except BaseException: # fastai calls after_fit for its own Cancel exceptions only
-            for cb in self.cbs.filter(lambda cb: isinstance(cb, (Seeded, Autocast, ShowsMetrics, Distributed))):
+            for cb in self.cbs.filter(lambda cb: isinstance(cb, UndoAfterFit)):
                 with suppress(AttributeError): cb.after_fit() # one whose before_fit was not reached has nothing to undo
             raise
         finally: self.first_epoch = 0
@@ -60,14 +60,30 @@ def check_dls(dls):
     if not isinstance(dls, DataLoaders):
         raise UserError(f'the data is a {type(dls).__name__}: make DataLoaders with category_dls or episodic_dls')
 
-def _learner(dls, model, loss_func, stage_cbs, seed, amp, keep_best, valid, channels_last, compile, opt_func=sgd, wd=5e-4, cbs=None,
-             **kwargs):
+def few_shot_learner(
+    dls, # DataLoaders of either stage
+    model, # the network; where it has a `backbone`, that is what few-shot accuracy is measured on
+    loss_func,
+    stage_cbs, # callbacks of the stage
+    seed=0, # seed of dropout, order and augmentation
+    amp=True, # bfloat16, or float16 with scaled gradients, where the device has it
+    keep_best=True, # end with the weights of the epoch that was best on the validation classes
+    channels_last=True, # memory format of convolutions
+    compile=False, # compile the network by torch.compile: True, or a dict of its options; slower on the CPUs measured (benchmarks/README.md)
+    valid=None, # episodes of the validation classes: n_way=5, k_shot=1, n_query=15, n_episodes=1000, seed=0
+    opt_func=sgd, # fastai optimiser
+    wd=5e-4, # weight decay
+    cbs=None, # further callbacks
+    **kwargs # of fastai's `Learner`
+) -> FewShotLearner:
+    "The Learner of either stage"
     if torch.device(dls.device).type == 'cpu': keep_freed_memory()
     net = getattr(model, 'backbone', model)
     net.pretrained_cfg = getattr(net, 'pretrained_cfg', {}) | image_config(dls) # it says what images the network takes from now on
     if channels_last: model.to(memory_format=torch.channels_last)
     if compile:
         for part in net.children(): part.compile(**(compile if isinstance(compile, dict) else {})) # in place: names and hooks stay
+    valid = valid or {}
     known = list(inspect.signature(FewShotAccuracy).parameters)
     if wrong := next((k for k in valid if k not in known), None):
         raise UserError(f'valid has no setting {wrong!r}: its settings are {", ".join(known)}')

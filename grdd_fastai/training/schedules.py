@@ -1,18 +1,22 @@
-"""The learning-rate schedules that the paper trains with."""
+"""The learning-rate schedules of both stages."""
 from fastai.callback.schedule import ParamScheduler
 from fastai.learner import Learner
 from fastcore.basics import patch
 from fastcore.foundation import L
 
-__all__ = ['poly', 'step_down']
+from .distributed import effective
+
+__all__ = ['SCHEDULES', 'poly', 'step_down', 'fit_function']
+
+SCHEDULES = ('poly', 'step', 'one_cycle') # each names a method fit_... of a Learner
 
 
 def poly(lr, power=0.9):
-    "lr * (1 - pos)^power over training, pos from 0 to 1 (section 4.1)"
+    "Stage one's rate (section 4.1): lr * (1 - pos)^power, where pos goes from 0 to 1 over the training"
     return lambda pos: lr * (1 - pos)**power
 
 def step_down(lr, last=1/3, factor=0.1):
-    "lr, times `factor` for the `last` part of training (section 4.1: the last 5 of 15 epochs)"
+    "Stage two's rate (section 4.1): lr, times `factor` for the `last` part of the training, which is the last 5 of 15 epochs"
     return lambda pos: lr * (factor if pos >= 1 - last - 1e-9 else 1)
 
 @patch
@@ -24,3 +28,12 @@ def fit_poly(self:Learner, n_epoch, lr=0.05, power=0.9, cbs=None, **kwargs):
 def fit_step(self:Learner, n_epoch, lr=1e-3, last=1/3, factor=0.1, cbs=None, **kwargs):
     "Fit with the paper's stepped rate of stage two"
     self.fit(n_epoch, lr, cbs=L(ParamScheduler({'lr':step_down(lr, last, factor)})) + L(cbs), **kwargs)
+
+def fit_function(s, step):
+    """The fit that the settings `s` (epochs, schedule, lr) of a stage ask for, as a function of the Learner
+
+    `step` is the number of images or episodes a step. Where several processes make the step larger, the learning rate grows by the square
+    root of the ratio (docs/runs.md).
+    """
+    lr = s.lr * (effective(step)/step)**0.5
+    return lambda learn: getattr(learn, f'fit_{s.schedule}')(s.epochs, lr)

@@ -1,0 +1,194 @@
+"""What stage two learns from: the frozen teachers, and the terms of the loss that compare the student with them (Eq. 10-12)
+
+A term of your own is a subclass of `DistillationTerm`: see docs/extending.md.
+"""
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from fastai.data.transforms import Normalize
+
+from .core.device import amp
+from .core.distributed import backbone_of
+from .core.errors import UserError
+from .fewshot.embed import embed
+from .losses import kl_relatedness, relatedness
+from .models.create import features
+from .settings import Settings, at_least, flag, one_of, positive, recorded, with_settings
+from .training.callbacks import LossTerm, UndoAfterFit, amp_dtype
+
+__all__ = ['Distill', 'Teacher', 'DistillationTerm', 'RelatednessKL']
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distill(Settings):
+    "The settings of the distillation in stage two; the defaults did best on the validation classes (docs/method.md)"
+    T: Annotated[float, 'temperature of the relatedness; it divides the cosines', positive] = 0.1
+    gamma: Annotated[float, 'weight of the regulariser L_rt', at_least(0)] = 1.
+    kl_weight: Annotated[float, 'weight of the distillation loss L_kl', at_least(0)] = 5.
+    decouple: Annotated[bool, 'one softmax for each support image; without, one over the whole matrix'] = True
+    T_squared: Annotated[bool, "also weight L_kl by T squared, as Hinton's distillation does",
+                         recorded('hinton'), flag('t_squared')] = False
+    reverse: Annotated[bool, 'KL(student || teacher) instead of KL(teacher || student)'] = False
+    reduction: Annotated[str, "how the KL of an episode's groups are reduced: mean, or sum (Eq. 12)", one_of('mean', 'sum')] = 'mean'
+    center: Annotated[bool, "subtract each episode's mean feature before the cosines"] = False
+    teacher_view: Annotated[str, 'images that the teacher sees: the same augmented ones as the student, or clean ones, embedded once',
+                            one_of('same', 'clean')] = 'same'
+    teacher_output: Annotated[str, "what the teacher's relatedness is of: features (Eq. 10), logits or probabilities",
+                              one_of('features', 'logits', 'probabilities'), recorded(absent='features')] = 'features'
+
+
+def distillation(teacher, s, teacher_features=None):
+    "The callbacks that distil `teacher` by the settings `s` (`Distill`), the teacher first and then a callback for each term"
+    return [Teacher(teacher, s.teacher_view, s.teacher_output, teacher_features),
+            RelatednessKL(**{k:getattr(s, k) for k in RelatednessKL.settings})]
+
+
+# ---- the teachers -----------------------------------------------------------------------------------------------------
+
+class Teacher(UndoAfterFit):
+    """One or several frozen networks, and the features they have of the batch
+
+    The networks are in eval mode, get no gradient, are outside the optimiser and on the batch's device; after the fit their mode and flags
+    are as before. Each sees images of the size and normalisation that its `pretrained_cfg` asks for.
+    """
+    order,run_valid = LossTerm.order - 1,False
+    def __init__(self,
+        networks, # a timm model or module, or a list of them
+        view='same', # 'same': the augmented images that the student sees; 'clean': images as they are, embedded once
+        output='features', # 'features', 'logits' or 'probabilities'
+        teacher_features=None, # features (N, D) of the clean base images, or a list of them, where they are known already
+    ):
+        self.networks,self.view,self.output = as_list(networks),view,output
+        self.known,self.known_for = as_list(teacher_features),None
+        for net in self.networks:
+            if not isinstance(net, torch.nn.Module):
+                raise UserError(f'the teacher is a {type(net).__name__}: give a network, such as create_backbone or load_network makes')
+            if output != 'features' and not getattr(net, 'num_classes', 0):
+                raise UserError(f"teacher_output={output!r} needs a teacher with its classifier: train it with head='linear'")
+        if self.known and view != 'clean':
+            raise UserError("the teacher's features are of clean images: give teacher_view='clean' with them")
+        if self.known and len(self.known) != len(self.networks):
+            raise UserError(f'{len(self.known)} sets of features for {len(self.networks)} teachers: give one for each')
+
+    def before_fit(self):
+        self.were = [(net, net.training, [(p, p.requires_grad) for p in net.parameters()]) for net in self.networks]
+        for net in self.networks: net.eval().requires_grad_(False).to(self.dls.device)
+        side = backbone_of(self.learn).pretrained_cfg['input_size'][-1]
+        self.converters = [image_converter(net, self.dls, side) for net in self.networks]
+        self.rows_epoch = None
+        if self.view == 'clean': self.embed_clean()
+
+    def embed_clean(self):
+        "Features of all clean base images, unless they are known"
+        train = self.dls.train
+        what = tuple(id(net) for net in self.networks),id(train.dataset)
+        if self.known_for == what: return
+        if not self.known or self.known_for:
+            self.known = [embed(Converted(net, f), train.plain())[0] for net,f in zip(self.networks, self.converters)]
+        self.known,self.known_for = [h.to(self.dls.device) for h in self.known],what
+        n = len(train.dataset)
+        for h in self.known:
+            if len(h) != n: raise UserError(f"the teacher's features have {len(h)} rows for {n} base images: give a row for each")
+
+    def before_batch(self): self.of_batch = None
+
+    def features(self):
+        "What each teacher makes of the batch's images: a list of (B, D) in float32"
+        if self.of_batch is None: self.of_batch = self.compute()
+        return self.of_batch
+
+    @torch.no_grad()
+    def compute(self):
+        hs = self.of_clean_images() if self.view == 'clean' else self.of_same_images()
+        if self.output == 'features': return hs
+        ps = [net.get_classifier()(h.float()) for net,h in zip(self.networks, hs)]
+        return [p.softmax(1) for p in ps] if self.output == 'probabilities' else ps
+
+    def of_same_images(self):
+        with amp(self.dls.device, amp_dtype(self.learn)):
+            return [features(net, f(self.xb[0])) for net,f in zip(self.networks, self.converters)]
+
+    def of_clean_images(self):
+        if self.rows_epoch != self.dl.epoch: # draw the epoch's rows once more
+            self.rows_epoch = self.dl.epoch
+            self.rows = torch.as_tensor(self.dl.get_idxs(), device=self.known[0].device)
+        rows = self.rows[self.iter*self.dl.bs:][:len(self.xb[0])]
+        return [h[rows] for h in self.known]
+
+    def after_fit(self):
+        for net,training,grads in self.were:
+            net.train(training)
+            for p,grad in grads: p.requires_grad_(grad)
+
+
+def as_list(o): return [] if o is None else list(o) if isinstance(o, list | tuple) else [o]
+
+def image_converter(net, dls, side):
+    """A function of the images of `dls`, (B, 3, side, side), that gives them as `net` wants them
+
+    The network's `pretrained_cfg` says their side and normalisation. What it does not say stays as it is.
+    """
+    cfg = getattr(net, 'pretrained_cfg', None) or {}
+    wanted = cfg['input_size'][-1] if 'input_size' in cfg else side
+    own = next((f for f in dls.train.after_batch.fs if isinstance(f, Normalize)), None)
+    normalise = None
+    if own and 'mean' in cfg and 'std' in cfg:
+        mean,std = (torch.tensor(cfg[k], device=own.mean.device).view(1, -1, 1, 1) for k in ('mean', 'std'))
+        alike = torch.allclose(mean, own.mean, atol=1e-4) and torch.allclose(std, own.std, atol=1e-4)
+        if not alike: normalise = lambda x: (x*own.std + own.mean - mean) / std
+    def converted(x):
+        if normalise: x = normalise(x)
+        return x if wanted == side else F.interpolate(x, (wanted, wanted), mode='bicubic', antialias=True)
+    return converted
+
+class Converted(torch.nn.Module):
+    "Features (B, D) of a network whose images are converted first"
+    def __init__(self, net, converter):
+        super().__init__()
+        self.net,self.converter = net,converter
+    def forward(self, x): return features(self.net, self.converter(x))
+
+
+# ---- the terms --------------------------------------------------------------------------------------------------------
+
+class DistillationTerm(LossTerm):
+    """A term of stage two's loss that compares the student's features of a batch with the teachers'
+
+    A subclass names its one part of the loss in `parts` and computes it in `loss`. It runs after `Teacher`, which it needs in the Learner.
+    """
+    weight = 1.
+    def __init__(self, weight=1.): self.weight = weight
+    def before_fit(self):
+        super().before_fit()
+        if not hasattr(self.learn, 'teacher'):
+            raise UserError(f'{type(self).__name__} needs a teacher: give meta_learner(..., teacher=)')
+    def loss(self, student, teachers):
+        """The term, a scalar: `student` are features (B, D), `teachers` a list of features (B, D'), both in float32
+
+        `self.learn.loss_func.split` takes them apart into support and query of each episode.
+        """
+        raise NotImplementedError
+    def after_loss(self):
+        part, = self.parts
+        teachers = [h.float() for h in self.learn.teacher.features()]
+        self.add_loss(self.weight, **{part:self.loss(self.pred.float(), teachers)})
+
+
+class RelatednessKL(DistillationTerm):
+    """L_kl (Eq. 12): the student's decoupled relatedness follows the teacher's, or the mean of several teachers'
+
+    The keywords are settings of `Distill`.
+    """
+    parts = ('L_kl',)
+    settings = ('T', 'kl_weight', 'decouple', 'T_squared', 'reverse', 'reduction', 'center')
+    @with_settings(s=Distill, but=('gamma', 'teacher_view', 'teacher_output'))
+    def __init__(self, s):
+        self.s = s
+        super().__init__(s.kl_weight * (s.T**2 if s.T_squared else 1))
+    def loss(self, student, teachers):
+        split = self.learn.loss_func.split
+        R_e = relatedness(*split(student), center=self.s.center)
+        R_g = torch.stack([relatedness(*split(h), center=self.s.center) for h in teachers]).mean(0)
+        return kl_relatedness(R_e, R_g, self.s.T, self.s.decouple, self.s.reverse, self.s.reduction)
