@@ -19,7 +19,7 @@ from common import say, write
 from fastcore.script import call_parse
 from scipy.stats import t
 
-from grdd_fastai.core.distributed import processes, ranks
+from grdd_fastai.core.distributed import processes, rank_world
 from grdd_fastai.data.blocks import plain_dl
 from grdd_fastai.data.cache import few_shot_data
 from grdd_fastai.fewshot.embed import embed
@@ -39,9 +39,9 @@ def first_stage(data, seed, epochs):
     with learn.distrib_ctx(), learn.no_bar(), learn.no_logging(): fit(learn)
     return learn
 
-def second_stage(data, seed, start, per_step, factor, episodes):
+def second_stage(data, seed, start, episodes_per_step, factor, episodes):
     best = PRESETS['best']
-    s = best.but(epochs=1, n_episodes=episodes, episodes_per_step=per_step, lr=best.lr*factor, seed=seed)
+    s = best.but(epochs=1, n_episodes=episodes, episodes_per_step=episodes_per_step, lr=best.lr*factor, seed=seed)
     learn,fit = stage_two(data, s, start, start, keep_best=False)
     with learn.no_bar(), learn.no_logging(): fit(learn)
     return learn.model
@@ -78,7 +78,7 @@ def main(
     if one is not None:
         with processes():
             learn = first_stage(few_shot_data('demo'), one, epochs)
-            if ranks()[0] == 0: print(json.dumps(dict(accuracy=accuracy(learn.model.backbone, few_shot_data('demo'), test_episodes))))
+            if rank_world()[0] == 0: print(json.dumps(dict(accuracy=accuracy(learn.model.backbone, few_shot_data('demo'), test_episodes))))
         return
     found = {n:[in_processes(n, seed, epochs, test_episodes) for seed in range(seeds)] for n in (1, 2)}
     for n,of in found.items(): say(name='stage one', processes=n, images_each=BS//n, **over_seeds(of), **difference(of, found[1]))

@@ -11,7 +11,7 @@ from .data.sources import prepare
 from .distillation import Distill, DistillationTerm, RelatednessKL, Teacher
 from .experiments.plots import plot_relatedness, plot_tsne
 from .fewshot.classifiers import CLASSIFIERS, register_classifier
-from .fewshot.embed import embed, feature_bank
+from .fewshot.embed import cached_features, embed
 from .fewshot.evaluate import evaluate
 from .fewshot.predict import FewShotClassifier
 from .fewshot.stats import compare
@@ -28,6 +28,6 @@ from .training.validation import FewShotAccuracy, KeepBest
 __all__ = ['BatchAugmentation', 'CLASSIFIERS', 'Distill', 'DistillationTerm', 'EpisodicDL', 'EpisodicLoss', 'FewShotAccuracy',
            'FewShotClassifier', 'KeepBest', 'LossTerm', 'RelatednessKL', 'Rotation', 'StageOne', 'StageTwo', 'Teacher', 'UserError',
            'category_block', 'category_dls', 'compare', 'create_backbone', 'embed', 'episode_block', 'episodic_dls', 'evaluate',
-           'feature_bank', 'few_shot_data', 'get_preset', 'global_learner', 'grdd', 'load_network', 'meta_learner', 'muon', 'plain_dl',
+           'cached_features', 'few_shot_data', 'get_preset', 'global_learner', 'grdd', 'load_network', 'meta_learner', 'muon', 'plain_dl',
            'plot_relatedness', 'plot_tsne', 'prepare', 'processes', 'register_classifier', 'relatedness', 'sample_episodes', 'sgd',
            'stage_one', 'stage_two', 'train_augmentation']

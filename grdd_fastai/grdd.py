@@ -7,9 +7,9 @@ from .core.errors import UserError
 from .data.blocks import plain_dl
 from .data.episodes import check_episode
 from .fewshot.classifiers import get_classifier, with_base_mean
-from .fewshot.embed import embed, feature_bank
+from .fewshot.embed import cached_features, embed
 from .fewshot.evaluate import evaluate
-from .models.create import check_backbone, create_backbone, external_weights
+from .models.create import check_backbone, create_backbone, pretrained_tag
 from .runs.checkpoint import Stopped
 from .runs.options import ComputeOptions, DataOptions
 from .runs.run import Run, default_out
@@ -38,18 +38,18 @@ def method(
 
     # stage two, the meta-learner (Eq. 10-15): the student's relatedness on episodes of base classes follows the frozen teacher's
     clean = two.distill.teacher_view == 'clean'
-    teacher_features = feature_bank(teacher, data, 'train', stats=data.stats, cache=run.cache)[0] if clean else None
+    teacher_features = cached_features(teacher, data, 'train', stats=data.stats, cache=run.cache)[0] if clean else None
     meta = stage_two(data, two, student_cl, teacher, teacher_features, valid=episode, **compute)
     student,val = run.train('student_grdd', *meta, psi.arch)
 
     # the novel classes: the same episodes for the student before training, after stage one and after stage two
     novel = plain_dl(data, 'test')
     start = create_backbone(psi.arch, len(data.train.vocab), data.px, psi.seed, psi.pretrained).to(novel.device)
-    before = 'pretrained' if external_weights(psi.arch, psi.pretrained) else 'untrained'
+    before = 'pretrained' if pretrained_tag(psi.arch, psi.pretrained) else 'untrained'
     scores = {}
     for stage,net in {before:start, 'cl':student_cl, 'grdd':student}.items():
-        known = with_base_mean(classifiers, lambda net=net: embed(net, plain_dl(data, 'train'), shared=True)[0])
-        scores[stage] = evaluate(*embed(net, novel, shared=True), **episode, n_episodes=n_episodes, classifier=known, shared=True)
+        known = with_base_mean(classifiers, lambda net=net: embed(net, plain_dl(data, 'train'), distributed=True)[0])
+        scores[stage] = evaluate(*embed(net, novel, distributed=True), **episode, n_episodes=n_episodes, classifier=known, distributed=True)
         for name,e in scores[stage].items():
             run.log_novel(what=stage, classifier=name, accuracy=e.accuracy, ci95=e.ci95, test_episodes=n_episodes)
             log(f'{stage:>10}, {name}: {e}')
@@ -117,7 +117,7 @@ def grdd(
             found = method(run, data, psi, None if shared else phi, two, episode, test_episodes, names, **compute.for_learner())
             return run.finish(dataset=data.name, way=way, shot=shot, query=query, teacher=phi.arch, student=psi.arch, epochs=psi.epochs,
                               meta_epochs=two.epochs, episodes=two.n_episodes, test_episodes=test_episodes, **result(*found),
-                              initial_weights={role:external_weights(s.arch, s.pretrained) or 'random' for role,s in
+                              initial_weights={role:pretrained_tag(s.arch, s.pretrained) or 'random' for role,s in
                                                dict(teacher=phi, student=psi).items()}, seed=psi.seed, demo=demo)
         except Stopped as stop: return run.stopped(stop)
 

@@ -16,7 +16,7 @@ from .errors import UserError
 __all__ = ['processes']
 
 
-def ranks():
+def rank_world():
     "(rank, n): this process's rank and the number of processes; (0, 1) without a process group"
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
@@ -24,7 +24,7 @@ def ranks():
 def processes():
     "Join the group of processes that `accelerate launch` or torchrun started, if any, and leave it at the end"
     check_launch(os.environ)
-    join = int(os.environ.get('WORLD_SIZE', 1)) > 1 and ranks()[1] == 1
+    join = int(os.environ.get('WORLD_SIZE', 1)) > 1 and rank_world()[1] == 1
     if join:
         try:
             from accelerate import PartialState
@@ -59,9 +59,9 @@ def _words():
     "The process group of the messages, which the CPUs send even where GPUs exchange the tensors"
     return dist.new_group(backend='gloo')
 
-def shared(f):
+def from_rank_zero(f):
     "Call `f` in rank 0 alone, and return its result or raise its error in every process"
-    rank,n = ranks()
+    rank,n = rank_world()
     if n == 1: return f()
     box = [None, None] # the result and the error
     if rank == 0:
@@ -71,30 +71,30 @@ def shared(f):
     if box[1]: raise box[1]
     return box[0]
 
-def agreed(code, key=None):
+def all_max(code, key=None):
     "The largest of the whole numbers `code` of all processes, compared by `key`"
-    if ranks()[1] == 1: return code
-    codes = [None]*ranks()[1]
+    if rank_world()[1] == 1: return code
+    codes = [None]*rank_world()[1]
     dist.all_gather_object(codes, code, group=_words())
     return max(codes, key=key)
 
-def gathered(items):
+def all_gather(items):
     "The lists of all processes, joined in the order of ranks"
-    if ranks()[1] == 1: return items
-    lists = [None]*ranks()[1]
+    if rank_world()[1] == 1: return items
+    lists = [None]*rank_world()[1]
     dist.all_gather_object(lists, items, group=_words())
     return [o for items in lists for o in items]
 
-def summed(tensor):
+def all_sum(tensor):
     "Replace a tensor by its sum over all processes, and return it"
-    if ranks()[1] > 1: dist.all_reduce(tensor)
+    if rank_world()[1] > 1: dist.all_reduce(tensor)
     return tensor
 
-def replica(folder):
+def scratch_copy(folder):
     "Return `folder` in rank 0, and a private temporary copy of it in every other process, where that process can write freely"
     folder = Path(folder)
-    files = shared(lambda: {f.name:f.read_bytes() for f in folder.iterdir() if f.is_file()})
-    if ranks()[0] == 0: return folder
+    files = from_rank_zero(lambda: {f.name:f.read_bytes() for f in folder.iterdir() if f.is_file()})
+    if rank_world()[0] == 0: return folder
     own = Path(tempfile.mkdtemp(prefix='grdd_fastai_'))
     atexit.register(shutil.rmtree, own, ignore_errors=True)
     own = own/folder.name
@@ -113,4 +113,4 @@ def backbone_of(learn):
 
 def log(text):
     "Print `text` on stderr, once for all processes"
-    if ranks()[0] == 0: print(text, file=sys.stderr, flush=True)
+    if rank_world()[0] == 0: print(text, file=sys.stderr, flush=True)

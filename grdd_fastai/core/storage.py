@@ -23,8 +23,8 @@ __all__ = ['Busy', 'user_path', 'atomic_write', 'write_json', 'read_bytes', 'rea
            'output_folder', 'default_cache']
 
 
-LARGEST = 2**28 # the most bytes of a file that is read as a whole
-LARGEST_SIDE = 1024 # the most pixels on a side of packed images, and of the images that a network may ask for
+MAX_BYTES = 2**28 # the most bytes of a file that is read as a whole
+MAX_SIDE = 1024 # the most pixels on a side of packed images, and of the images that a network may ask for
 NOFOLLOW,NONBLOCK = getattr(os, 'O_NOFOLLOW', 0),getattr(os, 'O_NONBLOCK', 0) # Windows has neither flag
 HALF_WRITTEN = re.compile(r'\..+\.[0-9a-f]{16}\.part', re.DOTALL) # matches the names that `part_name` makes
 
@@ -95,7 +95,7 @@ def write_json(path, obj):
     atomic_write(path, json.dumps(obj, indent=1, default=str) + '\n')
 
 
-def read_bytes(path, limit=LARGEST, first=-1):
+def read_bytes(path, limit=MAX_BYTES, first=-1):
     """Read a regular file of at most `limit` bytes, or only its `first` bytes
 
     Anything else raises OSError at once: reading a pipe or a device might never end.

@@ -19,8 +19,8 @@ from PIL import Image
 from ..core.errors import UserError
 from ..core.storage import read_bytes
 
-LINKS = 4 # most links that are followed to one folder
-LARGEST = 2**28 # most bytes in one unpacked member of an archive
+MAX_LINKS = 4 # most links that are followed to one folder
+MAX_BYTES = 2**28 # most bytes in one unpacked member of an archive
 IMAGES = re.compile(r'(^|/)[^./][^/]*\.(png|jpe?g|bmp|webp|gif|tiff?|ppm|pgm)$', re.IGNORECASE)
 
 
@@ -48,7 +48,7 @@ class Folder:
     def _entries(self, below, visits, found):
         """Append the files in the folder `below` to `found` and return its subfolders
 
-        At most `LINKS` links are followed to any one folder, so a circle of links comes to an end.
+        At most `MAX_LINKS` links are followed to any one folder, so a circle of links comes to an end.
         """
         inner = []
         try: entries = list(os.scandir(self.root/below))
@@ -59,7 +59,7 @@ class Folder:
             if real is None: self.left_out.append(f)
             elif e.is_dir():
                 if e.is_symlink():
-                    if self.root.joinpath(below).resolve().is_relative_to(real) or visits[real] >= LINKS:
+                    if self.root.joinpath(below).resolve().is_relative_to(real) or visits[real] >= MAX_LINKS:
                         self.left_out.append(f)
                         continue
                     visits[real] += 1
@@ -76,7 +76,7 @@ class Folder:
     def _names(self): return frozenset(self.files)
     def has(self, f): return f in self._names
     def read(self, f):
-        try: return read_bytes(self._inside(f) or self.root/f, LARGEST)
+        try: return read_bytes(self._inside(f) or self.root/f, MAX_BYTES)
         except OSError as e: raise UserError(f'{self.path/f} cannot be read ({e.strerror}): mend or replace it') from None
     def lines(self, f): return io.TextIOWrapper(io.BytesIO(self.read(f)), 'utf-8-sig', newline='')
     def stamp(self, f):
@@ -102,7 +102,7 @@ class Zip:
         except Exception as e: raise UserError(f'{self.path}: {f} cannot be read from the archive ({e}): fetch it again') from None
     def _check_size(self, f):
         size = self.infos[f].file_size
-        if size > LARGEST:
+        if size > MAX_BYTES:
             raise UserError(f'{self.path}: {f} would unpack to {size >> 20} MiB: remove it, no file of a data set is so large')
     def lines(self, f):
         "Open a member as text and unpack it while it is read"
@@ -177,7 +177,7 @@ def _open_tree(path):
         if not tarfile.is_tarfile(path):
             raise UserError(f'{path} is neither a folder, a zip nor a tar archive: unpack it and give its folder')
         with tarfile.open(path) as tar:
-            members = {posixpath.normpath(m.name):m for m in tar.getmembers() if m.isfile() and m.size <= LARGEST}
+            members = {posixpath.normpath(m.name):m for m in tar.getmembers() if m.isfile() and m.size <= MAX_BYTES}
             metas = [f for f in members if posixpath.basename(f) == 'meta']
             if not metas: raise UserError(f"{path} is not CIFAR-100's python archive: unpack it and give its folder")
             parts = {f:tar.extractfile(members[f]).read()

@@ -28,10 +28,10 @@ def category_block(data, dl_type=SeededDL):
     """
     return _packed_block(data.stats, (data.train, data.val), dl_type)
 
-def episode_block(data, n_way=5, k_shot=1, n_query=15, n_episodes=400, per_step=1):
+def episode_block(data, n_way=5, k_shot=1, n_query=15, n_episodes=400, episodes_per_step=1):
     "DataBlock of episodes: `episode_block(data, n_way=5, k_shot=1).dataloaders(data)`"
     return category_block(data, partial(EpisodicDL, n_way=n_way, k_shot=k_shot, n_query=n_query, n_episodes=n_episodes,
-                                        per_step=per_step))
+                                        episodes_per_step=episodes_per_step))
 
 def _dataloaders(block, data, aug, **kwargs):
     aug = train_augmentation(data.px) if isinstance(aug, str) and aug == 'default' else aug
@@ -59,7 +59,7 @@ def episodic_dls(
     k_shot=1, # K, support images per class
     n_query=15, # query images per class
     n_episodes=400, # episodes per epoch
-    per_step=1, # episodes per optimiser step
+    episodes_per_step=1, # episodes per optimiser step
     aug='default', # 'default': `train_augmentation`; or an albumentations Compose for uint8 images, a function (see `SeededDL`) or None
     seed=0, # seed of the episodes and the augmentation
     num_workers=0, # worker processes; packed images need none
@@ -67,7 +67,7 @@ def episodic_dls(
 ):
     "DataLoaders of stage two: episodes of base classes to train on, and the validation classes; UserError if the data cannot fill them"
     check_episode(data.train, n_way, k_shot, n_query)
-    block = episode_block(data, n_way, k_shot, n_query, n_episodes, per_step)
+    block = episode_block(data, n_way, k_shot, n_query, n_episodes, episodes_per_step)
     return _dataloaders(block, data, aug, num_workers=num_workers, seed=seed, **kwargs)
 
 def plain_dl(

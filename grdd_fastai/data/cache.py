@@ -14,7 +14,7 @@ from fastprogress.fastprogress import progress_bar
 from PIL import UnidentifiedImageError
 
 from ..core.errors import UserError
-from ..core.storage import LARGEST_SIDE, default_cache, locked, new_memmap, part_name, read_json, sweep, user_path
+from ..core.storage import MAX_SIDE, default_cache, locked, new_memmap, part_name, read_json, sweep, user_path
 from .demo import DemoSource
 from .images import decode
 from .layouts import SPLITS
@@ -53,7 +53,7 @@ class FewShotData:
         meta = read_json(folder/'meta.json')
         if meta.pop('check') != _check(meta): raise ValueError('the checksum of its meta.json is wrong')
         self.name,self.px,self.fingerprint,self.stats = (meta[k] for k in ('name','px','fingerprint','stats'))
-        self.shared = meta.get('shared', []) # images that are in two splits: (split, filename, earlier split, filename)
+        self.duplicates = meta.get('shared', []) # images that are in two splits: (split, filename, earlier split, filename)
         self.folder = folder
         pair = np.array(self.stats, float)
         if type(self.px) is not int or pair.shape != (2, 3) or not np.isfinite(pair).all() or pair[1].min() <= 0:
@@ -80,8 +80,8 @@ def few_shot_data(
 
     Prints a warning if two splits seem to share classes or images. UserError if the data cannot be read or the cache cannot be written.
     """
-    if not isinstance(px, int | np.integer) or isinstance(px, bool) or not 1 <= px <= LARGEST_SIDE:
-        raise UserError(f'images of {px!r} px are asked for: px must be from 1 to {LARGEST_SIDE}')
+    if not isinstance(px, int | np.integer) or isinstance(px, bool) or not 1 <= px <= MAX_SIDE:
+        raise UserError(f'images of {px!r} px are asked for: px must be from 1 to {MAX_SIDE}')
     if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
         raise UserError(f'the seed is {seed!r}: give a whole number, 0 or more')
     source = DemoSource(seed) if isinstance(data, str) and data == 'demo' and not Path('demo').exists() else open_source(data, seed)
@@ -99,27 +99,27 @@ def few_shot_data(
     except OSError as e: raise UserError(f'the cache folder {cache} cannot be written ({e.strerror}): give --cache another') from None
     with locked(cache/f'.{folder.name}.lock'): # one process packs while the others wait
         if _stamp(folder) == stamp:
-            try: return _warned(FewShotData(folder))
+            try: return with_warning(FewShotData(folder))
             except Exception as e: # a damaged file can raise any error
                 print(f'{folder} is damaged ({type(e).__name__}: {e}) and packed anew', file=sys.stderr)
         _pack(source, px, stamp, folder, allow_large)
-        return _warned(FewShotData(folder))
+        return with_warning(FewShotData(folder))
 
 
 def _stamp(folder):
     try: return read_json(folder/'meta.json')['stamp']
     except (UserError, KeyError): return None
 
-def _warned(data):
+def with_warning(data):
     "Print a warning if two splits of `data` share images, and return `data`"
-    if data.shared:
-        examples = '; '.join(f'{a} ({s}) is {b} ({t})' for s,a,t,b in data.shared[:3])
-        if len(data.shared) > 3: examples += ' ...'
-        print(f'warning: {data.name}: {len(data.shared)} images are in two splits, so that one of them does not measure what is new: '
+    if data.duplicates:
+        examples = '; '.join(f'{a} ({s}) is {b} ({t})' for s,a,t,b in data.duplicates[:3])
+        if len(data.duplicates) > 3: examples += ' ...'
+        print(f'warning: {data.name}: {len(data.duplicates)} images are in two splits, so that one of them does not measure what is new: '
               f'{examples}', file=sys.stderr)
     return data
 
-def _shared(images, source):
+def find_duplicates(images, source):
     "Images with the same pixels in two splits: a list of [split, filename, earlier split, filename]"
     first = {}
     found = []
@@ -158,7 +158,7 @@ def _pack(source, px, stamp, folder, allow_large):
             (tmp/f'{s}.csv').write_bytes(csv)
             fingerprint.update(csv)
         meta = dict(name=source.name, px=px, source=str(source.path), stamp=stamp, fingerprint=fingerprint.hexdigest(),
-                    stats=_stats(histogram), shared=_shared(images, source))
+                    stats=_stats(histogram), shared=find_duplicates(images, source))
         (tmp/'meta.json').write_text(json.dumps(meta | dict(check=_check(meta))))
         shutil.rmtree(folder, ignore_errors=True)
         tmp.rename(folder)

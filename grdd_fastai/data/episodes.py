@@ -8,14 +8,14 @@ import torch
 from ..core.errors import UserError
 from .loaders import SeededDL
 
-__all__ = ['check_episode', 'rows_by_class', 'EpisodicDL', 'sample_episodes', 'sample_unbalanced']
+__all__ = ['check_episode', 'indices_by_class', 'EpisodicDL', 'sample_episodes', 'sample_unbalanced']
 
 
 def check_episode(split, n_way, k_shot, n_query):
     "Raise UserError if `split` cannot fill an episode of `n_way` classes with `k_shot + n_query` images each"
-    rows_by_class(split.y, n_way, k_shot, n_query, f'the {split.name} split', split.vocab)
+    indices_by_class(split.y, n_way, k_shot, n_query, f'the {split.name} split', split.vocab)
 
-def rows_by_class(y, n_way, k_shot, n_query, where='the data', vocab=None):
+def indices_by_class(y, n_way, k_shot, n_query, where='the data', vocab=None):
     "A list with the rows of each class of `y`; UserError if they cannot fill an episode"
     for name,v,lowest in (('way', n_way, 2), ('shot', k_shot, 1), ('query', n_query, 1)):
         if not isinstance(v, int | np.integer) or v < lowest:
@@ -35,38 +35,38 @@ def rows_by_class(y, n_way, k_shot, n_query, where='the data', vocab=None):
 class EpisodicDL(SeededDL):
     """DataLoader of `n_episodes` episodes per epoch: `n_way` classes, each with `k_shot` support and `n_query` query images
 
-    A batch holds `per_step` episodes one after the other, (per_step * n_way * (k_shot + n_query), 3, H, W). An episode is sorted by class,
-    and in each class the support images come before the query images. `split_episodes` separates them. No image is both support and
-    query. UserError for sizes that are out of range and for classes with too few images.
+    A batch holds `episodes_per_step` episodes one after the other: (episodes_per_step * n_way * (k_shot + n_query), 3, H, W). An episode is
+    sorted by class, and in each class the support images come before the query images. `EpisodicLoss.split` separates them. No image is both
+    support and query. UserError for sizes that are out of range and for classes with too few images.
     """
-    def __init__(self, dataset, n_way=5, k_shot=1, n_query=15, n_episodes=400, per_step=1, **kwargs):
-        for k,v,most in (('n_episodes', n_episodes, 100_000), ('per_step', per_step, 10_000)):
+    def __init__(self, dataset, n_way=5, k_shot=1, n_query=15, n_episodes=400, episodes_per_step=1, **kwargs):
+        for k,v,most in (('n_episodes', n_episodes, 100_000), ('episodes_per_step', episodes_per_step, 10_000)):
             if not isinstance(v, int | np.integer) or not 1 <= v <= most: raise UserError(f'{k} is {v!r}: it must be from 1 to {most}')
-        self.episode = dict(n_way=n_way, k_shot=k_shot, n_query=n_query, n_episodes=n_episodes, per_step=per_step)
+        self.episode = dict(n_way=n_way, k_shot=k_shot, n_query=n_query, n_episodes=n_episodes, episodes_per_step=episodes_per_step)
         self.n_way,self.k_shot,self.n_query,self.n_episodes = n_way,k_shot,n_query,n_episodes
         self.n_item = k_shot + n_query # images per class
         for k in ('bs','shuffle','drop_last','n'): kwargs.pop(k, None) # the episodes determine these
-        super().__init__(dataset, bs=per_step*n_way*self.n_item, **kwargs)
+        super().__init__(dataset, bs=episodes_per_step*n_way*self.n_item, **kwargs)
 
     def new(self, dataset=None, cls=None, **kwargs):
         return super().new(dataset, cls, **({**self.episode, **kwargs} if cls is None else kwargs))
 
-    def shared(self, rank, ranks):
-        "The loader of process `rank` of `ranks`: whole episodes, the same number for each process"
-        return self.new(per_step=max(1, self.episode['per_step']//ranks), share=(rank, ranks))
+    def for_rank(self, rank, world):
+        "The loader of process `rank` of `world`: whole episodes, the same number for each process"
+        return self.new(episodes_per_step=max(1, self.episode['episodes_per_step']//world), share=(rank, world))
 
     @cached_property
     def by_class(self):
-        return rows_by_class(self.labels(), self.n_way, self.k_shot, self.n_query)
+        return indices_by_class(self.labels(), self.n_way, self.k_shot, self.n_query)
 
     def __len__(self):
-        ranks = self.share[1]
-        per_step = self.episode['per_step']
-        return -(-self.n_episodes // per_step) if ranks == 1 else self.n_episodes // (ranks*per_step)
+        world = self.share[1]
+        episodes_per_step = self.episode['episodes_per_step']
+        return -(-self.n_episodes // episodes_per_step) if world == 1 else self.n_episodes // (world*episodes_per_step)
     def get_idxs(self):
         "Rows of all episodes of this epoch, drawn in the main process, so that they do not depend on the number of workers"
         rng = np.random.default_rng([self.seed, max(self.epoch, 0)])
-        return self.my_share([int(i) for _ in range(self.n_episodes)
+        return self.rank_idxs([int(i) for _ in range(self.n_episodes)
                               for c in rng.choice(len(self.by_class), self.n_way, replace=False)
                               for i in rng.choice(self.by_class[c], self.n_item, replace=False)], whole=True)
 
@@ -103,7 +103,7 @@ def sample_episodes(
 ):
     "Yield blocks of episodes: disjoint rows of the support (E, C, K) and query images (E, C, n_query); UserError if `y` cannot fill them"
     y = np.asarray(y.cpu() if isinstance(y, torch.Tensor) else y)
-    by_class = rows_by_class(y, n_way, k_shot, n_query)
+    by_class = indices_by_class(y, n_way, k_shot, n_query)
     m = k_shot + n_query
     if not isinstance(n_episodes, int | np.integer) or n_episodes < 1:
         raise UserError(f'{n_episodes!r} episodes are asked for: it must be at least 1')
@@ -152,4 +152,4 @@ def _balanced(*args):
     for support,query in sample_episodes(*args):
         yield support,query,np.broadcast_to(np.arange(query.shape[1])[:, None], query.shape).copy()
 
-QUERIES = dict(balanced=_balanced, dirichlet=sample_unbalanced)
+QUERY_SAMPLERS = dict(balanced=_balanced, dirichlet=sample_unbalanced)

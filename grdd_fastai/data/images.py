@@ -9,7 +9,7 @@ __all__ = ['decode']
 
 # other formats are refused because decoding some of them, such as EPS, may run programs
 FORMATS = ('PNG', 'JPEG', 'MPO', 'BMP', 'WEBP', 'GIF', 'TIFF', 'PPM', 'AVIF', 'JPEG2000')
-MEGAPIXELS = 89 # size of the largest image that is decoded without `allow_large`
+MAX_MEGAPIXELS = 89 # size of the largest image that is decoded without `allow_large`
 
 
 def decode(image, px, allow_large=False):
@@ -27,8 +27,8 @@ def open_image(file, allow_large=False):
         warnings.simplefilter('ignore', Image.DecompressionBombWarning) # the size is checked below
         Image.init()
         im = Image.open(file, formats=[f for f in FORMATS if f in Image.OPEN])
-    if not allow_large and im.width*im.height > MEGAPIXELS*10**6:
-        raise ValueError(f'it has {im.width} x {im.height} pixels, more than {MEGAPIXELS} million: '
+    if not allow_large and im.width*im.height > MAX_MEGAPIXELS*10**6:
+        raise ValueError(f'it has {im.width} x {im.height} pixels, more than {MAX_MEGAPIXELS} million: '
                          'make it smaller or allow it by --allow-large')
     return im
 

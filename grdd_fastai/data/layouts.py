@@ -16,7 +16,7 @@ __all__ = ['SPLITS', 'class_list']
 
 
 SPLITS = ('train', 'val', 'test') # base, validation and novel classes
-LONGEST = 2**20 # most characters in a line of a text file
+MAX_LINE = 2**20 # most characters in a line of a text file
 ALIASES = dict(train='train', base='train', val='val', valid='val', validation='val', test='test', novel='test')
 
 def _norm(name):
@@ -66,7 +66,7 @@ def _read_csv(tree, name):
         return filename,label,path
     try:
         with tree.lines(name) as lines:
-            rows = csv.reader(whole_lines(lines), strict=True)
+            rows = csv.reader(read_lines(lines), strict=True)
             header = next(rows, None)
             if not header: raise UserError(f'{where} is empty: it needs the columns filename,label and a row an image')
             missing = [c for c in ('filename','label') if c not in header]
@@ -88,10 +88,10 @@ def _read_csv(tree, name):
     if not found: raise UserError(f'{where} has no rows: it needs a row (filename,label) an image')
     return pd.DataFrame(found, columns=['filename','label','path'])
 
-def whole_lines(f):
-    "Yield the lines of an open text file; ValueError for a line of more than `LONGEST` characters"
-    while line := f.readline(LONGEST):
-        if len(line) == LONGEST: raise ValueError(f'a line has more than {LONGEST} characters')
+def read_lines(f):
+    "Yield the lines of an open text file; ValueError for a line of more than `MAX_LINE` characters"
+    while line := f.readline(MAX_LINE):
+        if len(line) == MAX_LINE: raise ValueError(f'a line has more than {MAX_LINE} characters')
         yield line
 
 def _official_cifar_fs(tree, seed):
@@ -103,7 +103,7 @@ def _official_cifar_fs(tree, seed):
         f = f'{roots[0]}splits/bertinetto/{split}.txt'
         if not tree.has(f): raise UserError(f'{tree.path} lacks {f}: fetch CIFAR-FS again')
         try:
-            with tree.lines(f) as lines: names = {c for line in whole_lines(lines) for c in line.split()}
+            with tree.lines(f) as lines: names = {c for line in read_lines(lines) for c in line.split()}
         except (UnicodeDecodeError, ValueError) as e:
             raise UserError(f'{tree.path}, {f} is no list of classes ({e}): fetch CIFAR-FS again') from None
         for c in sorted(names):

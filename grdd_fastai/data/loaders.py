@@ -55,7 +55,7 @@ class SeededDL(TfmdDL):
     `epoch` counts the iterations that have begun; our Learners set it. Packed splits are read a whole batch at a time, and any other fastai
     dataset item by item. `aug` augments packed images: it is an albumentations `Compose`, or a function of (uint8 images, seed, epoch,
     rows) such as `BatchAugmentation`, which runs on the loader's device if there are no workers. Images that fit into a quarter of a GPU's
-    free memory stay there. `share` is (rank, ranks): of each ranks * bs items, this loader gives the bs items of its rank. UserError for
+    free memory stay there. `share` is (rank, world): of each world * bs items, this loader gives the bs items of its rank. UserError for
     arguments that are out of range.
     """
     def __init__(self, dataset, bs=64, seed=0, aug=None, share=(0, 1), **kwargs):
@@ -72,9 +72,9 @@ class SeededDL(TfmdDL):
     def new(self, dataset=None, cls=None, **kwargs):
         return super().new(dataset, cls, **{**dict(seed=self.seed, aug=self.aug, share=self.share), **kwargs})
 
-    def shared(self, rank, ranks):
-        "The loader of process `rank` of `ranks`: an equal part of each step"
-        return self.new(bs=max(1, self.bs//ranks), share=(rank, ranks), drop_last=True)
+    def for_rank(self, rank, world):
+        "The loader of process `rank` of `world`: an equal part of each step"
+        return self.new(bs=max(1, self.bs//world), share=(rank, world), drop_last=True)
 
     def plain(self, bs=256):
         "A loader that gives every item once, in order and not augmented"
@@ -105,18 +105,18 @@ class SeededDL(TfmdDL):
         "Whether batches are made in this process, on the loader's device"
         return self.device is not None and self.fake_l.num_workers == 0
 
-    def get_idxs(self): return self.my_share(super().get_idxs(), self.drop_last)
-    def my_share(self, idxs, whole):
-        "The part of `idxs` for this rank: the ranks take turns with `bs` items each; `whole` leaves out an incomplete last step"
-        rank,ranks = self.share
-        if ranks == 1: return idxs
-        step = ranks*self.bs
+    def get_idxs(self): return self.rank_idxs(super().get_idxs(), self.drop_last)
+    def rank_idxs(self, idxs, whole):
+        "The part of `idxs` for this rank: the processes take turns with `bs` items each; `whole` leaves out an incomplete last step"
+        rank,world = self.share
+        if world == 1: return idxs
+        step = world*self.bs
         end = len(idxs)//step*step if whole else len(idxs)
         return [i for at in range(rank*self.bs, end, step) for i in idxs[at:at+self.bs]]
     def __len__(self):
-        rank,ranks = self.share
-        if ranks == 1: return super().__len__()
-        return self.n//(ranks*self.bs) if self.drop_last else len(range(rank*self.bs, self.n, ranks*self.bs))
+        rank,world = self.share
+        if world == 1: return super().__len__()
+        return self.n//(world*self.bs) if self.drop_last else len(range(rank*self.bs, self.n, world*self.bs))
 
     def do_item(self, i): return (i or 0) if self.packed else super().do_item(i)
     def do_batch(self, b):

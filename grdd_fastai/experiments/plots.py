@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from ..core.distributed import ranks
+from ..core.distributed import rank_world
 from ..core.storage import atomic_write
 
 __all__ = ['COLORS', 'MARKERS', 'plot_rows', 'plot_sweep', 'plot_tsne', 'plot_relatedness', 'save_figure']
@@ -107,7 +107,7 @@ def plot_relatedness(
 
 def save_figure(fig, path):
     "Write a figure to `path` (in a distributed run only the first process writes), close it, and return `path`"
-    if ranks()[0] == 0:
+    if rank_world()[0] == 0:
         content = io.BytesIO()
         fig.savefig(content, dpi=160, format=Path(path).suffix[1:])
         atomic_write(path, content.getvalue())

@@ -96,7 +96,7 @@ def measured(trained, scores):
     card,began = trained.read('net.json'),trained.read('settings.json')
     def of(e):
         check = mean_ci95(e.episodes[:CHECK])
-        return dict(accuracy=round(e.accuracy, 3), ci95=round(e.ci95, 3), n=len(e.episodes), episodes=e.drawn,
+        return dict(accuracy=round(e.accuracy, 3), ci95=round(e.ci95, 3), n=len(e.episodes), episodes=e.episode_id,
                     first=dict(n=min(CHECK, len(e.episodes)), accuracy=round(check[0], 3), ci95=round(check[1], 3)))
     found = {}
     for (split,shot),e in scores.items(): found.setdefault(split, {})[f'{shot}-shot'] = of(e)

@@ -12,12 +12,12 @@ import pandas as pd
 from ..core.distributed import log
 from ..core.errors import UserError
 from ..core.storage import atomic_write, digest, output_folder, user_path, write_json
-from ..data.episodes import QUERIES, check_episode
+from ..data.episodes import QUERY_SAMPLERS, check_episode
 from ..fewshot.classifiers import CLASSIFIERS, get_classifier, with_base_mean
-from ..fewshot.embed import feature_bank
+from ..fewshot.embed import cached_features
 from ..fewshot.evaluate import evaluate
 from ..fewshot.stats import compare
-from ..models.create import images_of
+from ..models.create import input_config
 from ..models.pretrained import load_network
 from ..runs.options import DataOptions
 from ..runs.provenance import command, device_name, git_commit, log_line, now, versions
@@ -53,8 +53,8 @@ def score_networks(
     if not networks: raise UserError('no network is given: name one, such as convnet4.grdd_cifarfs')
     if score not in SPLITS: raise UserError(f'--score is {score}: it is one of {", ".join(SPLITS)}')
     files = from_flags(DataOptions(), files)
-    if query_distribution not in QUERIES:
-        raise UserError(f'--query-distribution is {query_distribution}: it is one of {", ".join(QUERIES)}')
+    if query_distribution not in QUERY_SAMPLERS:
+        raise UserError(f'--query-distribution is {query_distribution}: it is one of {", ".join(QUERY_SAMPLERS)}')
     names = list(CLASSIFIERS) if classifiers == 'all' else classifiers.split(',')
     for name in names: get_classifier(name)
     writable(out, results)
@@ -63,16 +63,16 @@ def score_networks(
     split = SPLITS[score]
     if seed is None: seed = EPISODES_SEED[score]
     nets = {str(of):load_network(of) for of in networks}
-    if px is None: px = images_of(next(iter(nets.values())))[0]
+    if px is None: px = input_config(next(iter(nets.values())))[0]
     for of,net in nets.items():
-        if (side := images_of(net)[0]) != px: log(f'note: {of} is made for images of {side} px and gets {px}')
+        if (side := input_config(net)[0]) != px: log(f'note: {of} is made for images of {side} px and gets {px}')
     data = files.load(px)
     kinds = [(w, k, q) for w in numbers('ways', ways) for k in numbers('shots', shots) for q in numbers('queries', queries)]
     for w,k,q in kinds: check_episode(getattr(data, split), w, k, q if query_distribution == 'balanced' else w*q)
 
     rows,scores,weights = [],{},{}
     for of,net in nets.items():
-        bank = partial(feature_bank, net, data, cache=files.cache)
+        bank = partial(cached_features, net, data, cache=files.cache)
         (h,y),views = bank(split),bank(split, views=support_views, jitter=jitter, seed=seed)[0] if support_views else None
         using = with_base_mean(names, lambda bank=bank: bank('train')[0])
         weights[of] = digest(net.state_dict())
@@ -81,7 +81,7 @@ def score_networks(
                 scores.setdefault((w, k, q, name), {})[of],f = e,CLASSIFIERS[name]
                 rows.append(dict(network=of, way=w, shot=k, query=q, classifier=name, accuracy=round(e.accuracy, 3), ci95=round(e.ci95, 3),
                                  n=len(e.episodes),
-                                 transductive=f.transductive, balanced=f.balanced, episodes=e.drawn))
+                                 transductive=f.transductive, balanced=f.balanced, episodes=e.episode_id))
                 log(f'{of}, {w}-way {k}-shot, {e.classifier}: {e}')
                 if score == 'novel': log_novel(out, results, of, weights[of], rows[-1], query_distribution, support_views)
     table,pairs = pd.DataFrame(rows),[]

@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import torch
 
-from ..core.distributed import log, ranks
+from ..core.distributed import log, rank_world
 from ..core.errors import UserError
 from ..core.storage import load_tensors, locked, read_json, save_tensors
 from ..data.blocks import default_bs, plain_dl
-from ..fewshot.embed import embed, feature_bank
+from ..fewshot.embed import cached_features, embed
 from ..fewshot.evaluate import evaluate
 from ..fewshot.stats import Evaluation
 from ..runs.provenance import device_name, git_commit, log_line, now
@@ -48,7 +48,7 @@ class NetworkStore:
         self.data,self.out = data,Path(out).expanduser()
         self.end = None if max_minutes is None else time.monotonic() + 60*max_minutes
         self.embedded = None,None
-        self.logs = [] if ranks()[0] else [self.out] if logs is None else [Path(f).expanduser() for f in logs]
+        self.logs = [] if rank_world()[0] else [self.out] if logs is None else [Path(f).expanduser() for f in logs]
 
     def folder(self, kind, arch, settings):
         "Folder of the network with the recorded `settings`"
@@ -74,7 +74,7 @@ class NetworkStore:
 
     def teacher_features(self, teacher):
         "The teacher's features of the clean base images (N, D), computed once and memory-mapped"
-        return feature_bank(teacher.net, self.data, 'train', stats=self.data.stats, cache=teacher.folder)[0]
+        return cached_features(teacher.net, self.data, 'train', stats=self.data.stats, cache=teacher.folder)[0]
 
     def embed(self, net, split):
         "Features and classes of a split, in float32: a score is the same wherever it is taken"
@@ -110,7 +110,7 @@ class NetworkStore:
         if self.embedded[0] != (of := (weights, split)): # of the shot before, mostly
             self.embedded = of,self.embed(trained.net, SPLITS[split])
         scored = evaluate(*self.embedded[1], EPISODE['n_way'], shot, EPISODE['n_query'], n, EPISODES_SEED[split])
-        scored.drawn += f', {split} classes of {self.data.fingerprint[:8]}'
+        scored.episode_id += f', {split} classes of {self.data.fingerprint[:8]}'
         about = dict(time=now(), commit=git_commit(), device=device_name())
-        save_tensors(path, dict(episodes=torch.as_tensor(scored.episodes)), dict(weights=weights, drawn=scored.drawn, about=about))
+        save_tensors(path, dict(episodes=torch.as_tensor(scored.episodes)), dict(weights=weights, drawn=scored.episode_id, about=about))
         return scored,about

@@ -10,12 +10,12 @@ from typing import Annotated, NamedTuple
 
 import pandas as pd
 
-from ..core.distributed import log, processes, ranks, shared
+from ..core.distributed import from_rank_zero, log, processes, rank_world
 from ..core.errors import UserError
 from ..core.storage import atomic_write, output_folder, user_path, write_json
 from ..data.episodes import check_episode
 from ..fewshot.stats import compare
-from ..models.create import check_backbone, external_weights
+from ..models.create import check_backbone, pretrained_tag
 from ..runs.checkpoint import Stopped
 from ..runs.options import DataOptions
 from ..runs.provenance import command, device_name, git_commit, versions
@@ -94,7 +94,7 @@ def table(
     if score not in SPLITS: raise UserError(f'--score is {score}: it is one of {", ".join(SPLITS)}')
     for arch in {student, teacher}: check_backbone(arch, 32, base.pretrained)
     if out is None: out = default_out('experiments', demo)
-    shared(lambda: writable(out, results))
+    from_rank_zero(lambda: writable(out, results))
     out = user_path(out, '--out')
     if demo: log(f'*** DEMO: small settings{"" if files.data else " on drawn characters"}; not a result about GRDD ***')
     else: log(f'{name}: {len(rows)} rows, seeds {seeds}')
@@ -124,15 +124,15 @@ def table(
         records[r['file']] = r
     records = list(records.values())
     scored,pairs = to_dataframes(rows, records, scores)
-    if records and ranks()[0] == 0:
+    if records and rank_world()[0] == 0:
         log(f'\n{scored.to_string(index=False)}\n')
         if len(pairs): log(pairs.to_string(index=False, float_format='{:.3g}'.format) + '\n')
         atomic_write(out/f'{name}_{score}.csv', scored.to_csv(index=False))
         atomic_write(out/f'{name}_{score}_pairs.csv', pairs.to_csv(index=False, float_format='%.5g'))
-    for r in records if results and ranks()[0] == 0 else []: write_record(results, r)
+    for r in records if results and rank_world()[0] == 0 else []: write_record(results, r)
     if stop: log(f'stopped ({stop}) at {key}, seed {seed}{stop.where}: the same command goes on')
     status = 'stopped' if stop else 'failed' if failed else 'finished'
-    if ranks()[0] == 0:
+    if rank_world()[0] == 0:
         print(json.dumps(dict(experiment=name, csv=str(out/f'{name}_{score}.csv'), rows=len(scored), failed=failed, demo=demo,
                               status=status)))
     if stop and stop.code: sys.exit(stop.code)
@@ -177,7 +177,7 @@ def record(name, key, row, seed, start, split, shots, made, scores, data):
         began,card = t.read('settings.json'),t.read('net.json')
         return {k:began.get(k) for k in ('commit','device','torch_threads','versions')} | dict(
             run=t.folder.name, arch=card['arch'],
-            initial_weights=external_weights(card['arch'], t.settings.get('pretrained', False)) or 'random',
+            initial_weights=pretrained_tag(card['arch'], t.settings.get('pretrained', False)) or 'random',
             weights=card['sha256'], val_accuracy=round(card['val_accuracy'], 3),
             minutes=round(t.read('result.json')['seconds']/60, 1))
     networks = {k:trained(t) for k,t in made.items() if t}
@@ -192,7 +192,7 @@ def record(name, key, row, seed, start, split, shots, made, scores, data):
         file=f'{slug}-{same}-s{seed_of}-{split}.json', experiment=name, row=key, same=same, seed=seed_of, stage_one_seed=start, split=split,
         supervision='CL+GR' if phi else 'CL+EL' if 'student' in networks else 'CL', phi=phi, psi=psi,
         paper=row.get('paper', {}).get((data.name, phi, psi)),
-        scores={f'{shot}-shot':dict(accuracy=round(e.accuracy, 3), ci95=round(e.ci95, 3), n=len(e.episodes), episodes=e.drawn)
+        scores={f'{shot}-shot':dict(accuracy=round(e.accuracy, 3), ci95=round(e.ci95, 3), n=len(e.episodes), episodes=e.episode_id)
                 for shot in shots for e in [scores[key, seed, shot]]},
         versus=versus, settings=net.settings, networks=networks, data=dict(name=data.name, fingerprint=data.fingerprint),
         command=f'OMP_NUM_THREADS={networks["net"]["torch_threads"]} {command()}',

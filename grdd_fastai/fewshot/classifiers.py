@@ -14,17 +14,17 @@ import torch.nn.functional as F
 from ..core.errors import UserError
 from ..losses import full_precision
 
-__all__ = ['CLASSIFIERS', 'register_classifier', 'check_settings_of', 'get_classifier', 'with_base_mean', 'prototypes']
+__all__ = ['CLASSIFIERS', 'register_classifier', 'check_classifier_settings', 'get_classifier', 'with_base_mean', 'prototypes']
 
 
-CLASSIFIERS = {} # name -> function with the attributes `transductive`, `balanced` and `at_once` (see `register_classifier`)
+CLASSIFIERS = {} # name -> function with the attributes `transductive`, `balanced` and `chunk_multiplier` (see `register_classifier`)
 
 
 def register_classifier(
     name, # name in `CLASSIFIERS`
     transductive=False, # whether the classifier uses all queries of an episode together
     balanced=False, # whether the classifier assumes the same number of queries in each class
-    at_once=1, # chunk-size multiplier: iterative methods run faster on larger chunks
+    chunk_multiplier=1, # chunk-size multiplier: iterative methods run faster on larger chunks
 ):
     "Decorator that registers a classifier: arguments are checked and half precision becomes float32; UserError if a logit is not finite"
     def register(f):
@@ -35,13 +35,13 @@ def register_classifier(
                 or query.shape[2] != support.shape[2]):
                 raise UserError(f'{name} takes support (E, NS, D), support_y (E, NS) and query (E, NQ, D), not {tuple(support.shape)}, '
                                 f'{tuple(support_y.shape)} and {tuple(query.shape)}')
-            check_settings_of(checked, settings)
+            check_classifier_settings(checked, settings)
             if support.dtype != query.dtype:
                 support,query = (x.to(torch.promote_types(support.dtype, query.dtype)) for x in (support, query))
             logits = inner(support, support_y, query, **settings)
             if not torch.isfinite(logits.sum()): raise why_not_finite(name, support, support_y, query, logits)
             return logits
-        checked.transductive,checked.balanced,checked.at_once = transductive,balanced,at_once
+        checked.transductive,checked.balanced,checked.chunk_multiplier = transductive,balanced,chunk_multiplier
         CLASSIFIERS[name] = checked
         return checked
     return register
@@ -55,7 +55,7 @@ def why_not_finite(name, support, support_y, query, logits):
         return UserError(f'class {int((n == 0).nonzero()[0][1])} has no support image: give each class of an episode at least one')
     return UserError(f'{name} gives logits that are not finite: its settings do not suit features of this size, try normalised ones')
 
-def check_settings_of(classifier, settings):
+def check_classifier_settings(classifier, settings):
     "Raise UserError for a setting that the classifier (a name or a function) does not have, and for a value of the wrong type"
     f = get_classifier(classifier)
     known = inspect.signature(f).parameters
@@ -73,7 +73,7 @@ def check_settings_of(classifier, settings):
         has = 'its settings are ' + ', '.join(names) if names else 'it has none'
         raise UserError(f'{name} has no setting {wrong!r}: {has}')
 
-SCALE = 1e-9,1e15 # smallest and largest feature value at which float32 can hold squared lengths
+FEATURE_RANGE = 1e-9,1e15 # smallest and largest feature value at which float32 can hold squared lengths
 
 def check_scale(h):
     "Return the features `h` unchanged; UserError if they are not finite, all zero, or too large or too small to compute with"
@@ -81,14 +81,17 @@ def check_scale(h):
     if not (torch.isfinite(low) and torch.isfinite(high)):
         raise UserError('the features hold NaN or infinite values: the network diverged, lower its learning rate')
     largest = max(-low.item(), high.item())
-    if not SCALE[0] <= largest <= SCALE[1]:
+    if not FEATURE_RANGE[0] <= largest <= FEATURE_RANGE[1]:
         raise UserError(f'the largest feature is {largest:.3g}, so that lengths and distances cannot be computed: '
                         'rescale the features, or train the network')
     return h
 
+FORMER_NAMES = dict(centroid='prototype', centroid_cosine='prototype_cosine', neighbour='nearest_neighbour') # of version 0.1
+
 def get_classifier(name):
     "The classifier with this name; a function is returned unchanged; UserError with the list of names for an unknown name"
     if callable(name): return name
+    if isinstance(name, str): name = FORMER_NAMES.get(name, name)
     if not isinstance(name, str) or name not in CLASSIFIERS:
         known = ', '.join(CLASSIFIERS)
         raise UserError(f'unknown classifier {name!r}: it is one of {known}')
@@ -110,7 +113,7 @@ def with_base_mean(names, base_features):
 
 def one_hot(y, like): return F.one_hot(y).to(like.dtype)
 
-def no_support(Y):
+def nan_without_support(Y):
     "(E, 1, C): NaN for a class without support images, else 0; `Y` is larger than 0 where an image (E, NS, C) is in a class"
     return torch.where(Y.amax(1, keepdim=True) > 0, 0., torch.nan)
 

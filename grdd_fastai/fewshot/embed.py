@@ -6,17 +6,17 @@ import numpy as np
 import torch
 
 from ..core.device import amp
-from ..core.distributed import ranks, summed
+from ..core.distributed import all_sum, rank_world
 from ..core.errors import UserError
 from ..core.storage import default_cache, digest, filled_array, load_array, locked, sweep, user_path
 from ..data.augment import train_augmentation
 from ..data.blocks import plain_dl
-from ..models.create import features, images_of
+from ..models.create import features, input_config
 
-__all__ = ['feature_bank', 'embed']
+__all__ = ['cached_features', 'embed']
 
 
-def feature_bank(
+def cached_features(
     net, # timm model
     data, # FewShotData
     split, # 'train', 'val' or 'test'
@@ -31,7 +31,7 @@ def feature_bank(
     They are computed once and then read from a memory-mapped file, whose name depends on weights, data and settings. UserError if the
     cache folder cannot be written.
     """
-    if stats is None: _,*stats = images_of(net)
+    if stats is None: _,*stats = input_config(net)
     dl = plain_dl(data, split, stats=stats, aug=train_augmentation(data.px, jitter) if views else None, seed=seed)
     meta = dict(weights=digest(net.state_dict()), net=type(net).__name__, data=data.fingerprint, split=split, stats=stats)
     if views: meta |= dict(views=views, jitter=jitter, augment='batch', seed=seed)
@@ -59,7 +59,7 @@ def embed(
     dl, # DataLoader of (images, labels), such as `plain_dl(data, 'test')`
     dtype=None, # dtype for autocast; None: float32 without autocast
     out=None, # array (N, D) for the features, for example memory-mapped; None: a new tensor on the model's device
-    shared=False, # in a distributed run, each process embeds a part and all get the whole
+    distributed=False, # in a distributed run, each process embeds a part and all get the whole
 ):
     "Features (N, D) in float32 and labels (N) of all images of `dl`, in order"
     was_training = model.training
@@ -68,7 +68,7 @@ def embed(
     h = None if out is None else torch.from_numpy(out)
     y = None
     N = len(dl.dataset)
-    rank,n = ranks() if shared else (0, 1)
+    rank,n = rank_world() if distributed else (0, 1)
     if n > 1: dl = dl.new(share=(rank, n), bs=min(dl.bs, -(-N//n))) # each process gets at least one image
     at = rank*dl.bs if n > 1 else 0
     try:
@@ -81,4 +81,4 @@ def embed(
                 y[at:at+len(h_b)] = y_b.as_subclass(torch.Tensor)
                 at += len(h_b) + (n-1)*dl.bs if n > 1 else len(h_b)
     finally: model.train(was_training)
-    return (summed(h),summed(y.to(device))) if n > 1 else (h,y.to(device))
+    return (all_sum(h),all_sum(y.to(device))) if n > 1 else (h,y.to(device))

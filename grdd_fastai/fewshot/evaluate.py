@@ -5,17 +5,17 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..core.distributed import gathered, ranks
+from ..core.distributed import all_gather, rank_world
 from ..core.errors import UserError, first_line
-from ..data.episodes import BLOCK, QUERIES
+from ..data.episodes import BLOCK, QUERY_SAMPLERS
 from .classifiers import check_scale, get_classifier
 from .stats import Evaluation
 
 __all__ = ['evaluate']
 
 
-MOST_EPISODES = 10**8 # limit for one call of `evaluate`
-CHUNK = 2**21,2**28 # bytes of features that are classified at a time on a CPU (fits its cache) and on a GPU (keeps it busy)
+MAX_EPISODES = 10**8 # limit for one call of `evaluate`
+CHUNK_BYTES = 2**21,2**28 # bytes of features that are classified at a time on a CPU (fits its cache) and on a GPU (keeps it busy)
 
 
 def as_features(h):
@@ -66,7 +66,7 @@ def evaluate(
     classifier='cosine', # name in `CLASSIFIERS`, function `(support, support_y, query) -> logits`, list of names, or dict name -> function
     query_distribution='balanced', # 'balanced': n_query of each class; 'dirichlet': as many in total, unbalanced (`sample_unbalanced`)
     views=None, # features of augmented views (V, N, D) that replace h in the support: the support augmentation of RFS (arXiv 2003.11539)
-    shared=False, # in a distributed run, each process classifies a part of the episodes and all get the whole
+    distributed=False, # in a distributed run, each process classifies a part of the episodes and all get the whole
 ):
     """The `Evaluation` over `n_episodes` seeded episodes drawn from features: accuracy of each episode in percent
 
@@ -76,8 +76,8 @@ def evaluate(
     h = as_features(h)
     y = as_classes(y, len(h))
     if views is not None: views = as_features(views)
-    if not isinstance(query_distribution, str) or query_distribution not in QUERIES:
-        known = ', '.join(QUERIES)
+    if not isinstance(query_distribution, str) or query_distribution not in QUERY_SAMPLERS:
+        known = ', '.join(QUERY_SAMPLERS)
         raise UserError(f'the query distribution is {query_distribution!r}: it is one of {known}')
     for x in (h, *(views if views is not None else ())): check_scale(x)
     if views is not None and views.shape[1:] != h.shape:
@@ -89,17 +89,17 @@ def evaluate(
     classifiers = classifier if isinstance(classifier, dict) else {c:c for c in ([classifier] if one else classifier)}
     classifiers = {k:get_classifier(f) for k,f in classifiers.items()}
     if not classifiers: raise UserError('no classifier is given: name one, such as cosine')
-    if not isinstance(n_episodes, int | np.integer) or isinstance(n_episodes, bool) or not 1 <= n_episodes <= MOST_EPISODES:
-        raise UserError(f'{n_episodes!r} episodes are asked for: it must be at least 1 and at most {MOST_EPISODES}')
+    if not isinstance(n_episodes, int | np.integer) or isinstance(n_episodes, bool) or not 1 <= n_episodes <= MAX_EPISODES:
+        raise UserError(f'{n_episodes!r} episodes are asked for: it must be at least 1 and at most {MAX_EPISODES}')
     bank,V = (h, 1) if views is None else (views.flatten(0, 1), len(views))
-    at_once = max(getattr(getattr(f, 'func', f), 'at_once', 1) for f in classifiers.values()) # `func` is the function in a partial
-    budget = CHUNK[h.device.type != 'cpu'] * at_once
+    functions = [getattr(f, 'func', f) for f in classifiers.values()] # `func` is the function in a partial
+    budget = CHUNK_BYTES[h.device.type != 'cpu'] * max(getattr(f, 'chunk_multiplier', 1) for f in functions)
     size = max(1, budget // max(1, n_way*(V*k_shot + n_query)*h[0].numel()*h.element_size()))
     # one array per classifier, because many small arrays would fragment the memory
     accs = {k:np.zeros(n_episodes) for k in classifiers}
-    rank,n = ranks() if shared else (0, 1)
+    rank,n = rank_world() if distributed else (0, 1)
     names = {k:k if isinstance(k, str) else getattr(k, '__name__', str(k)) for k in classifiers}
-    for block,(support,query,query_y) in enumerate(QUERIES[query_distribution](y, n_way, k_shot, n_query, n_episodes, seed)):
+    for block,(support,query,query_y) in enumerate(QUERY_SAMPLERS[query_distribution](y, n_way, k_shot, n_query, n_episodes, seed)):
         if block % n != rank: continue
         for at in range(0, len(support), size):
             s,q,q_y = (torch.as_tensor(a[at:at+size], device=h.device).flatten(1) for a in (support, query, query_y))
@@ -110,10 +110,10 @@ def evaluate(
             for k,f in classifiers.items():
                 right = checked_logits(names[k], f, z_s, s_y, z_q).argmax(-1) == q_y
                 accs[k][first:first+len(s)] = 100 * right.float().mean(1).cpu().numpy()
-    if n > 1: accs = {k:sum(gathered([a])) for k,a in accs.items()} # each episode is zero in all processes but one
+    if n > 1: accs = {k:sum(all_gather([a])) for k,a in accs.items()} # each episode is zero in all processes but one
     classes = hashlib.sha256(y.numpy().tobytes()).hexdigest()[:8]
-    drawn = f'{n_episodes} of {n_way} way {k_shot} shot {n_query} query, seed {seed}, {len(y)} images {classes}'
-    if query_distribution != 'balanced': drawn += f', {query_distribution} queries'
+    episode_id = f'{n_episodes} of {n_way} way {k_shot} shot {n_query} query, seed {seed}, {len(y)} images {classes}'
+    if query_distribution != 'balanced': episode_id += f', {query_distribution} queries'
     how = '' if V == 1 else f', support of {V} views'
-    made = {k:Evaluation(accs[k], drawn, names[k] + how) for k in classifiers}
+    made = {k:Evaluation(accs[k], episode_id, names[k] + how) for k in classifiers}
     return next(iter(made.values())) if one else made

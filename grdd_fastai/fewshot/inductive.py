@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from ..core.errors import UserError
-from .classifiers import cosines, no_support, norms, one_hot, prototypes, register_classifier, squared_distances
+from .classifiers import cosines, nan_without_support, norms, one_hot, prototypes, register_classifier, squared_distances
 
-__all__ = ['mean_cosine', 'nearest_centroid', 'nearest_centroid_cosine', 'simpleshot_cl2n', 'simpleshot_l2n', 'nearest_neighbour', 'ridge',
-           'logistic_regression']
+__all__ = ['mean_cosine', 'nearest_prototype', 'nearest_prototype_cosine', 'simpleshot_cl2n', 'simpleshot_l2n', 'nearest_neighbour',
+           'ridge', 'logistic_regression']
 
 
 @register_classifier('cosine')
@@ -21,13 +21,13 @@ def mean_cosine(support, support_y, query):
     Y = one_hot(support_y, support)
     return query @ ((Y.mT @ (support / norms(support))) / Y.sum(1).unsqueeze(-1)).mT / norms(query)
 
-@register_classifier('centroid')
-def nearest_centroid(support, support_y, query):
+@register_classifier('prototype')
+def nearest_prototype(support, support_y, query):
     "Negative squared distance to the mean feature of each class: the classifier of Prototypical Networks (arXiv 1703.05175)"
     return -squared_distances(query, prototypes(support, support_y))
 
-@register_classifier('centroid_cosine')
-def nearest_centroid_cosine(support, support_y, query):
+@register_classifier('prototype_cosine')
+def nearest_prototype_cosine(support, support_y, query):
     "Cosine with the mean feature of each class"
     return cosines(query, prototypes(support, support_y))
 
@@ -48,7 +48,7 @@ def simpleshot_l2n(support, support_y, query):
     p = prototypes(F.normalize(support, dim=-1), support_y)
     return 2 * query @ p.mT / norms(query) - p.square().sum(-1).unsqueeze(1) - 1 # negative squared distance of the normalised query
 
-@register_classifier('neighbour')
+@register_classifier('nearest_neighbour')
 def nearest_neighbour(support, support_y, query):
     "Cosine with the nearest support image of each class"
     R = cosines(query, support)
@@ -69,7 +69,7 @@ def ridge(support, support_y, query,
     X = support - mean
     K = X @ X.mT
     K.diagonal(dim1=1, dim2=2).add_(weight)
-    return (query - mean) @ X.mT @ torch.linalg.solve(K, Y - offset) + offset + no_support(Y)
+    return (query - mean) @ X.mT @ torch.linalg.solve(K, Y - offset) + offset + nan_without_support(Y)
 
 @register_classifier('logistic')
 def logistic_regression(support, support_y, query,
@@ -110,4 +110,4 @@ def logistic_regression(support, support_y, query,
     if live.any():
         warnings.warn(f'logistic_regression has not converged in {max_iter} steps: normalise the features or lower C', stacklevel=2)
     b = (Z_new - K @ A).mean(1, keepdim=True)
-    return query @ support.mT @ A + b + no_support(Y)
+    return query @ support.mT @ A + b + nan_without_support(Y)

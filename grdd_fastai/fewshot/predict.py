@@ -14,12 +14,12 @@ from torch import nn
 
 from ..core.distributed import backbone_of
 from ..core.errors import UserError
-from ..core.storage import LARGEST_SIDE, read_bytes, user_path
+from ..core.storage import MAX_SIDE, read_bytes, user_path
 from ..data.archives import IMAGES, Folder
 from ..data.images import open_image, upright_rgb
-from ..models.create import check_images, features, images_of
+from ..models.create import check_input_config, features, input_config
 from ..models.pretrained import load_network
-from .classifiers import check_scale, check_settings_of, get_classifier
+from .classifiers import check_classifier_settings, check_scale, get_classifier
 from .evaluate import checked_logits, is_missing
 
 __all__ = ['FewShotClassifier']
@@ -44,13 +44,13 @@ class FewShotClassifier:
         self.net = (network if isinstance(network, nn.Module) else load_network(network)).eval()
         self.allow_large = allow_large
         if not isinstance(bs, int) or bs < 1: raise UserError(f'bs is {bs!r}: it must be at least 1')
-        if px is not None and (not isinstance(px, int) or isinstance(px, bool) or not 1 <= px <= LARGEST_SIDE):
-            raise UserError(f'px is {px!r}: it must be from 1 to {LARGEST_SIDE}')
-        side,mean,std = images_of(self.net)
+        if px is not None and (not isinstance(px, int) or isinstance(px, bool) or not 1 <= px <= MAX_SIDE):
+            raise UserError(f'px is {px!r}: it must be from 1 to {MAX_SIDE}')
+        side,mean,std = input_config(self.net)
         if px: side = px
         if stats is not None: mean,std = pair_of(stats)
         config = timm.data.resolve_model_data_config(self.net) | dict(input_size=(3, side, side), mean=tuple(mean), std=tuple(std))
-        check_settings_of(classifier, settings)
+        check_classifier_settings(classifier, settings)
         self.transform = timm.data.create_transform(**config)
         self.classifier = get_classifier(classifier)
         self.bs = bs
@@ -74,7 +74,7 @@ class FewShotClassifier:
         try: images = [images] if one else list(images)
         except TypeError: raise UserError(f'a {type(images).__name__} is no image: give an image or a list of images') from None
         if not images: raise UserError('no image is given: give at least one')
-        def batch(at): return torch.stack([self.transform(opened(im, self.allow_large)) for im in images[at:at+self.bs]])
+        def batch(at): return torch.stack([self.transform(load_image(im, self.allow_large)) for im in images[at:at+self.bs]])
         return torch.cat([features(self.net, batch(at).to(device)).float() for at in range(0, len(images), self.bs)])
 
     def fit(self, images, labels):
@@ -112,12 +112,12 @@ def pair_of(stats):
     "(mean, std) of three numbers each; UserError for anything else"
     try:
         mean,std = stats
-        check_images(1, list(mean), list(std))
+        check_input_config(1, list(mean), list(std))
     except (TypeError, ValueError):
         raise UserError(f'stats is {stats!r}: give (mean, std), three numbers each, those of std positive') from None
     return mean,std
 
-def opened(image, allow_large=False):
+def load_image(image, allow_large=False):
     "An upright RGB image from a path, an array or a PIL image; `allow_large` as in `open_image`; UserError if it cannot be read"
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:

@@ -21,7 +21,7 @@ def mean_ci95(x):
 class Evaluation:
     "Accuracies of a classifier over episodes, in percent; `a - b` is the paired `Difference` of two evaluations"
     episodes: np.ndarray # accuracy of each episode
-    drawn: str = None # description of the episodes; only evaluations with the same description can be compared
+    episode_id: str|None = None # description of the episodes; only evaluations with the same description can be compared
     classifier: str = 'cosine' # name of the classifier and of other choices
     @property
     def accuracy(self): return mean_ci95(self.episodes)[0]
@@ -29,9 +29,9 @@ class Evaluation:
     def ci95(self): return mean_ci95(self.episodes)[1]
     def __sub__(self, other):
         "The paired `Difference`; UserError unless both evaluations are on the same episodes (of images with the same labels)"
-        if self.drawn != other.drawn or len(self.episodes) != len(other.episodes):
-            raise UserError(f'a difference needs the same episodes, not {self.drawn} and {other.drawn}: evaluate both with the same data, '
-                            'way, shot, query, episodes and seed')
+        if self.episode_id != other.episode_id or len(self.episodes) != len(other.episodes):
+            raise UserError(f'a difference needs the same episodes, not {self.episode_id} and {other.episode_id}: '
+                            'evaluate both with the same data, way, shot, query, episodes and seed')
         return Difference(self.episodes - other.episodes)
     def __repr__(self): return f'{self.accuracy:.2f} ± {self.ci95:.2f} % ({len(self.episodes)} episodes)'
 

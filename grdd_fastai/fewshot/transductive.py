@@ -178,7 +178,7 @@ def sinkhorn(cost, scale, steps, tol, log_v=None):
     else: log_v = log_v.index_copy(0, live, v.log())
     return (log_v.unsqueeze(1) - scale*cost).log_softmax(-1),log_v
 
-@register_classifier('pt_map', transductive=True, balanced=True, at_once=8)
+@register_classifier('pt_map', transductive=True, balanced=True, chunk_multiplier=8)
 def pt_map(support, support_y, query,
     power=0.5, # exponent of the features, after negative ones are set to zero
     scale=10., # lambda, factor of the squared distances in the transport

@@ -6,9 +6,9 @@ import timm
 import torch
 
 from ..core.errors import UserError, first_line
-from ..core.storage import LARGEST_SIDE
+from ..core.storage import MAX_SIDE
 
-__all__ = ['check_backbone', 'external_weights', 'create_backbone', 'check_images', 'images_of', 'features']
+__all__ = ['check_backbone', 'pretrained_tag', 'create_backbone', 'check_input_config', 'input_config', 'features']
 
 
 def check_backbone(arch, px=None, pretrained=False):
@@ -16,13 +16,13 @@ def check_backbone(arch, px=None, pretrained=False):
     if not timm.is_model(arch):
         near = ', '.join(difflib.get_close_matches(arch, timm.list_models(), 3))
         raise UserError(f"unknown backbone {arch!r}: give a timm model's name" + (f', such as {near}' if near else ''))
-    external_weights(arch, pretrained)
+    pretrained_tag(arch, pretrained)
     if px is None: return
     try:
         with torch.no_grad(): features(_build(arch.partition('.')[0], 0, px, 0).eval(), torch.zeros(1, 3, px, px))
     except Exception as e: raise UserError(f'{arch} does not take images of {px} px ({first_line(e)}): choose another backbone') from None
 
-def external_weights(arch, pretrained=False):
+def pretrained_tag(arch, pretrained=False):
     """timm's name (arch.tag) of the weights that `create_backbone` starts from, or None for random weights
 
     The tag is that in `arch`, or the default tag if `arch` has none and `pretrained` is True. UserError for a tag without weights.
@@ -43,9 +43,9 @@ def create_backbone(
     pretrained=False, # whether the weights of the default tag are loaded if `arch` has no tag
     **kwargs # further arguments of `timm.create_model`
 ):
-    "`timm.create_model` with seeded random weights or pretrained weights (`external_weights`); UserError if that fails"
+    "`timm.create_model` with seeded random weights or pretrained weights (`pretrained_tag`); UserError if that fails"
     check_backbone(arch, pretrained=pretrained)
-    weights = external_weights(arch, pretrained)
+    weights = pretrained_tag(arch, pretrained)
     if weights is None: return _build(arch, num_classes, px, seed, **kwargs)
     try: return _build(weights, num_classes, px, seed, pretrained=True, **kwargs)
     except Exception as e:
@@ -61,10 +61,10 @@ def _build(arch, num_classes, px, seed, **kwargs):
         torch.manual_seed(seed)
         return timm.create_model(arch, num_classes=num_classes, **kwargs)
 
-def check_images(px, mean, std, crop_pct=1., interpolation='bicubic'):
+def check_input_config(px, mean, std, crop_pct=1., interpolation='bicubic'):
     "The entries of `pretrained_cfg` about images, as a dict: size, mean, std, crop and interpolation; ValueError for an impossible value"
     def numbers(v): return isinstance(v, list | tuple) and len(v) == 3 and all(isinstance(n, int | float) and math.isfinite(n) for n in v)
-    if type(px) is not int or not 1 <= px <= LARGEST_SIDE: raise ValueError(f'images of {px!r} px: from 1 to {LARGEST_SIDE} can be')
+    if type(px) is not int or not 1 <= px <= MAX_SIDE: raise ValueError(f'images of {px!r} px: from 1 to {MAX_SIDE} can be')
     if not numbers(mean) or not numbers(std) or min(std) <= 0:
         raise ValueError(f'mean {mean!r}, std {std!r}: three numbers each, those of std positive')
     if not isinstance(crop_pct, int | float) or not 0 < crop_pct <= 1: raise ValueError(f'crop_pct {crop_pct!r}: above 0, at most 1')
@@ -72,7 +72,7 @@ def check_images(px, mean, std, crop_pct=1., interpolation='bicubic'):
         raise ValueError(f'interpolation {interpolation!r} is none')
     return dict(input_size=(3, px, px), mean=tuple(mean), std=tuple(std), crop_pct=crop_pct, interpolation=interpolation)
 
-def images_of(net):
+def input_config(net):
     "Side in pixels, mean and std of the images that a timm network takes, from its `pretrained_cfg`; UserError if that lacks them"
     cfg = getattr(net, 'pretrained_cfg', None)
     if not cfg or not {'input_size', 'mean', 'std'} <= cfg.keys():

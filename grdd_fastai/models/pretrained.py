@@ -11,7 +11,7 @@ from safetensors.torch import save
 
 from ..core.errors import UserError, first_line
 from ..core.storage import atomic_write, check_state, digest, load_state, on_cpu, read_json, read_safetensors, user_path, write_json
-from .create import check_backbone, check_images, create_backbone
+from .create import check_backbone, check_input_config, create_backbone
 
 __all__ = ['load_network', 'save_weights', 'load_weights']
 
@@ -42,11 +42,11 @@ def _of_a_run(card):
     try:
         about = read_json(card, keys=dict(arch=str, px=int, stats=list))
         mean,std = about['stats']
-        config = check_images(about['px'], mean, std)
+        config = check_input_config(about['px'], mean, std)
         check_backbone(about['arch'])
     except (UserError, TypeError, ValueError) as e:
         raise UserError(f'{card} is damaged or no network\'s ({first_line(e)}): give the folder of a run') from None
-    return _with_weights(about['arch'], config, {}, card.with_suffix('.safetensors'), lambda: whole_weights(card.with_suffix(''))[1])
+    return _with_weights(about['arch'], config, {}, card.with_suffix('.safetensors'), lambda: read_weights(card.with_suffix(''))[1])
 
 def _of_a_folder(folder):
     "The network of a folder with config.json and model.safetensors"
@@ -62,7 +62,7 @@ def _of_a_folder(folder):
         if c != 3 or len(sides) != 2 or sides[0] != sides[1]:
             size = ' x '.join(map(str, (c, *sides)))
             raise ValueError(f'its images are {size}, not RGB squares')
-        images = check_images(sides[0], cfg['mean'], cfg['std'], cfg.get('crop_pct', 1.), cfg.get('interpolation', 'bicubic'))
+        images = check_input_config(sides[0], cfg['mean'], cfg['std'], cfg.get('crop_pct', 1.), cfg.get('interpolation', 'bicubic'))
         args = _arguments(config.get('model_args') or {})
     except (TypeError, ValueError, KeyError, AttributeError) as e:
         raise UserError(f'{folder/"config.json"} does not describe a network ({type(e).__name__}: {first_line(e)}): '
@@ -133,11 +133,11 @@ def save_weights(model, path, **card):
 
 def load_weights(model, path):
     "Load the files of `save_weights` into `model` and return their card; UserError if they are damaged or do not fit"
-    card,tensors = whole_weights(path, dict(val_accuracy=(int, float)))
+    card,tensors = read_weights(path, dict(val_accuracy=(int, float)))
     load_state(model, tensors, f'{path}.safetensors')
     return card
 
-def whole_weights(path, keys=None):
+def read_weights(path, keys=None):
     "The card and the tensors that `save_weights` wrote; UserError if the checksum is wrong or the card lacks one of `keys` (name -> type)"
     card = read_json(f'{path}.json', keys=dict(sha256=str) | (keys or {}))
     try:

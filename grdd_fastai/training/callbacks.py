@@ -6,7 +6,7 @@ from fastai.callback.training import GradientAccumulation
 from fastai.learner import Recorder, ValueMetric
 
 from ..core.device import amp, autocast_dtype
-from ..core.distributed import ranks
+from ..core.distributed import rank_world
 
 __all__ = ['UndoAfterFit', 'Autocast', 'amp_dtype', 'Seeded', 'LightRecorder', 'ShowsMetrics', 'LossTerm']
 
@@ -57,7 +57,7 @@ class Seeded(UndoAfterFit):
         if hasattr(self.dl, 'epoch'): self.dl.epoch = self.epochs_done + self.epoch - 1 # one more begins now
     def before_batch(self):
         step = (self.seed*1_000_003 + self.epochs_done + self.epoch)*1_000_003 + self.iter
-        if self.training: torch.manual_seed((step + ranks()[0]*1_000_000_007) % 2**63) # another in each process
+        if self.training: torch.manual_seed((step + rank_world()[0]*1_000_000_007) % 2**63) # another in each process
     def after_epoch(self): self.finished = self.epoch + 1
     def after_fit(self):
         self.epochs_done += self.finished

@@ -7,25 +7,25 @@ from fastai.callback.fp16 import MixedPrecision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..core.distributed import ranks, summed, unwrapped
+from ..core.distributed import all_sum, rank_world, unwrapped
 from ..core.errors import UserError
 from .callbacks import UndoAfterFit
 
 __all__ = ['Distributed']
 
 
-def effective(k):
+def effective_step(k):
     "Images or episodes a step of all processes together where `k` are asked for: as many in each, at least one"
-    n = ranks()[1]
+    n = rank_world()[1]
     return max(1, k//n)*n
 
 
-class Summed(torch.autograd.Function):
+class AllSum(torch.autograd.Function):
     "A tensor's sum over all processes; each process's gradient is the sum of all as well"
     @staticmethod
-    def forward(ctx, x): return summed(x.clone())
+    def forward(ctx, x): return all_sum(x.clone())
     @staticmethod
-    def backward(ctx, grad): return summed(grad.clone(memory_format=torch.contiguous_format))
+    def backward(ctx, grad): return all_sum(grad.clone(memory_format=torch.contiguous_format))
 
 def shared_batch_norm(norm, x):
     """What the BatchNorm layer `norm` makes of x (B, C, ...) in training, with the mean and variance over all processes' images
@@ -36,10 +36,10 @@ def shared_batch_norm(norm, x):
     dims,shape = [d for d in range(x.ndim) if d != 1],[1, -1] + [1]*(x.ndim - 2)
     z = x if x.dtype is torch.float64 else x.float()
     with torch.autocast(x.device.type, enabled=False):
-        total = Summed.apply(torch.cat([z.sum(dims), z.new_tensor([z.numel() / z.shape[1]])]))
+        total = AllSum.apply(torch.cat([z.sum(dims), z.new_tensor([z.numel() / z.shape[1]])]))
         n = total[-1].detach()
         mean = total[:-1] / n
-        var = Summed.apply((z - mean.view(shape)).square().sum(dims)) / n
+        var = AllSum.apply((z - mean.view(shape)).square().sum(dims)) / n
         y = (z - mean.view(shape)) * (var + norm.eps).rsqrt().view(shape)
         if norm.affine: y = y * norm.weight.view(shape) + norm.bias.view(shape)
     if norm.track_running_stats:
@@ -61,13 +61,13 @@ class Distributed(UndoAfterFit):
     order = MixedPrecision.order + 1 # which hooks into the network itself
     def __init__(self, sync_bn=True): self.sync_bn,self.norms = sync_bn,[]
     def before_fit(self):
-        rank,n = ranks()
+        rank,n = rank_world()
         self.was = self.dls.loaders
         train = self.dls.train
-        if not hasattr(train, 'shared'):
+        if not hasattr(train, 'for_rank'):
             raise UserError(f'{type(train).__name__} cannot be split among {n} processes: '
                             'make the DataLoaders with category_dls or episodic_dls')
-        self.learn.dls.loaders = [train.shared(rank, n), *self.was[1:]]
+        self.learn.dls.loaders = [train.for_rank(rank, n), *self.was[1:]]
         if len(self.dls.train) < 1:
             raise UserError(f'not one step for {n} processes: give fewer processes, a smaller batch or more episodes')
         self.norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)] if self.sync_bn else []

@@ -11,7 +11,7 @@ from fastai.learner import Learner
 from fastcore.foundation import L
 
 from ..core.device import keep_freed_memory
-from ..core.distributed import ranks
+from ..core.distributed import rank_world
 from ..core.errors import UserError
 from .callbacks import Autocast, LightRecorder, Seeded, UndoAfterFit
 from .distributed import Distributed
@@ -38,7 +38,7 @@ class FewShotLearner(Learner):
     @contextmanager
     def distrib_ctx(self, sync_bn=True):
         "Fits inside train on all the processes joined by `processes`; fastai's by the same name cuts batches across episodes"
-        if ranks()[1] == 1:
+        if rank_world()[1] == 1:
             if int(os.environ.get('WORLD_SIZE', 1)) > 1:
                 raise UserError('this is one of several processes that have not joined: put the program inside `with processes():`')
             yield self
@@ -69,7 +69,7 @@ def few_shot_learner(
     amp=True, # bfloat16, or float16 with scaled gradients, where the device has it
     keep_best=True, # end with the weights of the epoch that was best on the validation classes
     channels_last=True, # memory format of convolutions
-    compile=False, # compile the network by torch.compile: True, or a dict of its options; slower on the CPUs measured (benchmarks/README.md)
+    compile=False, # compile the network by torch.compile: True, or a dict of its options; slower on a CPU (benchmarks/README.md)
     valid=None, # episodes of the validation classes: n_way=5, k_shot=1, n_query=15, n_episodes=1000, seed=0
     opt_func=sgd, # fastai optimiser
     wd=5e-4, # weight decay

@@ -4,7 +4,7 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from fastcore.foundation import L
 
-from .distributed import effective
+from .distributed import effective_step
 
 __all__ = ['SCHEDULES', 'poly', 'step_down', 'fit_function']
 
@@ -35,5 +35,5 @@ def fit_function(s, step):
     `step` is the number of images or episodes a step. Where several processes make the step larger, the learning rate grows by the square
     root of the ratio (docs/runs.md).
     """
-    lr = s.lr * (effective(step)/step)**0.5
+    lr = s.lr * (effective_step(step)/step)**0.5
     return lambda learn: getattr(learn, f'fit_{s.schedule}')(s.epochs, lr)

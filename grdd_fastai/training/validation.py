@@ -4,7 +4,7 @@ from fastai.callback.tracker import TrackerCallback
 from torch.nn.parallel import DistributedDataParallel
 
 from ..core.distributed import backbone_of, unwrapped
-from ..data.episodes import rows_by_class
+from ..data.episodes import indices_by_class
 from ..fewshot.embed import embed
 from ..fewshot.evaluate import evaluate
 from .callbacks import ShowsMetrics, amp_dtype
@@ -26,12 +26,12 @@ class FewShotAccuracy(ShowsMetrics):
         "Episodes that cannot be drawn are an error now, not after the first epoch"
         super().before_fit()
         self.fitting,e = not hasattr(self.learn, 'gather_preds'),self.episodes
-        rows_by_class(self.dls.valid.labels(), e['n_way'], e['k_shot'], e['n_query'], 'the validation set')
+        indices_by_class(self.dls.valid.labels(), e['n_way'], e['k_shot'], e['n_query'], 'the validation set')
     def measure(self):
         "`Evaluation` of the model as it is"
         several = isinstance(self.model, DistributedDataParallel)
-        h,y = embed(backbone_of(self.learn), self.dls.valid.plain(), amp_dtype(self.learn), shared=several)
-        return evaluate(h, y, **self.episodes, shared=several)
+        h,y = embed(backbone_of(self.learn), self.dls.valid.plain(), amp_dtype(self.learn), distributed=several)
+        return evaluate(h, y, **self.episodes, distributed=several)
     def after_train(self):
         if not hasattr(self.learn, 'lr_finder'): self.last = self.measure().accuracy
     def before_validate(self):
