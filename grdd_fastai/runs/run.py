@@ -1,0 +1,247 @@
+"""A run's folder: settings, versions, histories, checkpoints, weights and the result of one recipe."""
+import contextlib
+import json
+import math
+import os
+import platform
+import sys
+import time
+import torch
+from fastai.callback.core import Callback
+from pathlib import Path
+from ..core.device import deterministic
+from ..core.distributed import backbone_of, log, rank_world, scratch_copy, from_rank_zero
+from ..core.errors import UserError
+from ..core.storage import Busy, atomic_write, locked, output_folder, read_json, sweep, user_path, write_json
+from ..models.pretrained import load_weights, save_weights, read_weights
+from .checkpoint import Checkpoint, Deadline, SkipBatches, StopOnNaN, load_checkpoint, previous
+from .provenance import command, device_name, git_commit, log_line, now, versions
+
+__all__ = ['Run']
+
+
+STAGES = ('student_cl', 'teacher', 'student_grdd', 'net')
+
+def default_out(name, demo):
+    "A recipe's folder where no --out is given; a demo has one of its own"
+    return f'runs/{name}-demo' if demo else f'runs/{name}'
+
+
+class History(Callback):
+    "The Recorder's table as CSV, whole after each epoch"
+    order = 66 # before the checkpoint
+    def __init__(self, path): self.path = path
+    def after_epoch(self):
+        names = [n for n in self.recorder.metric_names if n != 'time']
+        rows = [','.join(map(str, [i, *map(float, row)])) for i,row in enumerate(self.recorder.values)]
+        atomic_write(self.path, '\n'.join([','.join(names), *rows]) + '\n')
+
+
+class Run:
+    """`with Run(out, settings) as run:` a recipe whose progress goes to stderr and whose result is stdout's last line
+
+    `settings` decide the result; a run is continued only under the same ones. What is finished is kept as files: a stage is done when its
+    weights and their card are there, the run when `result.json` says so and names those weights. A folder that holds a run already is
+    refused unless it is to be continued (`resume`) or deleted (`overwrite`). Another process at work in the folder is a UserError, or is
+    waited for (`wait`). Nothing in the folder is touched before `begin`, and nothing that is not a run's own ever. Of several processes
+    the first has the folder, and each of the others a copy.
+    """
+    def __init__(self, out, settings, resume=False, max_minutes=None, plan=(), wait=False, overwrite=False):
+        self.given,self.out,self.settings,self.stdout,self.plan,self.wait = out,user_path(out, '--out'),settings,sys.stdout,list(plan),wait
+        self.resumable,self.resume,self.overwrite = resume,resume,overwrite # whether it may go on, and whether there is a run to go on with
+        self.start,self.seconds_before,self.deadline,self.begun = time.monotonic(),0.,Deadline(max_minutes),False
+        if resume and overwrite: raise UserError('--resume goes on with a run and --overwrite deletes it: give one of them')
+
+    # ---- the folder ---------------------------------------------------------------------------------------------------
+
+    def __enter__(self):
+        self.stack = contextlib.ExitStack()
+        try:
+            self.result = from_rank_zero(self._finished)
+            if not self.result: from_rank_zero(self._take)
+            self.out,self.start = scratch_copy(self.out) if rank_world()[1] > 1 else self.out,time.monotonic()
+            self.stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+            self.stack.enter_context(deterministic(self.settings.get('deterministic', False)))
+            self.stack.enter_context(self.deadline)
+            if not self.result: self.result = self._look() # look again: the process that we waited for may have finished the run
+        except BaseException:
+            self.stack.close()
+            raise
+        return self
+
+    def __exit__(self, kind, error, tb):
+        self.stack.close()
+        if kind and kind is not SystemExit: print(file=sys.stderr) # end the line a progress bar may have left
+
+    def _finished(self):
+        "The result of a run that is finished, which takes neither a lock nor a folder that can be written"
+        return self._look() if self.resumable and str(self.given).strip() and self.out.is_dir() else None
+
+    def _take(self):
+        "The folder for this process alone"
+        self.stack.enter_context(output_folder(self.given))
+        said = False
+        while True:
+            try:
+                self.stack.enter_context(locked(self.out/'.lock',
+                                                f'another run is at work in {self.out}: wait for it or give --out another'))
+                return
+            except Busy:
+                if not self.wait: raise
+                if stop := self.deadline.due(): raise stop from None
+            if not said: log(f'another process is at work in {self.out}: waiting for it')
+            said = True
+            time.sleep(0.5)
+
+    def _files(self):
+        "Names of the run's own files that are in the folder"
+        of_stages = (f for s in STAGES
+                     for f in (f'{s}.safetensors', f'{s}.json', f'history_{s}.csv', f'checkpoint_{s}.safetensors',
+                               f'checkpoint_{s}.previous'))
+        return [f for f in ('settings.json', 'data.json', 'result.json', *of_stages)
+                if os.path.lexists(self.out/f) and not (self.out/f).is_dir()]
+
+    def _look(self):
+        "The finished run's result if this is to be resumed and there is one; UserError if the folder holds what must not be lost"
+        self.old = read_json(self.out/'settings.json', {})
+        if self.old and not (isinstance(self.old.get('settings'), dict) and isinstance(self.old.get('torch_threads'), int)):
+            raise UserError(f'{self.out/"settings.json"} is not a run\'s: give --out another folder')
+        if not self.old and (files := self._files()): raise UserError(
+            f'{self.out} holds {files[0]} but no settings.json of a run that it could be of: '
+            'bring that back from a copy, or give --out another folder')
+        if self.overwrite: return None
+        result = read_json(self.out/'result.json', {})
+        there = [f for f in self._files() if f.endswith('.safetensors') or f.startswith('checkpoint_')]
+        if result.get('status') == 'finished': there.append('result.json')
+        if not self.resumable:
+            if there:
+                raise UserError(f'{self.out} holds {"a finished" if "result.json" in there else "an unfinished"} run: add --resume to ' +
+                                ('print its result' if 'result.json' in there else 'go on with it') +
+                                ', --overwrite to delete it, or give --out another folder')
+            return None
+        self.resume = bool(self.old)
+        if self.old: self._same_settings()
+        seconds = result.get('seconds', 0.)
+        if not isinstance(seconds, int | float) or isinstance(seconds, bool):
+            raise UserError(f'{self.out/"result.json"} is damaged (seconds is no number): remove it, or give --out another folder')
+        self.seconds_before = seconds
+        return self._verified(result) if result.get('status') == 'finished' else None
+
+    def _same_settings(self):
+        "UserError unless the run in the folder was started with these settings"
+        before,now = flat(self.old['settings']),flat(json.loads(json.dumps(self.settings, default=str)))
+        for k in sorted(before.keys() | now.keys()):
+            if before.get(k) == now.get(k): continue
+            was = f'with {k}={before[k]}' if k in before else f'without {k}'
+            wanted = f'{now[k]}' if k in now else 'without it'
+            raise UserError(f'{self.out} was started {was}, not {wanted}: resume with the same settings, or give --out another folder')
+
+    def _verified(self, result):
+        "Check that the weights are whole and are those that the finished result names; return the result"
+        versions,weights = self.old.get('versions'),result.get('weights')
+        named = isinstance(versions, dict) and 'grdd_fastai' in versions # results of before did not name their weights
+        for name in self.plan:
+            if name not in STAGES: continue
+            card,_ = read_weights(self.out/name)
+            if not named or (isinstance(weights, dict) and weights.get(name) == card['sha256']): continue
+            raise UserError(f'{self.out/"result.json"} is of other weights than {name}.safetensors: '
+                            'take both from a copy, or give --out another folder')
+        return result
+
+    def begin(self, data, cache=None):
+        """Start the run's record on `data`, or go on if it began with the same
+
+        `cache` is the folder for features that the run keeps.
+        """
+        self.cache = cache
+        self.card = dict(classes=data.train.vocab, px=data.px, stats=data.stats, fingerprint=data.fingerprint,
+                         settings={k:v for k,v in self.settings.items() if k != 'data'})
+        sweep(self.out)
+        if self.resume:
+            began = read_json(self.out/'data.json', {}).get('fingerprint', data.fingerprint)
+            if began != data.fingerprint: raise UserError(
+                f'the data changed since {self.out} was started: bring back the data it began with, or give --out another folder')
+            if self.old['torch_threads'] != torch.get_num_threads(): log(
+                f'started with {self.old["torch_threads"]} threads, now {torch.get_num_threads()}: '
+                'the weights will differ in their last bits')
+        else:
+            if files := self._files():
+                if self.overwrite: log(f'--overwrite: deleting {", ".join(files)} in {self.out}')
+                for f in files: (self.out/f).unlink(missing_ok=True)
+            write_json(self.out/'settings.json', dict(
+                settings=self.settings, command=command(), commit=git_commit(), python=platform.python_version(), cpus=os.cpu_count(),
+                torch_threads=torch.get_num_threads(),
+                device=device_name(),
+                versions=versions()))
+        self.begun = True
+        write_json(self.out/'data.json', dict(name=data.name, px=data.px, fingerprint=data.fingerprint, stats=data.stats))
+        log(f'{data}')
+
+    def seconds(self): return round(self.seconds_before + time.monotonic() - self.start, 1)
+
+    # ---- stages -------------------------------------------------------------------------------------------------------
+
+    def train(self, name, learn, fit, arch):
+        "Fit a Learner, go on with it, or load its result; return the network, a timm `arch`, and its best validation accuracy"
+        net,path,checkpoint = backbone_of(learn),self.out/name,self.out/f'checkpoint_{name}.safetensors'
+        if self.resume and Path(f'{path}.json').exists(): best = load_weights(net, path)['val_accuracy']
+        else:
+            self._fit(name, learn, fit, checkpoint)
+            best = learn.keep_best.best
+            save_weights(net, path, arch=arch, **self.card, val_accuracy=best)
+        for f in (checkpoint, previous(checkpoint)): f.unlink(missing_ok=True)
+        self.plan.remove(name)
+        return net,best
+
+    def _fit(self, name, learn, fit, checkpoint):
+        state = load_checkpoint(checkpoint, log) if self.resume else None
+        if state:
+            seconds = state[1].get('seconds')
+            if isinstance(seconds, float): self.seconds_before = max(self.seconds_before, seconds)
+            log(f'{name} goes on at epoch {state[1].get("epoch")}, step {state[1].get("step")}')
+        learn.add_cbs([SkipBatches(), History(self.out/f'history_{name}.csv'), StopOnNaN(name),
+                       Checkpoint(checkpoint, lambda: dict(stage=name, seconds=self.seconds()), self.deadline, resume=state)])
+        def log_epoch(row): log('  '.join(f'{k} {v:.4f}' if isinstance(v, float) else f'{k} {v}'
+                                         for k,v in zip(learn.recorder.metric_names, row)))
+        self.deadline.fitting = True
+        try:
+            with learn.distrib_ctx():
+                if sys.stderr.isatty() and rank_world()[0] == 0: return fit(learn)
+                learn.logger = log_epoch # no bars in a log file: a line an epoch
+                with learn.no_bar(): fit(learn)
+        finally: self.deadline.fitting = False
+
+    # ---- results ------------------------------------------------------------------------------------------------------
+
+    def finish(self, **result):
+        "Write `result.json` and print it as stdout's last line"
+        weights = {s:read_json(self.out/f'{s}.json', keys=dict(sha256=str))['sha256'] for s in STAGES if (self.out/f'{s}.json').exists()}
+        return self._report(result | dict(weights=weights, seconds=self.seconds(), status='finished'))
+
+    def stopped(self, stop):
+        "Say what is left, write it to `result.json`; a signal's exit code goes to the shell"
+        left = ', '.join([self.plan[0] + stop.where, *self.plan[1:]])
+        log(f'stopped ({stop}): left to do are {left}; --resume goes on')
+        result = self.settings | dict(seconds=self.seconds(), status='stopped', left=left)
+        self._report(result) if self.begun else self.print(result)
+        if stop.code: sys.exit(stop.code)
+        return result
+
+    def _report(self, result):
+        write_json(self.out/'result.json', result := _plain(result))
+        return self.print(result)
+    def print(self, result):
+        if rank_world()[0] == 0: print(json.dumps(result, default=str), file=self.stdout, flush=True)
+        return result
+
+    def log_novel(self, **scoring):
+        "Append a scoring of the novel classes to the run's record"
+        log_line(self.out/'novel_scorings.jsonl', dict(time=now(), commit=git_commit(), **scoring))
+
+def flat(settings, prefix=''):
+    "Nested settings as one dict, with names such as student.lr"
+    found = {}
+    for k,v in settings.items(): found |= flat(v, f'{prefix}{k}.') if isinstance(v, dict) else {prefix + k:v}
+    return found
+
+def _plain(result): return {k:None if isinstance(v, float) and not math.isfinite(v) else v for k,v in result.items()} # JSON has no NaN
