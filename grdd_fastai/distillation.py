@@ -55,10 +55,11 @@ class Teacher(UndoAfterFit):
     """
     order,run_valid = LossTerm.order - 1,False
     def __init__(self,
-        networks, # a timm model or module, or a list of them
-        view='same', # 'same': the augmented images that the student sees; 'clean': images as they are, embedded once
-        output='features', # 'features', 'logits' or 'probabilities'
-        teacher_features=None, # features (N, D) of the clean base images, or a list of them, where they are known already
+        networks:torch.nn.Module|list, # a timm model or module, or a list of them
+        view:str='same', # 'same': the augmented images that the student sees; 'clean': images as they are, embedded once
+        output:str='features', # 'features', 'logits' or 'probabilities'
+        # features (N, D) of the clean base images, or a list of them, where they are known already
+        teacher_features:torch.Tensor|list|None=None,
     ):
         self.networks,self.view,self.output = as_list(networks),view,output
         self.known,self.known_for = as_list(teacher_features),None
@@ -159,12 +160,12 @@ class DistillationTerm(LossTerm):
     A subclass names its one part of the loss in `parts` and computes it in `loss`. It runs after `Teacher`, which it needs in the Learner.
     """
     weight = 1.
-    def __init__(self, weight=1.): self.weight = weight
+    def __init__(self, weight:float=1.): self.weight = weight
     def before_fit(self):
         super().before_fit()
         if not hasattr(self.learn, 'teacher'):
             raise UserError(f'{type(self).__name__} needs a teacher: give meta_learner(..., teacher=)')
-    def loss(self, student, teachers):
+    def loss(self, student:torch.Tensor, teachers:list) -> torch.Tensor:
         """The term, a scalar: `student` are features (B, D), `teachers` a list of features (B, D'), both in float32
 
         `self.learn.loss_func.split` takes them apart into support and query of each episode.
@@ -187,7 +188,7 @@ class RelatednessKL(DistillationTerm):
     def __init__(self, s):
         self.s = s
         super().__init__(s.kl_weight * (s.T**2 if s.T_squared else 1))
-    def loss(self, student, teachers):
+    def loss(self, student:torch.Tensor, teachers:list) -> torch.Tensor:
         split = self.learn.loss_func.split
         R_e = relatedness(*split(student), center=self.s.center)
         R_g = torch.stack([relatedness(*split(h), center=self.s.center) for h in teachers]).mean(0)

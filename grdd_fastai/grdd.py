@@ -87,7 +87,7 @@ def grdd(
     resume:bool=False, # go on with the run in --out; begin it where there is none
     overwrite:bool=False, # delete the run that --out holds, its weights and its result, and begin anew
     max_minutes:Annotated[float, 'stop after this many minutes with everything saved, for --resume', positive]=None,
-):
+) -> dict:
     "Train the global learner and the meta-learner, and score the novel classes"
     default = DEMO if demo else PAPER
     px = default.get('px', px)

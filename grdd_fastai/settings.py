@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cache, wraps
 from numbers import Integral, Real
 from types import UnionType
-from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from .core.errors import UserError
 
@@ -22,6 +22,7 @@ __all__ = ['Settings', 'Bound', 'positive', 'at_least', 'between', 'one_of', 're
            'absent', 'from_flags', 'with_flags', 'with_settings', 'checked']
 
 MISSING = inspect.Parameter.empty
+R = TypeVar('R')
 
 
 # ---- what a declaration says besides the type and the help ------------------------------------------------------------
@@ -249,7 +250,7 @@ def by_keyword(f, args, kwargs):
         else: keywords[k] = v
     return star,keywords
 
-def with_flags(but=(), **groups):
+def with_flags(but=(), **groups) -> Callable[[Callable[..., R]], Callable[..., R]]:
     """Decorate a program so that every setting of the `groups` but those in `but` is a flag of it
 
     A group is parameter -> settings class, or parameter -> presets (name -> settings), whose values the help shows. The parameter
@@ -262,7 +263,7 @@ def with_flags(but=(), **groups):
     groups = {k:g if isinstance(g, dict) else {'default':g()} for k,g in groups.items()}
     return lambda f: _with_parameters(f, groups, parameters)
 
-def with_settings(but=(), **groups):
+def with_settings(but=(), **groups) -> Callable[[Callable[..., R]], Callable[..., R]]:
     """Decorate a function so that every setting of the classes `groups` (parameter -> class) but those in `but` is a keyword of it
 
     The parameter receives the settings object that the keywords make. UserError for a keyword that is out of bounds.
@@ -274,7 +275,7 @@ def with_settings(but=(), **groups):
         return _with_parameters(made, groups, parameters)
     return decorate
 
-def checked(f):
+def checked(f:Callable[..., R]) -> Callable[..., R]:
     "Check the bounds that are declared in the annotations of a program's own parameters: UserError by the name of the flag"
     @cache
     def own():

@@ -1,9 +1,11 @@
 """Stage one of GRDD, the global learner: categories and rotations of the base classes (section 3.2, Eq. 2-9)."""
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import params
@@ -14,6 +16,7 @@ from .core.distributed import backbone_of
 from .core.errors import UserError
 from .data.augment import AUGMENTATIONS, train_augmentation
 from .data.blocks import category_dls, default_bs
+from .data.cache import FewShotData
 from .losses import relatedness
 from .models.create import create_backbone, features
 from .settings import Settings, at_least, between, flag, heading, one_of, positive, recorded, with_settings
@@ -53,7 +56,7 @@ class StageOne(Settings):
     seed: Annotated[int, 'seed of weights, batches, episodes and augmentation', between(0, 2**32 - 1), heading(lambda v: '')] = 0
 
 
-def stage_one(data, s, **kwargs):
+def stage_one(data:FewShotData, s:StageOne, **kwargs) -> tuple[Learner, Callable]:
     "(Learner, fit) of stage one on a `FewShotData` for the settings `s`: `fit(learn)` trains `learn.model.backbone`"
     dls = category_dls(data, s.bs or default_bs(data), aug=train_augmentation(data.px, s.jitter, s.augment), seed=s.seed)
     learn = global_learner(dls, s.arch, pretrained=s.pretrained, head=s.head, rotation=s.rotation, rotation_weight=s.rotation_weight,
@@ -63,9 +66,9 @@ def stage_one(data, s, **kwargs):
 
 @with_settings(s=StageOne, but=('arch', 'epochs', 'schedule', 'lr', 'opt', 'bs', 'jitter', 'augment'))
 def global_learner(
-    dls, # DataLoaders of `category_dls`
-    arch, # name of a timm model, or a timm model with `dls.c` classes
-    s, # the settings of `StageOne` that concern the network and its loss
+    dls:DataLoaders, # DataLoaders of `category_dls`
+    arch:str|nn.Module|Learner, # name of a timm model, or a timm model with `dls.c` classes
+    s:StageOne, # the settings of `StageOne` that concern the network and its loss
     **kwargs # of `few_shot_learner`, such as amp, keep_best and valid, and of fastai's `Learner`
 ) -> Learner:
     """Learner of the global learner phi; `learn.model.backbone` is the network
@@ -100,7 +103,7 @@ class GlobalNet(nn.Module):
     Images (B, 3, H, W) -> category prediction p (B, n_classes); in training with rotation (p, r), where r is (B, 4) (Eq. 2-4). With
     `head='cosine'` a `CosineHead` takes the place of the backbone's own classifier, and the backbone is left without one.
     """
-    def __init__(self, backbone, rotation=True, rotation_from='logits', head='linear'):
+    def __init__(self, backbone:nn.Module, rotation:bool=True, rotation_from:str='logits', head:str='linear'):
         super().__init__()
         n_classes = backbone.num_classes
         self.backbone,self.rotation_from = backbone,rotation_from
@@ -129,7 +132,7 @@ def rotate4(x):
 class Rotation(LossTerm):
     "Train on each batch at 0, 90, 180 and 270 degrees with L_c + weight * L_r (Eq. 5-9); a rotated image keeps its category label"
     parts = ('L_c', 'L_r')
-    def __init__(self, weight=1.): self.weight = weight
+    def __init__(self, weight:float=1.): self.weight = weight
     def before_batch(self):
         self.upright = self.xb,self.yb
         x,y = self.xb[0],self.yb[0]

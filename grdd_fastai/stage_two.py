@@ -1,9 +1,12 @@
 """Stage two of GRDD, the meta-learner: episodes of base classes, learned from a frozen teacher's relatedness (section 3.3, Eq. 10-15)."""
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
 import numpy as np
+import torch
+from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from torch import nn
 
@@ -11,6 +14,7 @@ from .core.distributed import backbone_of
 from .core.errors import UserError
 from .data.augment import AUGMENTATIONS, train_augmentation
 from .data.blocks import episodic_dls
+from .data.cache import FewShotData
 from .data.episodes import EpisodicDL
 from .distillation import Distill, distillation
 from .losses import EpisodicLoss
@@ -59,13 +63,13 @@ PRESETS = dict( # docs/method.md says what each setting is and what was measured
 LABELS_ALONE = dict(best=dict(lr=1e-2), muon=dict(lr=3e-3)) # what CL+EL does best with, where that differs
 
 
-def get_preset(name, labels_alone=False):
+def get_preset(name:str, labels_alone:bool=False) -> StageTwo:
     "The settings of stage two by the name of a preset, for GRDD or for CL+EL (`labels_alone`)"
     if name not in PRESETS: raise UserError(f'unknown preset {name!r}: it is one of {", ".join(PRESETS)}')
     return PRESETS[name].but(**LABELS_ALONE.get(name, {})) if labels_alone else PRESETS[name]
 
 
-def stage_two(data, s, student, teacher=None, teacher_features=None, **kwargs):
+def stage_two(data:FewShotData, s:StageTwo, student:nn.Module, teacher:nn.Module|list|None=None, teacher_features:torch.Tensor|list|None=None, **kwargs) -> tuple[Learner, Callable]:
     """(Learner, fit) of stage two on a `FewShotData` for the settings `s`: `fit(learn)` trains `learn.model`
 
     `student` is the network of stage one to start from, with `s.init='random'` its architecture alone. Without `teacher` or without
@@ -88,12 +92,12 @@ def stage_two(data, s, student, teacher=None, teacher_features=None, **kwargs):
 @with_settings(s=StageTwo, but=('n_way', 'k_shot', 'n_query', 'n_episodes', 'episodes_per_step', 'epochs', 'schedule', 'lr', 'opt', 'init',
                                 'jitter', 'augment'))
 def meta_learner(
-    dls, # DataLoaders of `episodic_dls`
-    student, # the network psi to start from, which is copied: stage one's backbone, a Learner of it, or the name of a timm model
-    teacher=None, # the trained global learner phi, or a list of several; None trains on episodic labels alone (CL+EL)
+    dls:DataLoaders, # DataLoaders of `episodic_dls`
+    student:str|nn.Module|Learner, # the network psi to start from, which is copied: stage one's backbone, a Learner of it, or the name of a timm model
+    teacher:nn.Module|Learner|list|None=None, # the trained global learner phi, or a list of several; None trains on episodic labels alone (CL+EL)
     s=None, # the settings of `StageTwo` and `Distill` that concern the loss
-    teacher_features=None, # features (N, D) that the teacher has of the clean base images, where they are known
-    valid=None, # episodes of the validation classes: n_way=5, k_shot as in training, n_query=15, n_episodes=1000, seed=0
+    teacher_features:torch.Tensor|list|None=None, # features (N, D) that the teacher has of the clean base images, where they are known
+    valid:dict|None=None, # episodes of the validation classes: n_way=5, k_shot as in training, n_query=15, n_episodes=1000, seed=0
     **kwargs # of `few_shot_learner`, such as amp, keep_best and cbs, and of fastai's `Learner`
 ) -> Learner:
     """Learner of the meta-learner psi; `learn.model` is the network

@@ -6,7 +6,7 @@ __all__ = ['UserError', 'first_line']
 
 class UserError(CliError, ValueError):
     "An error that the user can mend; a recipe prints its sentence as the last line on stderr and exits with code 1"
-    def __init__(self, sentence):
+    def __init__(self, sentence:str):
         self.sentence = one_line(sentence)
         super().__init__(self.sentence)
     def __str__(self): return self.sentence # `args` would hold more, because fastai adds a callback's name to it

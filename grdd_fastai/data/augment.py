@@ -3,6 +3,7 @@ import copy
 import itertools
 import random
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ GREY = (0.299, 0.587, 0.114) # the weights of red, green and blue in a grey imag
 ORDERS = np.array(list(itertools.permutations(range(3)))) # all orders of brightness (0), contrast (1) and saturation (2)
 
 
-def train_augmentation(px, jitter=True, by='batch'):
+def train_augmentation(px:int, jitter:bool=True, by:str='batch') -> Callable:
     """The augmentation of RFS and SKD for uint8 images: a crop after padding, colour `jitter` by up to 0.4 and a horizontal flip
 
     The padding is 4 at 32 px and 8 at 84 px. `by='batch'` gives a `BatchAugmentation`. `by='albumentations'` gives a `Compose`, which
@@ -62,11 +63,11 @@ class BatchAugmentation:
 
     The jitter changes brightness, contrast and saturation by factors from [0.6, 1.4], in random order.
     """
-    def __init__(self, pad, jitter=True):
+    def __init__(self, pad:int, jitter:bool=True):
         self.pad = pad
         self.jitter = jitter
 
-    def __call__(self, images, seed, epoch, rows):
+    def __call__(self, images:torch.Tensor, seed:int, epoch:int, rows:np.ndarray) -> torch.Tensor:
         "Return the augmented uint8 images of `images` (B, 3, H, W), which are the images of `rows`"
         u = uniforms(seed, epoch, rows, 7)
         order = ORDERS[(u[:, 6] * len(ORDERS)).astype(int)]

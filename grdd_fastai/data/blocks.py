@@ -1,11 +1,14 @@
 """fastai DataBlocks and DataLoaders over packed splits: batches of images for stage one, episodes for stage two."""
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from fastai.data.block import DataBlock, TransformBlock
+from fastai.data.core import DataLoaders
 from fastai.data.transforms import IntToFloatTensor, Normalize
 
 from ..core.errors import UserError
 from .augment import train_augmentation
+from .cache import FewShotData
 from .episodes import EpisodicDL, check_episode
 from .layouts import SPLITS
 from .loaders import PackedImage, PackedLabel, SeededDL
@@ -21,14 +24,14 @@ def _packed_block(stats, splits, dl_type):
                      splitter=lambda items: (range(len(splits[0])), range(len(splits[0]), len(items))),
                      batch_tfms=Normalize.from_stats(*stats), dl_type=dl_type)
 
-def category_block(data, dl_type=SeededDL):
+def category_block(data:FewShotData, dl_type:Callable=SeededDL) -> DataBlock:
     """DataBlock of a `FewShotData`: `category_block(data).dataloaders(data)` trains on the base classes
 
     The validation set holds other *classes*: its images are embedded for episodes, and the network's classifier never sees them.
     """
     return _packed_block(data.stats, (data.train, data.val), dl_type)
 
-def episode_block(data, n_way=5, k_shot=1, n_query=15, n_episodes=400, episodes_per_step=1):
+def episode_block(data:FewShotData, n_way:int=5, k_shot:int=1, n_query:int=15, n_episodes:int=400, episodes_per_step:int=1) -> DataBlock:
     "DataBlock of episodes: `episode_block(data, n_way=5, k_shot=1).dataloaders(data)`"
     return category_block(data, partial(EpisodicDL, n_way=n_way, k_shot=k_shot, n_query=n_query, n_episodes=n_episodes,
                                         episodes_per_step=episodes_per_step))
@@ -37,46 +40,48 @@ def _dataloaders(block, data, aug, **kwargs):
     aug = train_augmentation(data.px) if isinstance(aug, str) and aug == 'default' else aug
     return block.dataloaders(data, dl_kwargs=[dict(aug=aug), dict(aug=None)], **kwargs)
 
-def default_bs(data):
+def default_bs(data:FewShotData) -> int:
     "Images per batch of stage one: 64, or 1% of fewer than 6,400 base images, at least 16, since a small set needs many steps"
     return min(64, max(16, len(data.train)//100))
 
 def category_dls(
-    data, # FewShotData
-    bs=None, # images per batch, before rotation; None: the paper's 64, or 1% of a base set of under 6,400 images, but at least 16
-    aug='default', # 'default': `train_augmentation`; or an albumentations Compose for uint8 images, a function (see `SeededDL`) or None
-    seed=0, # seed of the order and the augmentation
-    num_workers=0, # worker processes; packed images need none
+    data:FewShotData, # FewShotData
+    bs:int|None=None, # images per batch, before rotation; None: the paper's 64, or 1% of a base set of under 6,400 images, but at least 16
+    # 'default': `train_augmentation`; or an albumentations Compose for uint8 images, a function (see `SeededDL`) or None
+    aug:Callable|str|None='default',
+    seed:int=0, # seed of the order and the augmentation
+    num_workers:int=0, # worker processes; packed images need none
     **kwargs # further arguments of `DataBlock.dataloaders`
-):
+) -> DataLoaders:
     "DataLoaders of stage one: shuffled batches of base images to train on, and the validation classes"
     bs = min(default_bs(data) if bs is None else bs, len(data.train))
     return _dataloaders(category_block(data), data, aug, num_workers=num_workers, bs=bs, val_bs=256, seed=seed, **kwargs)
 
 def episodic_dls(
-    data, # FewShotData
-    n_way=5, # C, classes per episode
-    k_shot=1, # K, support images per class
-    n_query=15, # query images per class
-    n_episodes=400, # episodes per epoch
-    episodes_per_step=1, # episodes per optimiser step
-    aug='default', # 'default': `train_augmentation`; or an albumentations Compose for uint8 images, a function (see `SeededDL`) or None
-    seed=0, # seed of the episodes and the augmentation
-    num_workers=0, # worker processes; packed images need none
+    data:FewShotData, # FewShotData
+    n_way:int=5, # C, classes per episode
+    k_shot:int=1, # K, support images per class
+    n_query:int=15, # query images per class
+    n_episodes:int=400, # episodes per epoch
+    episodes_per_step:int=1, # episodes per optimiser step
+    # 'default': `train_augmentation`; or an albumentations Compose for uint8 images, a function (see `SeededDL`) or None
+    aug:Callable|str|None='default',
+    seed:int=0, # seed of the episodes and the augmentation
+    num_workers:int=0, # worker processes; packed images need none
     **kwargs # further arguments of `DataBlock.dataloaders`
-):
+) -> DataLoaders:
     "DataLoaders of stage two: episodes of base classes to train on, and the validation classes; UserError if the data cannot fill them"
     check_episode(data.train, n_way, k_shot, n_query)
     block = episode_block(data, n_way, k_shot, n_query, n_episodes, episodes_per_step)
     return _dataloaders(block, data, aug, num_workers=num_workers, seed=seed, **kwargs)
 
 def plain_dl(
-    data, # FewShotData
-    split='test', # 'train', 'val' or 'test'
-    bs=256, # images per batch
-    stats=None, # (mean, std) to normalise with; None: those of the data
+    data:FewShotData, # FewShotData
+    split:str='test', # 'train', 'val' or 'test'
+    bs:int=256, # images per batch
+    stats:Sequence|None=None, # (mean, std) to normalise with; None: those of the data
     **kwargs # arguments of `SeededDL`; with `aug`, every pass gives new views
-):
+) -> SeededDL:
     "DataLoader of all images of a split in order, normalised, and augmented only if `aug` is given; UserError for an unknown split"
     known = ', '.join(SPLITS)
     if split not in SPLITS: raise UserError(f'there is no split {split!r}: it is one of {known}')

@@ -70,12 +70,12 @@ class FewShotData:
 
 
 def few_shot_data(
-    data=None, # raw data set in any layout of data/README.md; None: fetch CIFAR-FS; 'demo': draw the embedded data set
-    px=32, # side of the packed images in pixels, from 1 to 1024
-    cache=None, # folder for the packed images; None: `default_cache()`
-    seed=0, # seed that splits a folder of class folders and draws the demo
-    allow_large=False, # whether images of 89 to 179 megapixels are decoded too
-):
+    data:str|Path|None=None, # raw data set in any layout of data/README.md; None: fetch CIFAR-FS; 'demo': draw the embedded data set
+    px:int=32, # side of the packed images in pixels, from 1 to 1024
+    cache:str|Path|None=None, # folder for the packed images; None: `default_cache()`
+    seed:int=0, # seed that splits a folder of class folders and draws the demo
+    allow_large:bool=False, # whether images of 89 to 179 megapixels are decoded too
+) -> FewShotData:
     """Pack `data` if it is new or has changed (CSVs or images), and return it as a `FewShotData`
 
     Prints a warning if two splits seem to share classes or images. UserError if the data cannot be read or the cache cannot be written.

@@ -1,4 +1,5 @@
 """Samplers of episodes and their checks: a DataLoader of images for training, and rows of features for evaluation."""
+from collections.abc import Iterator
 from functools import cached_property
 
 import matplotlib.pyplot as plt
@@ -36,10 +37,10 @@ class EpisodicDL(SeededDL):
     """DataLoader of `n_episodes` episodes per epoch: `n_way` classes, each with `k_shot` support and `n_query` query images
 
     A batch holds `episodes_per_step` episodes one after the other: (episodes_per_step * n_way * (k_shot + n_query), 3, H, W). An episode is
-    sorted by class, and in each class the support images come before the query images. `EpisodicLoss.split` separates them. No image is both
-    support and query. UserError for sizes that are out of range and for classes with too few images.
+    sorted by class, and in each class the support images come before the query images. `EpisodicLoss.split` separates them. No image is
+    both support and query. UserError for sizes that are out of range and for classes with too few images.
     """
-    def __init__(self, dataset, n_way=5, k_shot=1, n_query=15, n_episodes=400, episodes_per_step=1, **kwargs):
+    def __init__(self, dataset, n_way:int=5, k_shot:int=1, n_query:int=15, n_episodes:int=400, episodes_per_step:int=1, **kwargs):
         for k,v,most in (('n_episodes', n_episodes, 100_000), ('episodes_per_step', episodes_per_step, 10_000)):
             if not isinstance(v, int | np.integer) or not 1 <= v <= most: raise UserError(f'{k} is {v!r}: it must be from 1 to {most}')
         self.episode = dict(n_way=n_way, k_shot=k_shot, n_query=n_query, n_episodes=n_episodes, episodes_per_step=episodes_per_step)
@@ -94,13 +95,13 @@ BLOCK = 500 # episodes drawn at a time
 
 
 def sample_episodes(
-    y, # class of each image (N)
-    n_way=5, # C, classes per episode
-    k_shot=1, # K, support images per class
-    n_query=15, # query images per class
-    n_episodes=10_000, # number of episodes
-    seed=0, # seed of the episodes; a larger `n_episodes` adds episodes after the same first ones
-):
+    y:torch.Tensor|np.ndarray, # class of each image (N)
+    n_way:int=5, # C, classes per episode
+    k_shot:int=1, # K, support images per class
+    n_query:int=15, # query images per class
+    n_episodes:int=10_000, # number of episodes
+    seed:int=0, # seed of the episodes; a larger `n_episodes` adds episodes after the same first ones
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     "Yield blocks of episodes: disjoint rows of the support (E, C, K) and query images (E, C, n_query); UserError if `y` cannot fill them"
     y = np.asarray(y.cpu() if isinstance(y, torch.Tensor) else y)
     by_class = indices_by_class(y, n_way, k_shot, n_query)

@@ -86,10 +86,10 @@ def _download():
 
 
 def prepare(
-    data, # path in any layout; None: fetch CIFAR-FS
-    out, # new or empty folder for train.csv, val.csv, test.csv and images/
-    seed=0, # seed that splits a folder of class folders
-):
+    data:str|Path|None, # path in any layout; None: fetch CIFAR-FS
+    out:str|Path, # new or empty folder for train.csv, val.csv, test.csv and images/
+    seed:int=0, # seed that splits a folder of class folders
+) -> Path:
     "Write `data` to the folder `out` as split CSVs and images, and return the folder; UserError if that fails"
     source = open_source(data, seed)
     try:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
@@ -18,8 +19,8 @@ MARKERS = 'osD^vPX*'
 
 
 def plot_rows(
-    scored, # DataFrame of `table` with the columns row, shot, seed, split, n, accuracy, ci95
-    title='', # title of the figure
+    scored:pd.DataFrame, # DataFrame of `table` with the columns row, shot, seed, split, n, accuracy, ci95
+    title:str='', # title of the figure
 ) -> Figure:
     "A line per row and a mark per shot: the mean over seeds with the 95% interval over episodes, and a small tick for each seed"
     shots = sorted(scored.shot.unique())
@@ -45,9 +46,9 @@ def plot_rows(
 
 
 def plot_sweep(
-    sweeps, # symbol of a hyper-parameter -> DataFrame with the columns value, shot, seed, accuracy, ci95
-    references, # name -> accuracy in percent, drawn as a horizontal line
-    ylabel='5-way accuracy, %', # label of the vertical axis
+    sweeps:dict, # symbol of a hyper-parameter -> DataFrame with the columns value, shot, seed, accuracy, ci95
+    references:dict, # name -> accuracy in percent, drawn as a horizontal line
+    ylabel:str='5-way accuracy, %', # label of the vertical axis
 ) -> Figure:
     "A panel per hyper-parameter: accuracy against its values, with a line for each seed and shot"
     fig,axes = plt.subplots(1, len(sweeps), figsize=(3.6*len(sweeps) + .6, 3.2), sharey=True, layout='constrained', squeeze=False)
@@ -68,9 +69,9 @@ def plot_sweep(
 
 
 def plot_tsne(
-    panels, # title -> points (N, 2) of the same N images
-    y, # class of each image (N)
-    names, # name of each class, indexed by class
+    panels:dict, # title -> points (N, 2) of the same N images
+    y:np.ndarray, # class of each image (N)
+    names:list, # name of each class, indexed by class
 ) -> Figure:
     "A panel per embedding, with a colour and a marker for each class"
     fig,axes = plt.subplots(1, len(panels), figsize=(3.3*len(panels), 3.9), layout='constrained', squeeze=False)
@@ -84,7 +85,7 @@ def plot_tsne(
 
 
 def plot_relatedness(
-    panels, # T -> (whole, decoupled): the softmax over the whole matrix (NS, NQ), and the softmax over each of its rows
+    panels:dict, # T -> (whole, decoupled): the softmax over the whole matrix (NS, NQ), and the softmax over each of its rows
 ) -> Figure:
     "A column per temperature: the weights without and with decoupling, as multiples of the uniform weight of the same softmax"
     fig,axes = plt.subplots(2, len(panels), figsize=(1.9*len(panels) + 1, 3.1), layout='constrained', squeeze=False, sharex=True,

@@ -6,6 +6,7 @@ prediction is the argmax of the logits. Episodes do not influence each other. Ha
 classifier raises UserError for features that are not finite and for a class without support images.
 """
 import inspect
+from collections.abc import Callable
 from functools import partial, wraps
 
 import torch
@@ -21,11 +22,11 @@ CLASSIFIERS = {} # name -> function with the attributes `transductive`, `balance
 
 
 def register_classifier(
-    name, # name in `CLASSIFIERS`
-    transductive=False, # whether the classifier uses all queries of an episode together
-    balanced=False, # whether the classifier assumes the same number of queries in each class
-    chunk_multiplier=1, # chunk-size multiplier: iterative methods run faster on larger chunks
-):
+    name:str, # name in `CLASSIFIERS`
+    transductive:bool=False, # whether the classifier uses all queries of an episode together
+    balanced:bool=False, # whether the classifier assumes the same number of queries in each class
+    chunk_multiplier:int=1, # chunk-size multiplier: iterative methods run faster on larger chunks
+) -> Callable:
     "Decorator that registers a classifier: arguments are checked and half precision becomes float32; UserError if a logit is not finite"
     def register(f):
         inner = full_precision(f)

@@ -1,9 +1,12 @@
 """Features of images: computed once, and kept in a file on disk for later use."""
 import hashlib
 import json
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
+from fastai.data.load import DataLoader
 
 from ..core.device import amp
 from ..core.distributed import all_sum, rank_world
@@ -11,21 +14,22 @@ from ..core.errors import UserError
 from ..core.storage import default_cache, digest, filled_array, load_array, locked, sweep, user_path
 from ..data.augment import train_augmentation
 from ..data.blocks import plain_dl
+from ..data.cache import FewShotData
 from ..models.create import features, input_config
 
 __all__ = ['cached_features', 'embed']
 
 
 def cached_features(
-    net, # timm model
-    data, # FewShotData
-    split, # 'train', 'val' or 'test'
-    views=0, # number of augmented views of each image, made as in training; 0: the images themselves
-    jitter=True, # whether the views have colour jitter
-    seed=0, # seed of the views
-    stats=None, # (mean, std) to normalise images with; None: those of the network's `pretrained_cfg`
-    cache=None, # folder for the features; None: `default_cache()`
-):
+    net:torch.nn.Module, # timm model
+    data:FewShotData, # FewShotData
+    split:str, # 'train', 'val' or 'test'
+    views:int=0, # number of augmented views of each image, made as in training; 0: the images themselves
+    jitter:bool=True, # whether the views have colour jitter
+    seed:int=0, # seed of the views
+    stats:Sequence|None=None, # (mean, std) to normalise images with; None: those of the network's `pretrained_cfg`
+    cache:str|Path|None=None, # folder for the features; None: `default_cache()`
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Features (N, D), or (views, N, D) with `views`, in float32, and classes (N) of a split
 
     They are computed once and then read from a memory-mapped file, whose name depends on weights, data and settings. UserError if the
@@ -55,12 +59,12 @@ def cached_features(
 
 @torch.no_grad()
 def embed(
-    model, # timm model or other module; its training mode is not changed
-    dl, # DataLoader of (images, labels), such as `plain_dl(data, 'test')`
-    dtype=None, # dtype for autocast; None: float32 without autocast
-    out=None, # array (N, D) for the features, for example memory-mapped; None: a new tensor on the model's device
-    distributed=False, # in a distributed run, each process embeds a part and all get the whole
-):
+    model:torch.nn.Module, # timm model or other module; its training mode is not changed
+    dl:DataLoader, # DataLoader of (images, labels), such as `plain_dl(data, 'test')`
+    dtype:torch.dtype|None=None, # dtype for autocast; None: float32 without autocast
+    out:np.ndarray|None=None, # array (N, D) for the features, for example memory-mapped; None: a new tensor on the model's device
+    distributed:bool=False, # in a distributed run, each process embeds a part and all get the whole
+) -> tuple[torch.Tensor, torch.Tensor]:
     "Features (N, D) in float32 and labels (N) of all images of `dl`, in order"
     was_training = model.training
     device = next(model.parameters()).device

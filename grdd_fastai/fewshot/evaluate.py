@@ -1,5 +1,6 @@
 """Few-shot accuracy from features: episodes are drawn and classified."""
 import hashlib
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
@@ -56,18 +57,20 @@ def checked_logits(name, f, support, support_y, query):
 
 @torch.no_grad()
 def evaluate(
-    h, # features (N, D), a tensor or an array
-    y, # classes (N), numbers or names
-    n_way=5, # C, classes per episode
-    k_shot=1, # K, support images per class
-    n_query=15, # query images per class
-    n_episodes=10_000, # number of episodes
-    seed=0, # seed of the episodes
-    classifier='cosine', # name in `CLASSIFIERS`, function `(support, support_y, query) -> logits`, list of names, or dict name -> function
-    query_distribution='balanced', # 'balanced': n_query of each class; 'dirichlet': as many in total, unbalanced (`sample_unbalanced`)
-    views=None, # features of augmented views (V, N, D) that replace h in the support: the support augmentation of RFS (arXiv 2003.11539)
-    distributed=False, # in a distributed run, each process classifies a part of the episodes and all get the whole
-):
+    h:torch.Tensor|np.ndarray, # features (N, D), a tensor or an array
+    y:torch.Tensor|np.ndarray|list, # classes (N), numbers or names
+    n_way:int=5, # C, classes per episode
+    k_shot:int=1, # K, support images per class
+    n_query:int=15, # query images per class
+    n_episodes:int=10_000, # number of episodes
+    seed:int=0, # seed of the episodes
+    # name in `CLASSIFIERS`, function `(support, support_y, query) -> logits`, list of names, or dict name -> function
+    classifier:str|Callable|list|dict='cosine',
+    query_distribution:str='balanced', # 'balanced': n_query of each class; 'dirichlet': as many in total, unbalanced (`sample_unbalanced`)
+    # features of augmented views (V, N, D) that replace h in the support: the support augmentation of RFS (arXiv 2003.11539)
+    views:torch.Tensor|np.ndarray|None=None,
+    distributed:bool=False, # in a distributed run, each process classifies a part of the episodes and all get the whole
+) -> Evaluation|dict[str, Evaluation]:
     """The `Evaluation` over `n_episodes` seeded episodes drawn from features: accuracy of each episode in percent
 
     With several classifiers, the result is a dict name -> `Evaluation` on the same episodes. The difference `a - b` of two evaluations is a

@@ -1,6 +1,6 @@
 """A classifier of images that is made from a few labelled images per class."""
 import io
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -32,12 +32,14 @@ class FewShotClassifier:
     classifier uses all images of one `predict` together. UserError for unusable images, labels or settings.
     """
     def __init__(self,
-        network='convnet4.grdd_cifarfs', # a Learner of this package, a timm model, or a name or path for `load_network`
-        classifier='cosine', # name in `CLASSIFIERS`, or function `(support, support_y, query) -> logits`
-        bs=64, # images embedded at a time
-        px=None, # side of the network's images in pixels; None: as in its `pretrained_cfg`, where our Learners note that of their data
-        stats=None, # (mean, std) to normalise images with; None: as in its `pretrained_cfg`
-        allow_large=False, # whether images of 89 to 179 megapixels are decoded too
+        # a Learner of this package, a timm model, or a name or path for `load_network`
+        network:str|Path|nn.Module|Learner='convnet4.grdd_cifarfs',
+        classifier:str|Callable='cosine', # name in `CLASSIFIERS`, or function `(support, support_y, query) -> logits`
+        bs:int=64, # images embedded at a time
+        # side of the network's images in pixels; None: as in its `pretrained_cfg`, where our Learners note that of their data
+        px:int|None=None,
+        stats:Sequence|None=None, # (mean, std) to normalise images with; None: as in its `pretrained_cfg`
+        allow_large:bool=False, # whether images of 89 to 179 megapixels are decoded too
         **settings # settings of the classifier
     ):
         if isinstance(network, Learner): network = backbone_of(network)
@@ -58,7 +60,7 @@ class FewShotClassifier:
         self.vocab = None # set by `fit`
 
     @classmethod
-    def from_folder(cls, path, *args, **kwargs):
+    def from_folder(cls, path:str|Path, *args, **kwargs) -> 'FewShotClassifier':
         "A classifier fitted on a folder that holds one folder of images for each class; UserError if it holds none"
         if not (path := user_path(path)).is_dir():
             raise UserError(f'there is no folder {path}: give one that has a folder of images for each class')
@@ -67,7 +69,7 @@ class FewShotClassifier:
         return cls(*args, **kwargs).fit(files, [f.parent.name for f in files])
 
     @torch.no_grad()
-    def embed(self, images):
+    def embed(self, images:Iterable|str|Path|Image.Image|np.ndarray) -> torch.Tensor:
         "Features (N, D) in float32 of an image or of a list of N images"
         one = isinstance(images, (str, Path, Image.Image)) or getattr(images, 'ndim', 0) == 3
         device = next(self.net.parameters()).device
@@ -77,7 +79,7 @@ class FewShotClassifier:
         def batch(at): return torch.stack([self.transform(load_image(im, self.allow_large)) for im in images[at:at+self.bs]])
         return torch.cat([features(self.net, batch(at).to(device)).float() for at in range(0, len(images), self.bs)])
 
-    def fit(self, images, labels):
+    def fit(self, images:Iterable, labels:Iterable) -> 'FewShotClassifier':
         "Keep the features of a few `images` of each class with their `labels` (text or numbers), and return self"
         try: images,labels = list(images),list(labels)
         except TypeError: raise UserError('images and labels are no lists: give a list of each') from None
@@ -96,14 +98,14 @@ class FewShotClassifier:
         self.support_y = torch.tensor([vocab.index(o) for o in labels], device=support.device)
         return self
 
-    def logits(self, images):
+    def logits(self, images:Iterable|str|Path|Image.Image|np.ndarray) -> pd.DataFrame:
         "The logits as a DataFrame with a row for each image and a column for each class"
         if self.vocab is None: raise UserError('there are no classes yet: call fit with a few images of each first')
         f = partial(self.classifier, **self.settings)
         out = checked_logits('the classifier', f, self.support[None], self.support_y[None], check_scale(self.embed(images))[None])[0]
         return pd.DataFrame(out.cpu().numpy(), columns=self.vocab)
 
-    def predict(self, images):
+    def predict(self, images:Iterable|str|Path|Image.Image|np.ndarray) -> list:
         "A list with the class of each image"
         return self.logits(images).idxmax(axis=1).tolist()
 

@@ -10,7 +10,7 @@ from ..core.errors import UserError
 __all__ = ['mean_ci95', 'Evaluation', 'Difference', 'over_seeds', 'compare']
 
 
-def mean_ci95(x):
+def mean_ci95(x:np.ndarray|list) -> tuple[float, float]:
     "(mean, half-width of its 95% confidence interval: 1.96 standard errors); the half-width of a single value is NaN"
     x = np.asarray(x, dtype=np.float64)
     half_width = float(1.96 * x.std(ddof=1) / np.sqrt(len(x))) if len(x) > 1 else float('nan')
@@ -61,8 +61,8 @@ class Difference:
 
 
 def over_seeds(
-    differences, # a `Difference` for each training seed
-):
+    differences:list, # a `Difference` for each training seed
+) -> dict:
     "A dict: `mean` and standard deviation `sd` over seeds, number of `seeds`, `holds` (the `clear` of all seeds if they agree, else 0)"
     means = [d.mean for d in differences]
     clear = {d.clear for d in differences}
@@ -71,9 +71,9 @@ def over_seeds(
 
 
 def compare(
-    scores, # name -> `Evaluation` or {training seed: `Evaluation`}, all on the same episodes
-    versus=None, # name -> names that it is compared with; None: each is compared with all before it
-):
+    scores:dict, # name -> `Evaluation` or {training seed: `Evaluation`}, all on the same episodes
+    versus:dict|None=None, # name -> names that it is compared with; None: each is compared with all before it
+) -> pd.DataFrame:
     """Paired differences as a DataFrame: a line per pair and seed and, for several seeds, a line with the seed 'all'
 
     Columns of a seed: `difference` in percentage points, its `ci95`, `p` of the paired t-test, and `clear` (1 or -1 if the interval

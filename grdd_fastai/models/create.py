@@ -22,7 +22,7 @@ def check_backbone(arch, px=None, pretrained=False):
         with torch.no_grad(): features(_build(arch.partition('.')[0], 0, px, 0).eval(), torch.zeros(1, 3, px, px))
     except Exception as e: raise UserError(f'{arch} does not take images of {px} px ({first_line(e)}): choose another backbone') from None
 
-def pretrained_tag(arch, pretrained=False):
+def pretrained_tag(arch:str, pretrained:bool=False) -> str|None:
     """timm's name (arch.tag) of the weights that `create_backbone` starts from, or None for random weights
 
     The tag is that in `arch`, or the default tag if `arch` has none and `pretrained` is True. UserError for a tag without weights.
@@ -36,13 +36,13 @@ def pretrained_tag(arch, pretrained=False):
     raise UserError(f'{arch} has no pretrained weights: give {name} for random ones' + (f', or one of {known}' if known else ''))
 
 def create_backbone(
-    arch, # name of a timm model (ours are registered there); a name with a tag, such as resnet18.a1_in1k, loads the weights of the tag
-    num_classes=0, # outputs of the classifier; 0: no classifier, the output is the features
-    px=32, # side of the images in pixels, for networks whose shape depends on it
-    seed=0, # seed of the initial weights; the caller's random state is not changed
-    pretrained=False, # whether the weights of the default tag are loaded if `arch` has no tag
+    arch:str, # name of a timm model (ours are registered there); a name with a tag, such as resnet18.a1_in1k, loads the weights of the tag
+    num_classes:int=0, # outputs of the classifier; 0: no classifier, the output is the features
+    px:int=32, # side of the images in pixels, for networks whose shape depends on it
+    seed:int=0, # seed of the initial weights; the caller's random state is not changed
+    pretrained:bool=False, # whether the weights of the default tag are loaded if `arch` has no tag
     **kwargs # further arguments of `timm.create_model`
-):
+) -> torch.nn.Module:
     "`timm.create_model` with seeded random weights or pretrained weights (`pretrained_tag`); UserError if that fails"
     check_backbone(arch, pretrained=pretrained)
     weights = pretrained_tag(arch, pretrained)
@@ -81,7 +81,7 @@ def input_config(net):
     return cfg['input_size'][1],list(cfg['mean']),list(cfg['std'])
 
 
-def features(model, x):
+def features(model:torch.nn.Module, x:torch.Tensor) -> torch.Tensor:
     "Features h = phi(x) (B, D) of Eq. 2: those before the classifier of a timm model, or the output of any other module"
     if hasattr(model, 'forward_head'): return model.forward_head(model.forward_features(x), pre_logits=True)
     return model(x)

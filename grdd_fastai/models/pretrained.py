@@ -20,7 +20,7 @@ RUNS = ('net', 'student_grdd') # names of the network that a run saves
 PICKLES = ('.bin', '.pth', '.pt', '.ckpt', '.pkl', '.pickle', '.tar', '.npz', '.h5')
 
 
-def load_network(of):
+def load_network(of:str|Path) -> torch.nn.Module:
     """The trained network with the name or path `of`, without a classifier
 
     `of` is a timm model with pretrained weights, a folder of recipes/publish.py, `hf-hub:user/name`, the folder of a run, or a weights file

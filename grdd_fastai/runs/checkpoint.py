@@ -2,11 +2,12 @@
 import signal
 import threading
 import time
-import torch
-from fastai.callback.core import Callback
-from fastai.callback.core import CancelBatchException
-from fastcore.foundation import L
 from pathlib import Path
+
+import torch
+from fastai.callback.core import Callback, CancelBatchException
+from fastcore.foundation import L
+
 from ..core.distributed import all_max, unwrapped
 from ..core.errors import UserError, first_line
 from ..core.storage import check_state, load_state, load_tensors, save_tensors

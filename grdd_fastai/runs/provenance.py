@@ -9,12 +9,13 @@ import re
 import shlex
 import subprocess
 import sys
-import torch
-
-from .. import __version__
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+
+import torch
+
+from .. import __version__
 from ..core.errors import UserError
 from ..core.storage import NOFOLLOW, read_bytes
 

@@ -6,14 +6,16 @@ import os
 import platform
 import sys
 import time
+from pathlib import Path
+
 import torch
 from fastai.callback.core import Callback
-from pathlib import Path
+
 from ..core.device import deterministic
-from ..core.distributed import backbone_of, log, rank_world, scratch_copy, from_rank_zero
+from ..core.distributed import backbone_of, from_rank_zero, log, rank_world, scratch_copy
 from ..core.errors import UserError
 from ..core.storage import Busy, atomic_write, locked, output_folder, read_json, sweep, user_path, write_json
-from ..models.pretrained import load_weights, save_weights, read_weights
+from ..models.pretrained import load_weights, read_weights, save_weights
 from .checkpoint import Checkpoint, Deadline, SkipBatches, StopOnNaN, load_checkpoint, previous
 from .provenance import command, device_name, git_commit, log_line, now, versions
 

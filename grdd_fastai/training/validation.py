@@ -18,7 +18,7 @@ class FewShotAccuracy(ShowsMetrics):
     A loss over classes the network has no outputs for would mean nothing: a fit skips it.
     """
     order = ShowsMetrics.order + 1
-    def __init__(self, n_way=5, k_shot=1, n_query=15, n_episodes=1000, seed=0):
+    def __init__(self, n_way:int=5, k_shot:int=1, n_query:int=15, n_episodes:int=1000, seed:int=0):
         self.episodes = dict(n_way=n_way, k_shot=k_shot, n_query=n_query, n_episodes=n_episodes, seed=seed)
         self.last,self.fitting = float('nan'),False
     def shown(self): return dict(accuracy=lambda: self.last)
@@ -44,7 +44,7 @@ class FewShotAccuracy(ShowsMetrics):
 class KeepBest(TrackerCallback):
     "Keep the weights of the epoch with the best `monitor` in memory and load them when training ends"
     order = TrackerCallback.order + 1
-    def __init__(self, monitor='accuracy', **kwargs): super().__init__(monitor=monitor, **kwargs)
+    def __init__(self, monitor:str='accuracy', **kwargs): super().__init__(monitor=monitor, **kwargs)
     def before_fit(self): super().before_fit(); self.best_state,self.best_epoch = None,None
     def after_epoch(self):
         super().after_epoch()
