@@ -1,4 +1,4 @@
-"""What the benchmarks share: made-up data of any size, the clock, and lines that are printed and kept"""
+"""What the benchmarks share: made-up data of any size, clocks, and lines that are printed and kept"""
 import json
 import statistics
 import time
@@ -20,43 +20,49 @@ def say(**line):
     print(json.dumps(line), flush=True)
 
 def write(out, *packages):
-    "All lines with hardware, versions (of `packages` as well), commit and command to the JSON file `out`, if one is given"
-    def of(k):
-        try: return version(k)
-        except PackageNotFoundError: return None
-    if out: write_json(out, dict(lines=LINES, device=device_name(), cores=torch.get_num_threads(), commit=git_commit(), time=now(),
-                                 versions=versions() | {k:v for k in packages if (v := of(k))}, command=command()))
+    "Write all lines with device, versions (also those of `packages`), commit and command to the JSON file `out`, if it is given"
+    if not out: return
+    found = {}
+    for package in packages:
+        try: found[package] = version(package)
+        except PackageNotFoundError: continue
+    write_json(out, dict(lines=LINES, device=device_name(), cores=torch.get_num_threads(), commit=git_commit(), time=now(),
+                         versions=versions() | found, command=command()))
 
 def wait(device):
-    "The time, once `device` has nothing left to do"
+    "Wait until `device` has finished its work, and return the time in seconds"
     if device.type == 'cuda': torch.cuda.synchronize(device)
     elif device.type == 'mps': torch.mps.synchronize()
     return time.perf_counter()
 
 def seconds(f, *args, **kwargs):
+    "Seconds that `f(*args, **kwargs)` takes"
     start = time.perf_counter()
     f(*args, **kwargs)
     return time.perf_counter() - start
 
 def medians(repeats, *fs):
-    "Median time of each function, taken in turns"
-    return list(map(statistics.median, zip(*[[seconds(f) for f in fs] for _ in range(repeats)])))
+    "Median seconds of each of the functions `fs`, which take turns"
+    times = [[seconds(f) for f in fs] for _ in range(repeats)]
+    return list(map(statistics.median, zip(*times)))
 
 
 def easyfsl_loader(data, way, shot, query, n):
-    "easyfsl's DataLoader of `n` episodes of one of its data sets, a fastai-free one as its tutorials make it"
+    "easyfsl's DataLoader of `n` episodes of one of its data sets, as its tutorials make it"
     from easyfsl.samplers import TaskSampler
     from torch.utils.data import DataLoader, Sampler
-    Sampler.__init__ = lambda self, data_source=None: None # what easyfsl 1.5.0 still passes, torch no longer takes
+    Sampler.__init__ = lambda self, data_source=None: None # easyfsl 1.5.0 passes an argument that torch no longer takes
     sampler = TaskSampler(data, way, shot, query, n)
     return DataLoader(data, batch_sampler=sampler, collate_fn=sampler.episodic_collate_fn)
 
 
 class MadeUp:
-    "Packed splits of random pixels, what training asks of a `FewShotData`"
-    name,fingerprint,stats = 'made up','made up',[[.5, .5, .5], [.25, .25, .25]]
+    "Packed splits of random pixels with the attributes that training needs of a `FewShotData`"
+    name,fingerprint = 'made up','made up'
+    stats = [[.5, .5, .5], [.25, .25, .25]]
     def __init__(self, px, n_images, n_classes=64, n_other=640):
-        self.px,rng = px,np.random.default_rng(0)
+        self.px = px
+        rng = np.random.default_rng(0)
         for split,n,c in (('train', n_images, n_classes), ('val', n_other, 16), ('test', n_other, 20)):
             labels = pd.DataFrame(dict(filename=[str(i) for i in range(n)], label=[f'{split}{i*c//n:05d}' for i in range(n)]))
             setattr(self, split, Split(split, rng.integers(0, 256, (n, px, px, 3), dtype=np.uint8), labels))

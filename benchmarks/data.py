@@ -1,10 +1,11 @@
-"""Images a second of the loaders alone
+"""Images per second of the loaders alone
 
     python benchmarks/data.py                                   # a minute on two cores
-    python benchmarks/data.py --out benchmarks/data.json        # what README.md here shows
+    python benchmarks/data.py --out benchmarks/data.json        # for benchmarks/README.md
 
-Stage one's and stage two's loaders on packed made-up images, from the memory map to the normalised float batch: not augmented, augmented
-a batch at a time and by albumentations an image at a time. `us` is microseconds an image. Medians.
+The loaders of both stages read packed made-up images, from the memory map to the normalised float batch: without augmentation, with
+augmentation of a whole batch at once, and with albumentations, which augments one image after the other. `us` is microseconds per image.
+Times are medians.
 """
 import statistics
 import time
@@ -17,17 +18,18 @@ from grdd_fastai.data.blocks import category_dls, episodic_dls
 
 
 def per_image(dl, least=1.):
-    "Seconds an image, over the epochs that fill `least` seconds"
-    n,begun = 0,time.perf_counter()
+    "Seconds per image, over as many epochs as fill `least` seconds"
+    n = 0
+    begun = time.perf_counter()
     while not n or time.perf_counter() - begun < least:
         for x,_ in dl: n += len(x)
     return (time.perf_counter() - begun)/n
 
 @call_parse
 def main(
-    repeats:int=5, # of each measurement
-    sides:str='32,84', # of the images, separated by commas
-    out:str=None, # file that takes the lines with hardware, versions and commit, as JSON
+    repeats:int=5, # number of times that each measurement is repeated
+    sides:str='32,84', # sides of the images in pixels, separated by commas
+    out:str=None, # JSON file for the lines with device, versions and commit
 ):
     "Time the loaders"
     for px in map(int, sides.split(',')):

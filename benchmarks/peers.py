@@ -1,13 +1,14 @@
-"""The same work by what the package index has of other few-shot libraries
+"""Time training episodes of another few-shot library, easyfsl, against ours
 
     python benchmarks/peers.py                                  # a minute on two cores; needs the dev extra
-    python benchmarks/peers.py --out benchmarks/peers.json      # what README.md here shows
+    python benchmarks/peers.py --out benchmarks/peers.json      # for benchmarks/README.md
 
-Training episodes, 5-way 1-shot with 15 queries, of 32 px images, cropped, jittered and flipped: loading them, and a training step of
-ConvNet-4 on their labels with it (prototypes there, cosines here: CL+EL). easyfsl as its tutorials go: images from a
-folder by EasySet, torchvision's transforms, its sampler. Both in one process, in turns, medians; `times` is easyfsl's time over ours.
-Of the others learn2learn 0.2.0 does not build on Python 3.11, torchmeta 1.8.0 asks for torch below 1.10, mmfewshot 0.1.0 for mmcv below 2.
-evaluate.py compares the classifiers.
+The episodes are 5-way 1-shot with 15 queries per class, of 32 px images that are cropped, jittered and flipped. One line times their
+loading, and one times a training step of ConvNet-4 on their labels with the loading (easyfsl: prototypes; ours: cosines, CL+EL). easyfsl is
+used as in its tutorials: EasySet reads the images from a folder, with torchvision's transforms and easyfsl's sampler. The two take turns in
+one process. Times are medians, and `times` is easyfsl's time divided by ours. Other libraries cannot be installed here: learn2learn 0.2.0
+does not build on Python 3.11, torchmeta 1.8.0 needs torch below 1.10, and mmfewshot 0.1.0 needs mmcv below 2. evaluate.py compares the
+classifiers.
 """
 import json
 import tempfile
@@ -31,18 +32,20 @@ PX = 32
 
 
 def easy_set(data, folder):
-    "The base images as EasySet reads them: PNGs in class folders and a JSON file that names these"
+    "EasySet of the base images, which are written to `folder` as PNGs in class folders with a JSON file that names the folders"
     for i,(image,c) in enumerate(zip(data.train.images, data.train.y)):
         (folder/data.train.vocab[c]).mkdir(exist_ok=True)
         Image.fromarray(image).save(folder/data.train.vocab[c]/f'{i}.png')
-    (folder/'specs.json').write_text(json.dumps(dict(class_names=data.train.vocab, class_roots=[str(folder/c) for c in data.train.vocab])))
+    specs = dict(class_names=data.train.vocab, class_roots=[str(folder/c) for c in data.train.vocab])
+    (folder/'specs.json').write_text(json.dumps(specs))
     augment = [T.RandomCrop(PX, padding=4), T.ColorJitter(.4, .4, .4), T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(*data.stats)]
     return EasySet(folder/'specs.json', transform=T.Compose(augment))
 
 def prototype_steps(loader):
     "A function that trains easyfsl's prototypical network on the loader's episodes"
     net = create_backbone('convnet4', 0, PX).train()
-    method,opt = PrototypicalNetworks(net),torch.optim.SGD(net.parameters(), 1e-3, momentum=0.9, weight_decay=5e-4)
+    method = PrototypicalNetworks(net)
+    opt = torch.optim.SGD(net.parameters(), 1e-3, momentum=0.9, weight_decay=5e-4)
     def steps():
         for support,support_y,query,query_y,_ in loader:
             opt.zero_grad()
@@ -53,16 +56,17 @@ def prototype_steps(loader):
 
 @call_parse
 def main(
-    repeats:int=5, # of each measurement, taken in turns
-    episodes:int=20, # of each turn
-    out:str=None, # file that takes the lines with hardware, versions and commit, as JSON
+    repeats:int=5, # number of times that each measurement is repeated
+    episodes:int=20, # number of episodes per measurement
+    out:str=None, # JSON file for the lines with device, versions and commit
 ):
-    "Time peers"
+    "Time other libraries"
     data = MadeUp(PX, 64*60)
     def line(name, theirs, ours):
-        theirs(), ours()
-        a,b = medians(repeats, theirs, ours)
-        say(name=name, peer='easyfsl', peer_ms=round(1e3*a/episodes, 2), ours_ms=round(1e3*b/episodes, 2), times=round(a/b, 1),
+        theirs() # the first calls warm up
+        ours()
+        peer,own = medians(repeats, theirs, ours)
+        say(name=name, peer='easyfsl', peer_ms=round(1e3*peer/episodes, 2), ours_ms=round(1e3*own/episodes, 2), times=round(peer/own, 1),
             repeats=repeats)
     with tempfile.TemporaryDirectory() as folder:
         loader = easyfsl_loader(easy_set(data, Path(folder)), *EPISODE, episodes)

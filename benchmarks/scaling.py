@@ -1,12 +1,12 @@
-"""Time and memory as images, classes and episodes grow a hundred-fold
+"""Measure how time and memory grow with a hundred times the images, classes and episodes
 
     python benchmarks/scaling.py                                # two minutes on two cores
-    python benchmarks/scaling.py --images 6000,60000,600000 --out benchmarks/scaling.json    # what README.md here shows: ten minutes
+    python benchmarks/scaling.py --images 6000,60000,600000 --out benchmarks/scaling.json    # ten minutes, for benchmarks/README.md
 
-Each line is a process of its own: the seconds its work took, without imports, and `anonymous_mb`, the most memory it held beside the
-pages of files it had mapped (which the system takes back as it likes), `mapped_mb`, the most of those. `prepare` packs a zip of PNGs;
-`train` is an epoch's order and 100 steps of ConvNet-4, images from a cache on disk; `embed` is ConvNet-4's features of a split a tenth as
-large; `evaluate` classifies episodes of known features.
+Each line is measured in its own process. It has the seconds of the work without imports, `anonymous_mb`, the largest memory of the process
+without mapped files, and `mapped_mb`, the largest memory of mapped files, which the system takes back when it needs it. `prepare` packs a
+zip of PNGs. `train` is the order of an epoch and 100 steps of ConvNet-4, with images from a cache on disk. `embed` is the features of
+ConvNet-4 for a split of a tenth of the images. `evaluate` classifies episodes of given features.
 """
 import io
 import multiprocessing
@@ -25,17 +25,24 @@ from fastcore.script import call_parse
 
 
 def peak(name):
-    "MB that this process holds now, of a kind in /proc/self/status"
+    "MB of the memory that /proc/self/status calls `name`, for this process now"
     return next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith(name))/1024
 
 class Peaks(threading.Thread):
-    "The most of anonymous and of mapped memory while it runs, looked at twenty times a second"
-    def __init__(self): super().__init__(daemon=True); self.anonymous = self.mapped = 0.
-    def look(self): self.anonymous,self.mapped = max(self.anonymous, peak('RssAnon')),max(self.mapped, peak('RssFile'))
+    "Watch the memory of this process twenty times per second, and keep the largest `anonymous` and `mapped` memory in MB"
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.anonymous = self.mapped = 0.
+    def look(self):
+        self.anonymous = max(self.anonymous, peak('RssAnon'))
+        self.mapped = max(self.mapped, peak('RssFile'))
     def run(self):
-        while True: self.look(); time.sleep(.05)
+        while True:
+            self.look()
+            time.sleep(.05)
 
 def child(pipe, work, args):
+    "Send (seconds, anonymous MB, mapped MB) of `work(*args)` through `pipe`; this runs in its own process"
     import torch
     torch.set_num_threads(os.cpu_count())
     peaks = Peaks()
@@ -47,38 +54,39 @@ def child(pipe, work, args):
     pipe.send((took, peaks.anonymous, peaks.mapped))
 
 def measure(name, work, *args, **sizes):
-    "A line about `work(*args)` in a process of its own; it returns seconds"
+    "Print a line with the time and the memory of `work(*args)`, which runs in its own process and returns its seconds"
     context = multiprocessing.get_context('spawn')
     mine,theirs = context.Pipe()
     p = context.Process(target=child, args=(theirs, work, args))
     p.start()
-    theirs.close() # an end that is heard if it dies
+    theirs.close() # so that `recv` raises EOFError if the process dies
     took,anonymous,mapped = mine.recv()
     p.join()
     say(name=name, **sizes, seconds=round(took, 2), anonymous_mb=round(anonymous), mapped_mb=round(mapped))
 
 
-# ---- the works --------------------------------------------------------------------------------------------------------
+# ---- work that is measured --------------------------------------------------------------------------------------------
 
 def pngs(path, n_images, n_classes, px=32):
-    "A zip of `n_images` in class folders under train (8 of 10), val and test"
+    "Write a zip of `n_images` PNGs in class folders in train (8 of 10 classes), val and test"
     from PIL import Image
-    rng,shapes = np.random.default_rng(0),[]
-    for image in rng.integers(0, 256, (256, px//4, px//4, 3), dtype=np.uint8): # as many different ones, of four times four pixels a colour
+    shapes = []
+    for image in np.random.default_rng(0).integers(0, 256, (256, px//4, px//4, 3), dtype=np.uint8): # 256 images of 4 x 4 px squares
         buf = io.BytesIO()
         Image.fromarray(image.repeat(4, 0).repeat(4, 1)).save(buf, 'png', compress_level=1)
         shapes.append(buf.getvalue())
     with zipfile.ZipFile(path, 'w') as z:
         for i in range(n_images):
             c = i*n_classes//n_images
-            z.writestr(f'{("train","val","test")[max(0, c % 10 - 7)]}/c{c:05d}/{i:07d}.png', shapes[i % 256])
+            split = ('train', 'val', 'test')[max(0, c % 10 - 7)]
+            z.writestr(f'{split}/c{c:05d}/{i:07d}.png', shapes[i % 256])
 
 def prepare(path, cache):
     from grdd_fastai.data.cache import few_shot_data
     return seconds(few_shot_data, path, cache=cache)
 
 class Steps(Callback):
-    "Ends a fit after `n` steps"
+    "End a fit after `n` steps"
     run_valid = False
     def __init__(self, n): self.n = n
     def after_batch(self):
@@ -103,21 +111,23 @@ def evaluate(n_images, n_classes, n_episodes):
     import torch
 
     from grdd_fastai.fewshot.evaluate import evaluate
-    h,y = torch.rand(n_images, 64),torch.arange(n_images)*n_classes//n_images
+    h = torch.rand(n_images, 64)
+    y = torch.arange(n_images)*n_classes//n_images
     return seconds(evaluate, h, y, 5, 1, 5, n_episodes)
 
 
 @call_parse
 def main(
-    images:str='600,6000,60000', # of the data sets, separated by commas
-    episodes:str='1000,10000,100000', # separated by commas
-    out:str=None, # file that takes the lines with hardware, versions and commit, as JSON
+    images:str='600,6000,60000', # numbers of images of the data sets, separated by commas
+    episodes:str='1000,10000,100000', # numbers of episodes, separated by commas
+    out:str=None, # JSON file for the lines with device, versions and commit
 ):
-    "Measure growth"
+    "Measure how time and memory grow"
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         for n in map(int, images.split(',')):
-            path,cache,n_classes = folder/f'{n}.zip',folder/f'cache{n}',max(100, n//600)
+            path,cache = folder/f'{n}.zip',folder/f'cache{n}'
+            n_classes = max(100, n//600)
             pngs(path, n, n_classes)
             measure('prepare', prepare, path, cache, images=n, classes=n_classes)
             for work in (train, embed): measure(work.__name__, work, path, cache, images=n, classes=n_classes)

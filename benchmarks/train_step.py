@@ -1,18 +1,18 @@
-"""The recipes' training step beside the bare network's: what everything around the network's own arithmetic costs
+"""Time the training step of the recipes against a step of the bare network, to see what all work around the network costs
 
     python benchmarks/train_step.py                             # four minutes on two cores
-    python benchmarks/train_step.py --out benchmarks/train_step.json      # what README.md here shows
+    python benchmarks/train_step.py --out benchmarks/train_step.json      # for benchmarks/README.md
 
-Stage one with rotation and stage two with the teacher's features known beforehand, ConvNet-4 and ResNet-12, 32 and 84 px: `fit`, that is
-loading, augmentation, rotation or episodes, loss, the optimiser and every callback, against forward, cross-entropy, backward and SGD step
-of the network alone on a resident batch of the same shape, in the same precision and memory format. The two take turns in one process; a
-line has the medians of their times for a step and `ratio`, bare / recipe: 1 is a step that costs the network's arithmetic and no more. A
-batch is the recipe's (64 images at four rotations; 20-way 1-shot with 6 queries), halved until a bare step takes less than `--step`
-seconds.
+The recipe's step is a step of `fit` in stage one with rotation, or in stage two with known features of the teacher: loading, augmentation,
+rotation or episodes, loss, optimiser and all callbacks. The bare step is the forward pass, cross-entropy, backward pass and SGD step of the
+network alone, on one batch of the same shape that stays on the device, in the same precision and memory format. The networks are ConvNet-4
+and ResNet-12, at 32 and 84 px. The two steps take turns in one process. A line has the medians of their times, and `ratio` is the bare time
+divided by the recipe's: 1 means that a step costs no more than the network's arithmetic. A batch is the recipe's (64 images at four
+rotations, or 20-way 1-shot with 6 queries per class), halved until a bare step takes less than `--step` seconds.
 
-A line `teacher` has stage two's step with the features known and with the teacher's forward pass on the batch, teacher and student alike.
-The last line is ConvNet-4's stage one at 32 px against plain fastai: an item at a time through albumentations, float32, contiguous, the
-blocks as they are written in papers, in a process of its own, in turns as well.
+A line `teacher` compares the step of stage two with known features and with the teacher's forward pass on each batch; teacher and student
+have the same architecture. The last line compares stage one of ConvNet-4 at 32 px with plain fastai: one image after the other through
+albumentations, float32, contiguous memory, and the blocks as papers write them. Plain fastai runs in its own process and takes turns too.
 """
 import multiprocessing
 import statistics
@@ -24,6 +24,7 @@ from common import MadeUp, say, wait, write
 from fastai.callback.core import Callback, CancelFitException
 from fastai.torch_core import default_device
 from fastcore.script import call_parse
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from grdd_fastai.core.device import amp, autocast_dtype
@@ -37,15 +38,23 @@ TWO = PRESETS['best'].but(epochs=1, lr=1e-3)
 
 
 class Turns(Callback):
-    "Time a few steps of the fit, then of `other`, and again; the fit ends when there are `repeats` of each"
-    order,run_valid = 1000,False
-    def __init__(self, other, repeats, least=1.): self.other,self.repeats,self.least = other,repeats,least # seconds a turn takes at least
-    def before_fit(self): self.mine,self.others,self.steps,self.turn,self.begun = [],[],0,None,None
+    "Time a few steps of the fit and a few of `other` in turns of at least `least` seconds; the fit ends after `repeats` turns of each"
+    order = 1000
+    run_valid = False
+    def __init__(self, other, repeats, least=1.):
+        self.other = other
+        self.repeats = repeats
+        self.least = least
+    def before_fit(self):
+        self.mine,self.others = [],[] # seconds per step of each turn
+        self.steps = 0
+        self.turn = None # steps per turn
+        self.begun = None
     def after_batch(self):
         now = wait(torch.device(self.dls.device))
         self.steps += 1
         if self.iter < 2: self.begun = now # the first steps warm up
-        elif self.turn is None: # the third says how many steps a turn has
+        elif self.turn is None: # the third step decides how many steps a turn has
             self.turn = max(1, round(self.least/(now - self.begun)))
             self.other(self.turn)
             self.steps,self.begun = 0,wait(torch.device(self.dls.device))
@@ -57,13 +66,14 @@ class Turns(Callback):
 
 
 def bare(arch, px, n_images, device, compile=False):
-    "A function of k: the time for one of k steps of the network alone"
-    net,dtype = create_backbone(arch, N_CLASSES, px).to(device, memory_format=torch.channels_last).train(),autocast_dtype(device)
+    "A function of k that makes k steps of the network alone and returns the seconds per step"
+    net = create_backbone(arch, N_CLASSES, px).to(device, memory_format=torch.channels_last).train()
+    dtype = autocast_dtype(device)
     if compile:
         for part in net.children(): part.compile()
     opt = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9, weight_decay=5e-4, fused=True)
-    x,y = (torch.randn(n_images, 3, px, px, device=device).to(memory_format=torch.channels_last),
-           torch.randint(0, N_CLASSES, (n_images,), device=device))
+    x = torch.randn(n_images, 3, px, px, device=device).to(memory_format=torch.channels_last)
+    y = torch.randint(0, N_CLASSES, (n_images,), device=device)
     def steps(k):
         begun = wait(device)
         for _ in range(k):
@@ -76,13 +86,14 @@ def bare(arch, px, n_images, device, compile=False):
 
 
 def gflop_per_image(arch, px):
-    "Floating-point operations of a forward and a backward pass, counted, in 1e9 an image"
-    net,x = create_backbone(arch, N_CLASSES, px).train(),torch.randn(2, 3, px, px)
+    "Counted floating-point operations of a forward and a backward pass, in 1e9 per image"
+    net = create_backbone(arch, N_CLASSES, px).train()
+    x = torch.randn(2, 3, px, px)
     with FlopCounterMode(display=False) as counter: net(x).sum().backward()
     return counter.get_total_flops()/2/1e9
 
 def batch_of(stage, arch, px, device, limit):
-    "Images from the loader for a step (or ways of an episode), and images the network sees"
+    "Images (stage one) or classes (stage two) that a step loads, and images that its network sees; a bare step takes at most `limit` s"
     n,images = (ONE.bs, lambda n: 4*n) if stage == 'one' else (TWO.n_way, lambda n: n*(TWO.k_shot + TWO.n_query))
     probe = bare(arch, px, 8, device)
     probe(1)
@@ -91,73 +102,82 @@ def batch_of(stage, arch, px, device, limit):
     return n,images(n)
 
 def learner(stage, arch, px, n, steps, compile, view):
-    "The recipe's Learner and fit on made-up data, with a batch of `n`"
+    "The recipe's (Learner, fit) on made-up data, with `n` images (stage one) or classes (stage two) per step"
     kwargs = dict(compile=compile, valid=dict(n_way=5, k_shot=1, n_query=5, n_episodes=10), keep_best=False)
     if stage == 'one':
         return stage_one(MadeUp(px, max(N_CLASSES, n*steps), N_CLASSES), ONE.but(arch=arch, bs=n), **kwargs)
-    data,net = MadeUp(px, 40*N_CLASSES if px < 84 else 10*N_CLASSES, N_CLASSES),create_backbone(arch, 0, px)
+    data = MadeUp(px, 40*N_CLASSES if px < 84 else 10*N_CLASSES, N_CLASSES)
+    net = create_backbone(arch, 0, px)
     known = torch.randn(len(data.train), net.num_features) if view == 'clean' else None
     return stage_two(data, TWO.but(n_way=n, n_episodes=steps, teacher_view=view), net, create_backbone(arch, 0, px, 1), known, **kwargs)
 
 
 # ---- plain fastai -----------------------------------------------------------------------------------------------------
 
-def plain(pipe, px, bs, n_images, threads):
-    "In a process of its own: steps of a Learner as the tutorials make it, as many as `pipe` asks for"
+def plain_dls(data, bs):
+    "DataLoaders as the tutorials of fastai make them, with albumentations on each image"
     import albumentations as A
-    from fastai.vision.all import (
-        Category,
-        CrossEntropyLossFlat,
-        Datasets,
-        IntToFloatTensor,
-        Learner,
-        Normalize,
-        OptimWrapper,
-        PILImage,
-        ToTensor,
-    )
-    from torch import nn
-    torch.set_num_threads(threads)
-    data = MadeUp(px, n_images, N_CLASSES)
+    from fastai.vision.all import Category, Datasets, IntToFloatTensor, Normalize, PILImage, ToTensor
+    px = data.px
     aug = A.Compose([A.Pad(4), A.RandomCrop(px, px), A.ColorJitter(.4, .4, .4, hue=0., p=1.), A.HorizontalFlip()])
-    rows = range(n_images)
+    rows = range(len(data.train))
     sets = Datasets(rows, [[lambda i: PILImage.create(aug(image=data.train.images[i])['image'])],
                            [lambda i: Category(data.train.vocab[data.train.y[i]]), data.train.vocab.index]],
                     splits=(rows, rows[:bs]))
-    dls = sets.dataloaders(bs=bs, after_item=[ToTensor()], after_batch=[IntToFloatTensor(), Normalize.from_stats(*data.stats)],
-                           num_workers=0, device=torch.device('cpu'))
-    chs = (3, 64, 64, 64, 64)
-    blocks = [nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(), *([nn.MaxPool2d(2)] if i < 3 else []))
-              for i,(a,b) in enumerate(zip(chs, chs[1:]))]
-    net = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, N_CLASSES))
-    turn = nn.Linear(N_CLASSES, 4)
-    class Rotations(Callback):
-        def before_batch(self):
-            x,y = self.xb[0],self.yb[0]
-            self.learn.xb,self.learn.yb = (torch.cat([torch.rot90(x, k, (2, 3)) for k in range(4)]),),(y.repeat(4),)
-            self.angles = torch.arange(4).repeat_interleave(len(x))
-        def after_loss(self): self.learn.loss_grad = self.loss_grad + F.cross_entropy(turn(self.pred), self.angles)
-    class Ask(Callback):
-        order = 1000
-        def before_fit(self): self.left,self.begun = 0,time.perf_counter()
-        def after_batch(self):
-            self.left -= 1
-            if self.left > 0: return
-            pipe.send(time.perf_counter() - self.begun)
-            self.left = pipe.recv()
-            if not self.left: raise CancelFitException()
-            self.begun = time.perf_counter()
-    params = [*net.parameters(), *turn.parameters()]
-    learn = Learner(dls, net, loss_func=CrossEntropyLossFlat(), cbs=[Rotations(), Ask()], splitter=lambda _: params,
+    return sets.dataloaders(bs=bs, after_item=[ToTensor()], after_batch=[IntToFloatTensor(), Normalize.from_stats(*data.stats)],
+                            num_workers=0, device=torch.device('cpu'))
+
+def plain_convnet4():
+    "ConvNet-4 with its blocks as papers write them"
+    channels = (3, 64, 64, 64, 64)
+    blocks = []
+    for i,(ni,nf) in enumerate(zip(channels, channels[1:])):
+        blocks.append(nn.Sequential(nn.Conv2d(ni, nf, 3, padding=1), nn.BatchNorm2d(nf), nn.ReLU(), *([nn.MaxPool2d(2)] if i < 3 else [])))
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, N_CLASSES))
+
+class Rotations(Callback):
+    "Train on four rotations of each image, and add the loss of the layer `head`, which predicts the rotation"
+    def __init__(self, head): self.head = head
+    def before_batch(self):
+        x,y = self.xb[0],self.yb[0]
+        self.learn.xb = (torch.cat([torch.rot90(x, k, (2, 3)) for k in range(4)]),)
+        self.learn.yb = (y.repeat(4),)
+        self.angles = torch.arange(4).repeat_interleave(len(x))
+    def after_loss(self): self.learn.loss_grad = self.loss_grad + F.cross_entropy(self.head(self.pred), self.angles)
+
+class Ask(Callback):
+    "Send the seconds of the last steps through `pipe`, and receive the number of the next steps; 0 ends the fit"
+    order = 1000
+    def __init__(self, pipe): self.pipe = pipe
+    def before_fit(self):
+        self.left = 0
+        self.begun = time.perf_counter()
+    def after_batch(self):
+        self.left -= 1
+        if self.left > 0: return
+        self.pipe.send(time.perf_counter() - self.begun)
+        self.left = self.pipe.recv()
+        if not self.left: raise CancelFitException()
+        self.begun = time.perf_counter()
+
+def plain(pipe, px, bs, n_images, threads):
+    "Train a Learner as the tutorials of fastai make it, for as many steps as `pipe` asks for; this runs in its own process"
+    from fastai.vision.all import CrossEntropyLossFlat, Learner, OptimWrapper
+    torch.set_num_threads(threads)
+    dls = plain_dls(MadeUp(px, n_images, N_CLASSES), bs)
+    net = plain_convnet4()
+    head = nn.Linear(N_CLASSES, 4)
+    params = [*net.parameters(), *head.parameters()]
+    learn = Learner(dls, net, loss_func=CrossEntropyLossFlat(), cbs=[Rotations(head), Ask(pipe)], splitter=lambda _: params,
                     opt_func=lambda ps, **kw: OptimWrapper(ps, torch.optim.SGD, momentum=0.9, weight_decay=5e-4, **kw), metrics=[])
     with learn.no_bar(), learn.no_logging(): learn.fit(1000, 0.01)
 
 def other_process(px, bs, n_images):
-    "A function of k: the time for one of k steps of `plain`"
-    mine,theirs = multiprocessing.get_context('spawn').Pipe()
-    multiprocessing.get_context('spawn').Process(
-        target=plain, args=(theirs, px, bs, n_images, torch.get_num_threads()), daemon=True).start()
-    mine.recv() # its first step
+    "A function of k that makes k steps of `plain` in its own process and returns the seconds per step"
+    context = multiprocessing.get_context('spawn')
+    mine,theirs = context.Pipe()
+    context.Process(target=plain, args=(theirs, px, bs, n_images, torch.get_num_threads()), daemon=True).start()
+    mine.recv() # the first step
     def steps(k):
         mine.send(k)
         return mine.recv()/k
@@ -166,12 +186,12 @@ def other_process(px, bs, n_images):
 
 @call_parse
 def main(
-    repeats:int=5, # of each measurement, taken in turns
-    step:float=2., # seconds a bare step may take: larger batches are halved
+    repeats:int=5, # number of times that each measurement is repeated
+    step:float=2., # longest time of a bare step in seconds; larger batches are halved
     archs:str='convnet4,resnet12', # timm models, separated by commas
-    sides:str='32,84', # of the images, separated by commas
-    compile:bool=False, # networks, bare and in the recipe, by torch.compile
-    out:str=None, # file that takes the lines with hardware, versions and commit, as JSON
+    sides:str='32,84', # sides of the images in pixels, separated by commas
+    compile:bool=False, # compile the bare network and the recipe's with torch.compile
+    out:str=None, # JSON file for the lines with device, versions and commit
 ):
     "Time training steps"
     device = torch.device(default_device())

@@ -69,12 +69,18 @@ def get_preset(name:str, labels_alone:bool=False) -> StageTwo:
     return PRESETS[name].but(**LABELS_ALONE.get(name, {})) if labels_alone else PRESETS[name]
 
 
-def stage_two(data:FewShotData, s:StageTwo, student:nn.Module, teacher:nn.Module|list|None=None, teacher_features:torch.Tensor|list|None=None, **kwargs) -> tuple[Learner, Callable]:
-    """(Learner, fit) of stage two on a `FewShotData` for the settings `s`: `fit(learn)` trains `learn.model`
+def stage_two(
+    data:FewShotData,
+    s:StageTwo, # the settings
+    student:nn.Module, # the network of stage one to start from; with `s.init='random'` its architecture alone
+    teacher:nn.Module|list|None=None, # the frozen teacher, or a list of several; None trains on episodic labels alone (CL+EL)
+    teacher_features:torch.Tensor|list|None=None, # the teacher's features of the clean base images (N, D), where they are known
+    **kwargs # of `meta_learner`
+) -> tuple[Learner, Callable]:
+    """(Learner, fit) of stage two: `fit(learn)` trains `learn.model`
 
-    `student` is the network of stage one to start from, with `s.init='random'` its architecture alone. Without `teacher` or without
-    `s.distill` it trains on episodic labels alone (CL+EL). `teacher_features` are the teacher's features of the clean base images where
-    they are known.
+    With `s.distill=None` it trains on episodic labels alone, too. An episode has as many classes and queries as there are, where the
+    settings ask for more.
     """
     n_images = np.bincount(data.train.y)
     n_way = min(s.n_way, len(n_images))
@@ -93,8 +99,10 @@ def stage_two(data:FewShotData, s:StageTwo, student:nn.Module, teacher:nn.Module
                                 'jitter', 'augment'))
 def meta_learner(
     dls:DataLoaders, # DataLoaders of `episodic_dls`
-    student:str|nn.Module|Learner, # the network psi to start from, which is copied: stage one's backbone, a Learner of it, or the name of a timm model
-    teacher:nn.Module|Learner|list|None=None, # the trained global learner phi, or a list of several; None trains on episodic labels alone (CL+EL)
+    # the network psi to start from, which is copied: stage one's backbone, a Learner of it, or the name of a timm model
+    student:str|nn.Module|Learner,
+    # the trained global learner phi, or a list of several; None trains on episodic labels alone (CL+EL)
+    teacher:nn.Module|Learner|list|None=None,
     s=None, # the settings of `StageTwo` and `Distill` that concern the loss
     teacher_features:torch.Tensor|list|None=None, # features (N, D) that the teacher has of the clean base images, where they are known
     valid:dict|None=None, # episodes of the validation classes: n_way=5, k_shot as in training, n_query=15, n_episodes=1000, seed=0

@@ -1,10 +1,10 @@
-"""Figure 4 of arXiv 2107.05583: what each component of GRDD brings
+"""Figure 4 of arXiv 2107.05583: the accuracy that each component of GRDD adds
 
     python recipes/ablations.py --data cifar-fs.zip             # ResNet-12 teacher, 90 epochs: a GPU's work
     python recipes/ablations.py --demo                          # four minutes on two cores, no download
 
-Eq. 12 sums the KL of N_S groups where the whole matrix is a single one, so 'w/o RDD' also loses weight against gamma * L_rt: the row
-with matched weight multiplies it by N_S.
+Eq. 12 sums the KL of N_S groups, but the whole matrix is a single group. So the KL of 'w/o RDD' also has less weight relative to
+gamma * L_rt; the row with matched weight multiplies it by N_S.
 """
 from fastcore.meta import delegates
 from fastcore.script import call_parse
@@ -16,9 +16,9 @@ from grdd_fastai.stage_two import get_preset
 
 
 def ablations(two):
-    "Rows around the settings `two` of stage two"
+    "Rows that change one component of the settings `two` of stage two"
     n = two.n_way*two.k_shot # N_S
-    weight = two.distill.kl_weight / (n if two.distill.reduction == 'mean' else 1) # of each group in the sum of Eq. 12
+    weight = two.distill.kl_weight / (n if two.distill.reduction == 'mean' else 1) # weight of each group in the sum of Eq. 12
     whole = dict(decouple=False, reduction='sum')
     return {
         'CL':                     CL,

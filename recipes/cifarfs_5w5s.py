@@ -1,11 +1,11 @@
 """GRDD on CIFAR-FS, 5-way 5-shot (Table 1 of arXiv 2107.05583: 89.1 % with ResNet-12)
 
-    python recipes/cifarfs_5w5s.py                              # fetches CIFAR-FS
-    python recipes/cifarfs_5w5s.py --data cifar-fs.zip          # or any data set of yours: data/README.md
-    python recipes/cifarfs_5w5s.py --demo                        # three minutes on two cores, no download
+    python recipes/cifarfs_5w5s.py                              # downloads CIFAR-FS
+    python recipes/cifarfs_5w5s.py --data cifar-fs.zip          # or your own data set: data/README.md
+    python recipes/cifarfs_5w5s.py --demo                       # three minutes on two cores, no download
 
-The defaults are the paper's ResNet-12 teacher and student and 90 + 15 epochs, with stage two as it did best on validation classes;
-`--preset paper` takes the paper's words for it. `--help` lists every setting.
+The defaults are the paper's ResNet-12 teacher and student, its 90 + 15 epochs, and the settings of stage two that did best on the
+validation classes. `--preset paper` sets stage two as the paper describes it. `--help` lists every setting.
 """
 from fastcore.meta import delegates
 from fastcore.script import call_parse

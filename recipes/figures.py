@@ -1,10 +1,10 @@
-"""Figures 3 and 5 of arXiv 2107.05583: embeddings of CL, CL+EL and GRDD, and the teacher's relatedness over T
+"""Figures 3 and 5 of arXiv 2107.05583: embeddings of CL, CL+EL and GRDD, and the teacher's relatedness at several temperatures T
 
-    python recipes/figures.py --data cifar-fs.zip               # with the networks of the other recipes in --out, or new ones
+    python recipes/figures.py --data cifar-fs.zip               # uses the networks of the other recipes in --out, or trains them
     python recipes/figures.py --demo                            # two minutes on two cores, no download
 
-Figure 3 is a t-SNE of the same images of the same novel classes in each panel. Figure 5 takes one episode of the validation
-classes; 'whole matrix' is without the relatedness decoupling. Nothing is scored on the novel classes.
+Figure 3 is a t-SNE of the same images of the same novel classes in each panel. Figure 5 shows one episode of the validation classes;
+'whole matrix' is without the relatedness decoupling. Nothing is scored on the novel classes.
 """
 from typing import Annotated
 
@@ -30,20 +30,23 @@ T = (0.05, 0.1, 0.5, 1., 4.)
 
 
 def tsne(nets, data, n_classes, n_images, seed):
-    "The points of each network (title -> (N, 2)), their classes, and a tidy DataFrame of both"
-    split,rng = data.test,np.random.default_rng(seed)
+    "t-SNE of the networks `nets` (title -> network): title -> points (N, 2), classes (N), names of the classes, and a tidy DataFrame"
+    split = data.test
+    rng = np.random.default_rng(seed)
     classes = rng.choice(len(split.vocab), min(n_classes, len(split.vocab)), replace=False)
     rows = np.concatenate([rng.permutation(np.flatnonzero(split.y == c))[:n_images] for c in classes])
-    points,y = {},np.searchsorted(np.sort(classes), split.y[rows])
+    y = np.searchsorted(np.sort(classes), split.y[rows])
+    points = {}
     for title,net in nets.items():
         h = torch.nn.functional.normalize(embed(net, plain_dl(data, 'test'))[0][rows], dim=1).cpu().numpy()
         points[title] = TSNE(perplexity=min(30, len(rows)//4), init='pca', random_state=seed).fit_transform(h)
     names = [split.vocab[c] for c in np.sort(classes)]
-    tidy = pd.concat([pd.DataFrame(dict(network=k, row=rows, label=[names[c] for c in y], x=p[:, 0], y=p[:, 1])) for k,p in points.items()])
+    labels = [names[c] for c in y]
+    tidy = pd.concat([pd.DataFrame(dict(network=k, row=rows, label=labels, x=p[:, 0], y=p[:, 1])) for k,p in points.items()])
     return points,y,names,tidy
 
 def relatedness_over_T(teacher, data, seed):
-    "T -> (whole, decoupled) softmax of the relatedness of one 5-way 1-shot episode, and a tidy DataFrame"
+    "Softmax of the relatedness of one 5-way 1-shot episode: T -> (whole, decoupled), each of shape (NS, NQ), and a tidy DataFrame"
     h,y = embed(teacher, plain_dl(data, 'val'))
     support,query = (torch.as_tensor(r[:1]).flatten(1) for r in next(sample_episodes(y, n_episodes=1, seed=seed)))
     R = relatedness(h[support], h[query])
@@ -56,16 +59,18 @@ def relatedness_over_T(teacher, data, seed):
 @checked
 @delegates(table, but=['name', 'all_rows', 'rows', 'seeds', 'score', 'results'])
 def main(
-    classes:Annotated[int, 'novel classes in Figure 3', at_least(1)]=5,
-    images:Annotated[int, 'images of each of these classes', at_least(1)]=100,
+    classes:Annotated[int, 'number of novel classes in Figure 3', at_least(1)]=5,
+    images:Annotated[int, 'number of images of each class in Figure 3', at_least(1)]=100,
     seed:Annotated[int, 'seed of the networks, the images, the t-SNE and the episode', between(0, 2**32 - 1)]=0,
     **kwargs
 ):
-    "Figures 3 and 5: embeddings, relatedness"
+    "Figures 3 and 5: embeddings and relatedness"
     if classes*images < 8: raise UserError(f'{classes} classes of {images} images are too few to show: give --classes or --images more')
     made = table('figures', ROWS, seeds=seed, **kwargs)
-    if len(made.scored) < len(ROWS): return made.check() # stopped, or a row failed
-    nets,out,data = {k:made.nets[k, seed]['net'].net for k in ROWS},made.store.out,made.store.data
+    if len(made.scored) < len(ROWS): return made.check() # the program was stopped, or a row failed
+    nets = {k:made.nets[k, seed]['net'].net for k in ROWS}
+    out = made.store.out
+    data = made.store.data
     points,y,names,tidy = tsne(nets, data, classes, images, seed)
     atomic_write(out/'figure3.csv', tidy.to_csv(index=False))
     save_figure(plot_tsne(points, y, names), out/'figure3.png')

@@ -1,10 +1,10 @@
 """GRDD on miniImageNet, 5-way 5-shot (Table 1 of arXiv 2107.05583: 84.3 % with ResNet-12)
 
-    python recipes/mini_5w5s.py --data mini-imagenet/           # images/ beside train.csv, val.csv, test.csv
-    python recipes/mini_5w5s.py --demo                        # three minutes on two cores, no download
+    python recipes/mini_5w5s.py --data mini-imagenet/           # a folder with images/, train.csv, val.csv and test.csv
+    python recipes/mini_5w5s.py --demo                          # three minutes on two cores, no download
 
-The defaults are the paper's ResNet-12 teacher and student and 90 + 15 epochs, with stage two as it did best on validation classes;
-`--preset paper` takes the paper's words for it. `--help` lists every setting.
+The defaults are the paper's ResNet-12 teacher and student, its 90 + 15 epochs, and the settings of stage two that did best on the
+validation classes. `--preset paper` sets stage two as the paper describes it. `--help` lists every setting.
 """
 from fastcore.meta import delegates
 from fastcore.script import call_parse
@@ -16,7 +16,7 @@ from grdd_fastai.grdd import grdd
 @call_parse
 @delegates(grdd, but=['way', 'shot', 'px', 'name'])
 def main(
-    data:str=None, # images/ beside train.csv, val.csv, test.csv, or any layout of data/README.md
+    data:str=None, # folder with images/, train.csv, val.csv and test.csv, or any other layout of data/README.md
     demo:bool=False, # small settings, and the embedded data set unless --data is given
     **kwargs
 ):

@@ -1,9 +1,9 @@
-"""A finished training's network, scored and written as a folder that timm loads, with a model card
+"""Score the network of a finished training and write it as a folder that timm loads, with a model card
 
     python recipes/publish.py runs/experiments/gr-convnet4-s0-1234abcd --data cifar-fs.zip --out weights/convnet4.grdd_cifarfs
 
-`timm.create_model('local-dir:weights/convnet4.grdd_cifarfs')` loads it; with `--hub user/name` it is pushed to the Hugging Face
-hub as well, for `timm.create_model('hf-hub:user/name')`.
+`timm.create_model('local-dir:weights/convnet4.grdd_cifarfs')` loads the network. `--hub user/name` also pushes it to the Hugging Face
+hub, from which `timm.create_model('hf-hub:user/name')` loads it.
 """
 from fastcore.script import call_parse
 
@@ -19,12 +19,12 @@ from grdd_fastai.settings import from_flags, with_flags
 @call_parse
 @with_flags(files=DataOptions)
 def main(
-    run:str, # folder of the training: net.safetensors and net.json in it, as recipes/table2.py leaves them
-    out:str=None, # folder to write; its name is the weights', as timm spells it: arch.tag (none: published/ in the run's)
+    run:str, # folder of the training with net.safetensors and net.json, as recipes/table2.py writes it
+    out:str=None, # folder to write, whose name is the name of the weights in timm's form arch.tag (published/ in the run's folder)
     files=None, # the given `DataOptions`
     shots:str='1,5', # shots to score, separated by commas
-    test_episodes:int=10_000, # to score, of the validation and of the novel classes
-    results:str=None, # folder whose log of every scoring of the novel classes takes these (the project's own: results)
+    test_episodes:int=10_000, # number of episodes to score, both of the validation and of the novel classes
+    results:str=None, # second folder for the log of the scorings of the novel classes (in this project: results)
     hub:str=None, # also push to this Hugging Face repository: user/name
 ):
     "Score a trained network and write it as a folder that timm loads"

@@ -1,11 +1,10 @@
-"""The readings of stage two and of stage one where the paper is silent, each trained on as many images as the others
+"""Variants of stage two and of stage one where the paper leaves a choice open, all trained on the same number of images
 
     python recipes/readings.py --data cifar-fs.zip              # ResNet-12 teacher, 90 epochs: a GPU's work
     python recipes/readings.py --demo                           # eight minutes on two cores, no download
 
-A row changes one thing of BASE. Each stage two trains on --images in one epoch, so that none is chosen; the validation classes tell
-the readings apart.
-docs/method.md has what was measured.
+Each row changes one setting of BASE or combines changes. Each stage two trains on --images in one epoch, so that no epoch is chosen. The
+validation classes compare the variants; docs/method.md shows what was measured.
 """
 from typing import Annotated
 
@@ -18,9 +17,9 @@ from grdd_fastai.experiments.table import CL, EL, GR, table
 from grdd_fastai.settings import between, checked
 from grdd_fastai.stage_two import PRESETS
 
-LITERAL = {k:v for k,v in PRESETS['paper'].values().items() if k not in ('jitter', 'augment', 'seed')} # these flags are for all rows
+LITERAL = {k:v for k,v in PRESETS['paper'].values().items() if k not in ('jitter', 'augment', 'seed')} # flags set these for all rows
 BASE = LITERAL | dict(n_way=20, n_query=6, T=0.1, scale=10., mean=True, schedule='one_cycle', lr=1e-2, epochs=1)
-BEST = dict(reduction='mean', gamma=1., kl_weight=5., teacher_view='same', lr=2e-2) # changes that proved best together
+BEST = dict(reduction='mean', gamma=1., kl_weight=5., teacher_view='same', lr=2e-2) # changes that did best together
 SHOT5 = dict(n_way=10, k_shot=5, n_query=9)
 
 CHANGES = { # row -> (kind of row, changes of BASE)
@@ -89,7 +88,7 @@ CHANGES = { # row -> (kind of row, changes of BASE)
     '5-shot mean':              (GR, SHOT5),
     '5-shot sum':               (GR, SHOT5 | dict(mean=False)),
 }
-PAPER = { # the literal words, and the same in wide episodes
+PAPER = { # row -> changes of the settings that the paper describes
     'paper':                    {},
     'paper wide':               dict(n_way=20, n_query=6),
     'paper lr=0.01':            dict(lr=1e-2),
@@ -97,7 +96,7 @@ PAPER = { # the literal words, and the same in wide episodes
 ONE = dict(rotation=False, rotation_from='logits', head='linear', smoothing=0., jitter=True, schedule='one_cycle', lr=0.1, opt='sgd',
            bs=64)
 MUON = dict(opt='muon', lr=0.02, bs=128)
-STAGE_ONE = { # CL alone; with rotation a quarter of the epochs, for the same number of images
+STAGE_ONE = { # row -> changes of ONE for CL alone; rows with rotation train a quarter of the epochs, since each has four times the images
     'stage one':                            {},
     'stage one cosine classifier':          dict(head='cosine'),
     'stage one no jitter':                  dict(jitter=False),
@@ -115,30 +114,33 @@ STAGE_ONE = { # CL alone; with rotation a quarter of the epochs, for the same nu
 
 
 def sized(two, images):
-    "`two` with as many episodes an epoch as `images` fill"
+    "The settings `two` with the number of episodes per epoch that trains on `images` images in all"
     per_episode = two['n_way'] * (two['k_shot'] + two['n_query'])
     return two | dict(n_episodes=max(1, round(images/two['epochs']/per_episode)))
 
 def readings(images, epochs):
+    "All rows, with `images` images for each stage two and `epochs` epochs for each row on stage one"
     def one(change): return ONE | dict(epochs=epochs//4 if change.get('rotation') else epochs) | change
     def versus(k, *others): return dict(versus=[o for o in others if o != k])
-    return {'CL': CL,
-            **{k:kind | versus(k, 'CL', 'CL+EL') | dict(stage_two=sized(BASE | change, images)) for k,(kind,change) in CHANGES.items()},
-            **{k:GR | versus(k, 'CL', 'CL+EL') | dict(stage_two=sized(LITERAL | dict(epochs=BASE['epochs']) | change, images))
-               for k,change in PAPER.items()},
-            **{k:CL | versus(k, 'stage one') | dict(stage_one=one(change)) for k,change in STAGE_ONE.items()}}
+    rows = {'CL':CL}
+    for k,(kind,change) in CHANGES.items(): rows[k] = kind | versus(k, 'CL', 'CL+EL') | dict(stage_two=sized(BASE | change, images))
+    literal = LITERAL | dict(epochs=BASE['epochs'])
+    for k,change in PAPER.items(): rows[k] = GR | versus(k, 'CL', 'CL+EL') | dict(stage_two=sized(literal | change, images))
+    for k,change in STAGE_ONE.items(): rows[k] = CL | versus(k, 'stage one') | dict(stage_one=one(change))
+    return rows
 
 @call_parse
 @checked
 @delegates(table, but=['name', 'all_rows', 'preset', 'meta_epochs', 'meta_lr', 'meta_opt', 'episodes'])
 def main(
-    images:Annotated[int, 'images that each stage two trains on (400000; demo: 2000)', between(1, 10**9)]=None,
+    images:Annotated[int, 'number of images that each stage two trains on (400000; demo: 2000)', between(1, 10**9)]=None,
     stage_one_epochs:Annotated[int, 'epochs of the rows on stage one, a multiple of 4 (40; demo: 4)', between(1, 10**6)]=None,
     demo:bool=False, # small settings, and the embedded data set unless --data is given
     **kwargs
 ):
-    "What the paper leaves open, measured"
-    images,stage_one_epochs = images or (2000 if demo else 400_000),stage_one_epochs or (4 if demo else 40)
+    "Measure the choices that the paper leaves open"
+    images = images or (2000 if demo else 400_000)
+    stage_one_epochs = stage_one_epochs or (4 if demo else 40)
     if stage_one_epochs % 4:
         raise UserError(f'--stage-one-epochs is {stage_one_epochs}: it must be a multiple of 4, a quarter is trained with rotation')
     made = table('readings', readings(images, stage_one_epochs), demo=demo, **kwargs)

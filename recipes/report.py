@@ -1,4 +1,4 @@
-"""Write RESULTS.md, and the measured parts of README.md and the docs, from the records in results/
+"""Write RESULTS.md and the measured parts of README.md and the docs from the records in results/
 
     python recipes/report.py
 """
@@ -11,5 +11,5 @@ from grdd_fastai.experiments.report import write_report
 def main(
     root:str='.', # folder of the checkout
 ):
-    "Write RESULTS.md and the measured parts of README.md and the docs"
+    "Write RESULTS.md and the measured parts of README.md and the docs from the records in results/"
     write_report(root)

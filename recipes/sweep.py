@@ -1,9 +1,9 @@
-"""Figure 6 of arXiv 2107.05583: accuracy over gamma and over T, one at a time around a preset of stage two
+"""Figure 6 of arXiv 2107.05583: accuracy over gamma and over T, where each row changes one of them in a preset of stage two
 
     python recipes/sweep.py --data cifar-fs.zip                 # ResNet-12 teacher, 90 epochs: a GPU's work
     python recipes/sweep.py --demo                              # four minutes on two cores, no download
 
-T divides the cosines: below 1 it sharpens the softmax, T = 0.25 multiplies them by 4.
+T divides the cosines. A T below 1 sharpens the softmax: T = 0.25 multiplies the cosines by 4.
 """
 from fastcore.meta import delegates
 from fastcore.script import call_parse
@@ -20,13 +20,13 @@ ROWS = {'CL': CL, 'CL+EL': EL | dict(versus=['CL']),
 @call_parse
 @delegates(table, but=['name', 'all_rows'])
 def main(**kwargs):
-    "Figure 6: gamma and T"
+    "Figure 6: accuracy over gamma and T"
     made = table('sweep', ROWS, **kwargs)
     scored = made.scored
-    if scored.empty: return made.check() # stopped, or every row failed
+    if scored.empty: return made.check() # the program was stopped, or every row failed
     values = scored.assign(symbol=scored.row.str.split('=').str[0], value=scored.row.str.extract('=(.*)', expand=False).astype(float))
     sweeps = {symbol:values[values.symbol == symbol] for symbol in ('gamma', 'T') if (values.symbol == symbol).any()}
-    lines = {f'{row}, {shot}-shot':of.accuracy.mean()
-             for (row,shot),of in scored[scored.row.isin(['CL', 'CL+EL'])].groupby(['row', 'shot'])}
+    references = scored[scored.row.isin(['CL', 'CL+EL'])].groupby(['row', 'shot'])
+    lines = {f'{row}, {shot}-shot':runs.accuracy.mean() for (row,shot),runs in references}
     if sweeps: save_figure(plot_sweep(sweeps, lines), made.path('sweep'))
     made.check()

@@ -3,8 +3,8 @@
     python recipes/table2.py --data cifar-fs.zip                # ResNet-12 and 90 epochs: a GPU's work
     python recipes/table2.py --demo                             # four minutes on two cores, no download
 
-Writes scores and paired differences as CSV and a figure to --out. Each network is trained once, whatever rows need it, and the
-same command goes on where it was stopped. `--teacher` names the table's large network, `--student` its small one.
+Scores and paired differences are written to --out as CSV files and a figure. Each network is trained once, even if several rows need it,
+and the same command goes on where it was stopped. `--teacher` names the large network of the table, `--student` its small one.
 """
 from fastcore.meta import delegates
 from fastcore.script import call_parse
@@ -13,7 +13,8 @@ from grdd_fastai.experiments.plots import plot_rows, save_figure
 from grdd_fastai.experiments.table import CL, EL, GR, table
 
 small,large = dict(psi='student'),dict(psi='teacher')
-def paper(one_shot, phi, psi, five_shot=None): # the latter from Table 1
+def paper(one_shot, phi, psi, five_shot=None):
+    "A row's entry for the paper's accuracies: 1-shot from Table 2, and 5-shot from Table 1"
     return dict(paper={('cifar_fs', phi, psi): {'1-shot':one_shot} | ({'5-shot':five_shot} if five_shot else {})})
 
 ROWS = {

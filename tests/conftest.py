@@ -1,39 +1,20 @@
+"""Fixtures that several files use: tiny data sets, the real one, networks and finished runs."""
 import os
 from pathlib import Path
 
 import matplotlib
-import numpy as np
-import pandas as pd
 import pytest
-from PIL import Image
+from helpers import ROOT, STAGES, TABLE, leavings, recipe, settings, write_csv_set
+
+from grdd_fastai.data.cache import few_shot_data
+from grdd_fastai.models.create import create_backbone
+from grdd_fastai.models.pretrained import save_weights
 
 matplotlib.use('Agg')
-ROOT = Path(__file__).parent.parent
 REAL = Path(os.environ.get('CIFAR_FS', ROOT.parent/'shared'/'data'/'cifar-fs.zip'))
 
 
-def write_images(folder, names, px=16, seed=0, hue=0., amplitude=90):
-    "PNGs whose colour says their class a little and whose noise is their own; `hue` places the class"
-    rng = np.random.default_rng(seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    base = 127 + amplitude*np.sin(2*np.pi*(hue + np.arange(3)/3))
-    for name in names:
-        (folder/name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((base + rng.normal(0, 40, (px, px, 3))).clip(0, 255).astype(np.uint8)).save(folder/name)
-
-def write_csv_set(root, n_classes=(6, 6, 6), n_images=20, px=16, amplitude=90):
-    "Split CSVs and images/: classes `<split><i>` of `n_images` each"
-    for s,n in zip(('train','val','test'), n_classes):
-        rows = []
-        for c in range(n):
-            names = [f'{s}{c}/{i:02d}.png' for i in range(n_images)]
-            write_images(root/'images', names, px, hash_seed(s, c), c/n, amplitude)
-            rows += [(f, f'{s}{c}') for f in names]
-        pd.DataFrame(rows, columns=['filename','label']).to_csv(root/f'{s}.csv', index=False)
-    return root
-
-def hash_seed(*key): return abs(sum(ord(ch)*31**i for i,ch in enumerate(repr(key)))) % 2**31
-
+# ---- data sets --------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope='session')
 def csv_set(tmp_path_factory): return write_csv_set(tmp_path_factory.mktemp('set'))
@@ -43,13 +24,26 @@ def faint(tmp_path_factory):
     "Split CSVs of classes that can hardly be told apart: no accuracy is 100%"
     return write_csv_set(tmp_path_factory.mktemp('faint'), amplitude=4)
 
+@pytest.fixture
+def root(tmp_path): return write_csv_set(tmp_path/'set', (3, 3, 3), 6, px=8)
+
+@pytest.fixture
+def folders(root):
+    "The same images without CSVs: train, val and test folders of class folders"
+    for s in ('train', 'val', 'test'):
+        (root/f'{s}.csv').unlink()
+        (root/s).mkdir()
+        for d in (root/'images').glob(f'{s}[0-9]'): d.rename(root/s/d.name)
+    return root
+
 @pytest.fixture(scope='session')
 def cache(tmp_path_factory): return tmp_path_factory.mktemp('cache')
 
 @pytest.fixture(scope='session')
-def data(csv_set, cache):
-    from grdd_fastai.data.cache import few_shot_data
-    return few_shot_data(csv_set, px=16, cache=cache)
+def data(csv_set, cache): return few_shot_data(csv_set, px=16, cache=cache)
+
+@pytest.fixture(scope='session')
+def faint_data(faint, cache): return few_shot_data(faint, 32, cache)
 
 @pytest.fixture(scope='session')
 def real_zip():
@@ -57,6 +51,35 @@ def real_zip():
     return REAL
 
 @pytest.fixture(scope='session')
-def real(real_zip, cache):
-    from grdd_fastai.data.cache import few_shot_data
-    return few_shot_data(real_zip, cache=cache)
+def real(real_zip, cache): return few_shot_data(real_zip, cache=cache)
+
+
+# ---- networks and runs ------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='session')
+def two_nets(tmp_path_factory, faint_data):
+    "Weights of a network with a classifier and of one without, as runs save them"
+    out = tmp_path_factory.mktemp('nets')
+    for name,n,seed in (('student_cl', 6, 0), ('student_grdd', 0, 1)):
+        save_weights(create_backbone('convnet4', n, 32, seed), out/name, arch='convnet4', px=32, classes=faint_data.train.vocab,
+                     stats=faint_data.stats)
+    return out
+
+@pytest.fixture(scope='session')
+def undisturbed(csv_set, cache, tmp_path_factory):
+    "What a run that nothing stops comes to"
+    out = tmp_path_factory.mktemp('undisturbed')/'run'
+    recipe('cifarfs_5w1s')(out=str(out), **settings(csv_set, cache))
+    want = leavings(out)
+    assert set(want[0]) == {f'{s}.{x}' for s in STAGES for x in ('safetensors','json')} | {f'history_{s}.csv' for s in STAGES}
+    return want
+
+@pytest.fixture(scope='session')
+def finished(csv_set, cache, tmp_path_factory):
+    "The files of a finished run, to be laid out anew"
+    out = tmp_path_factory.mktemp('finished')/'run'
+    recipe('cifarfs_5w1s')(out=str(out), **settings(csv_set, cache))
+    return {f.name:f.read_bytes() for f in out.iterdir()}
+
+@pytest.fixture
+def small(faint, cache): return TABLE | dict(data=str(faint), cache=str(cache))

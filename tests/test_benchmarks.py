@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 SMALL = dict(
     train_step=['--repeats', '1', '--archs', 'convnet4', '--sides', '16', '--step', '0.2'],
@@ -25,6 +25,7 @@ def lines(name, tmp_path):
     kept = json.loads((tmp_path/'out.json').read_text())
     assert kept['lines'] == found and kept['device'] and kept['versions']['torch'] and kept['command'].startswith('python ')
     return found
+
 
 def test_train_step(tmp_path):
     found = lines('train_step', tmp_path)

@@ -8,8 +8,10 @@ import zipfile
 
 import nbformat
 import pytest
-from conftest import ROOT
 from fastcore.script import anno_parser
+from helpers import ROOT, write_images
+from naive import BACKBONES
+from PIL import Image
 
 README = (ROOT/'README.md').read_text()
 
@@ -41,14 +43,11 @@ def test_readmes_code_runs(data, csv_set, cache, monkeypatch):
     assert scope['meta'].model.num_features == 64 and hasattr(everything, 'evaluate')
 
 def test_readmes_weights_load():
-    from PIL import Image
     scope = dict(image=Image.new('RGB', (50, 40), 'red'))
     exec(blocks('python', 'create_transform')[0], scope)
     assert scope['h'].shape == (1, 64)
 
 def test_readmes_few_photos_are_classified(tmp_path):
-    from conftest import write_images
-    from PIL import Image
     for c,hue in (('cat', 0.), ('dog', .5)): write_images(tmp_path/'few'/c, ['1.jpg', '2.jpg'], 40, 0, hue)
     for name,c in (('new1', 'dog'), ('new2', 'cat')): Image.open(tmp_path/'few'/c/'1.jpg').save(tmp_path/f'{name}.jpg')
     code = (blocks('python', 'FewShotClassifier')[0].replace("'few/'", repr(str(tmp_path/'few'))).replace("'new", f"'{tmp_path}/new")
@@ -64,7 +63,6 @@ def test_the_file_map_names_every_file():
     for f in re.findall(r'`([\w/]+\.(?:py|md|ipynb))`', table): assert (ROOT/f).exists(), f
 
 def test_readme_lists_every_backbone():
-    from test_models import BACKBONES
     for name in BACKBONES: assert f'`{name}`' in README
 
 def test_nothing_imports_a_recipe():

@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from naive import naive_cross_entropy, naive_kl, naive_R, naive_sigma
 
 from grdd_fastai.losses import EpisodicLoss, class_relatedness, kl_relatedness, log_relatedness, regularizer, relatedness
 
@@ -13,22 +14,6 @@ E,WAY,SHOT,QUERY,D = 2,3,2,4,5
 def feats():
     g = torch.Generator().manual_seed(0)
     return [torch.randn(E, WAY*n, D, generator=g) for n in (SHOT, QUERY, SHOT, QUERY)]
-
-def cos(a, b): return sum(x*y for x,y in zip(a, b)) / math.sqrt(sum(x*x for x in a)) / math.sqrt(sum(y*y for y in b))
-
-def naive_R(s, q): return [[[cos(a, b) for b in q[e].tolist()] for a in s[e].tolist()] for e in range(len(s))]
-
-def naive_softmax(v): ex = [math.exp(x) for x in v]; return [x/sum(ex) for x in ex]
-
-def naive_kl(R_e, R_g, T, decouple, reverse):
-    total = 0.
-    for Re,Rg in zip(R_e, R_g):
-        groups = list(zip(Re, Rg)) if decouple else [(sum(Re, []), sum(Rg, []))]
-        for e,g in groups:
-            w_e,w_g = naive_softmax([x/T for x in e]),naive_softmax([x/T for x in g])
-            p,q = (w_e,w_g) if reverse else (w_g,w_e)
-            total += sum(a*math.log(a/b) for a,b in zip(p, q))
-    return total / len(R_e)
 
 
 def test_relatedness_is_the_cosine_of_every_pair(feats):
@@ -69,18 +54,13 @@ def test_groups_sum_to_one(feats):
 def test_class_relatedness_is_the_naive_sum(feats):
     s,q = feats[:2]
     y = torch.tensor([[0,0,1,1,2,2], [2,1,0,0,1,2]])
-    R,want = naive_R(s, q),np.zeros((E, WAY*QUERY, WAY))
-    for e in range(E):
-        for i in range(WAY*SHOT):
-            for j in range(WAY*QUERY): want[e, j, y[e, i]] += R[e][i][j]
     sigma = class_relatedness(relatedness(s, q), y, WAY)
-    assert np.allclose(sigma, want, atol=1e-5)
+    assert np.allclose(sigma, naive_sigma(naive_R(s, q), y, WAY), atol=1e-5)
     assert torch.allclose(class_relatedness(relatedness(s, q), y, WAY, mean=True), sigma/SHOT)
 
 def test_regularizer_is_the_naive_cross_entropy():
     sigma,y = torch.tensor([[[.5, -.2], [.1, .9]]]),torch.tensor([[0, 0]])
-    want = np.mean([-math.log(naive_softmax([10*v for v in row])[0]) for row in sigma[0].tolist()])
-    assert regularizer(sigma, y, scale=10.).item() == pytest.approx(want, rel=1e-5)
+    assert regularizer(sigma, y, scale=10.).item() == pytest.approx(naive_cross_entropy(sigma[0].tolist(), [0, 0]), rel=1e-5)
 
 def test_episodic_loss_reads_the_layout_class_by_class():
     "Features (E * way * (shot+query), D) that say class and role: each image goes to its place"

@@ -1,174 +1,145 @@
-"""Every recipe on tiny data, the contract of its output, and one sentence for each thing a user can get wrong."""
+"""The recipes beside GRDD itself: prepared data, experiments and figures, and RESULTS.md, which is what the records say."""
 import json
-import os
+import re
 import runpy
-import subprocess
-import sys
+import shlex
+import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
-import timm
-import torch
-from conftest import ROOT, write_csv_set
-from PIL import Image
-from safetensors.torch import load_file
+from fastcore.script import anno_parser
+from helpers import ROOT, recipe
 
-from grdd_fastai.core.errors import UserError
-from grdd_fastai.data.blocks import plain_dl
-from grdd_fastai.fewshot.embed import embed
-from grdd_fastai.fewshot.evaluate import evaluate
-
-GRDD = ('cifarfs_5w1s','cifarfs_5w5s','mini_5w1s','mini_5w5s')
-SMALL = dict(teacher='convnet4', student='convnet4', epochs=1, meta_epochs=1, episodes=4, test_episodes=50, query=5)
-
-def recipe(name): return runpy.run_path(str(ROOT/'recipes'/f'{name}.py'))['main']
-
-def shell(*args, **env):
-    return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, cwd=ROOT, env={**os.environ, **env},
-                          timeout=550)
-
-
-@pytest.mark.parametrize('name', GRDD)
-def test_each_recipe_runs_and_fills_its_folder(csv_set, cache, tmp_path, name):
-    r = recipe(name)(data=str(csv_set), cache=str(cache), out=str(tmp_path/'run'), **SMALL)
-    assert r['shot'] == int(name[-2]) and r['way'] == 5 and r['dataset'] == csv_set.name and r['status'] == 'finished'
-    assert json.loads((tmp_path/'run'/'result.json').read_text()) == r
-    settings,read = json.loads((tmp_path/'run'/'settings.json').read_text()),json.loads((tmp_path/'run'/'data.json').read_text())
-    assert (settings['settings']['epochs'] == 1 and settings['settings']['px'] == (84 if 'mini' in name else 32)
-            and {'commit','versions','device'} <= set(settings))
-    assert len(read['fingerprint']) == 64
-    history = pd.read_csv(tmp_path/'run'/'history_student_grdd.csv')
-    assert list(history.columns) == ['epoch','train_loss','L_kl','L_rt','accuracy'] and len(history) == 1
-    scorings = [json.loads(line) for line in (tmp_path/'run'/'novel_scorings.jsonl').read_text().splitlines()]
-    assert [s['what'] for s in scorings] == ['untrained','cl','grdd'] and scorings[2]['accuracy'] == pytest.approx(r['accuracy'], abs=1e-3)
-
-def test_a_recipe_scores_with_several_classifiers(csv_set, cache, tmp_path):
-    r = recipe('cifarfs_5w1s')(data=str(csv_set), cache=str(cache), out=str(tmp_path/'run'), classifiers='tim_adm,cosine,simpleshot_l2n',
-                               **SMALL)
-    plain = recipe('cifarfs_5w1s')(data=str(csv_set), cache=str(cache), out=str(tmp_path/'plain'), **SMALL)
-    assert r['classifier'] == 'tim_adm' and list(r['others']) == ['cosine','simpleshot_l2n'] and plain['others'] == {}
-    assert (r['others']['cosine']['accuracy'], r['others']['cosine']['accuracy_cl']) == (plain['accuracy'], plain['accuracy_cl'])
-    with pytest.raises(UserError, match="unknown classifier 'x'"):
-        recipe('cifarfs_5w1s')(data=str(csv_set), out=str(tmp_path/'x'), classifiers='x', **SMALL)
-
-def test_weights_saved_are_those_scored(data, cache, csv_set, tmp_path):
-    r = recipe('cifarfs_5w1s')(data=str(csv_set), cache=str(cache), out=str(tmp_path/'run'), **{**SMALL, 'test_episodes':200})
-    from grdd_fastai.data.cache import few_shot_data
-    data = few_shot_data(csv_set, px=32, cache=cache)
-    for file,key in (('student_grdd','accuracy'), ('student_cl','accuracy_cl')):
-        state,card = load_file(tmp_path/'run'/f'{file}.safetensors'),json.loads((tmp_path/'run'/f'{file}.json').read_text())
-        net = timm.create_model(card['arch'], num_classes=6 if 'head.weight' in state else 0)
-        net.load_state_dict(state)
-        assert evaluate(*embed(net, plain_dl(data)), 5, 1, 5, 200).accuracy == pytest.approx(r[key], abs=1e-3)
-
-def test_two_architectures_train_apart_and_one_shares(csv_set, cache, tmp_path):
-    main = recipe('cifarfs_5w1s')
-    for name,kwargs,teacher in (('shared', {}, False), ('apart', dict(independent_teacher=True), True),
-                                ('other', dict(teacher='convnet4_128'), True)):
-        main(data=str(csv_set), cache=str(cache), out=str(tmp_path/name), **{**SMALL, **kwargs})
-        assert (tmp_path/name/'teacher.safetensors').exists() == teacher
-    a,b = (load_file(tmp_path/'apart'/f'{n}.safetensors') for n in ('teacher','student_cl'))
-    assert not torch.equal(a['stages.0.0.weight'], b['stages.0.0.weight'])
-
-def test_same_command_same_result(csv_set, cache, tmp_path):
-    a,b = (recipe('cifarfs_5w1s')(data=str(csv_set), cache=str(cache), out=str(tmp_path/n), **SMALL) for n in 'ab')
-    assert {k:v for k,v in a.items() if k != 'seconds'} == {k:v for k,v in b.items() if k != 'seconds'}
-    assert (tmp_path/'a'/'student_grdd.safetensors').read_bytes() == (tmp_path/'b'/'student_grdd.safetensors').read_bytes()
-
-def test_explicit_flags_win_over_the_demos(csv_set, cache, tmp_path):
-    r = recipe('mini_5w1s')(demo=True, data=str(csv_set), cache=str(cache), out=str(tmp_path/'r'), **SMALL)
-    assert r['demo'] and r['epochs'] == 1 and r['test_episodes'] == 50 and r['dataset'] == csv_set.name
-
-@pytest.mark.slow
-def test_it_learns_data_it_never_saw(tmp_path, cache):
-    "Four epochs on a set of other names, counts, sizes and formats: at least five points above the untrained network"
-    rng = np.random.default_rng(0)
-    for c in range(40): # textures of a frequency, a kind and a colour, at any angle
-        folder,freq,base = tmp_path/'things'/f'Texture no. {c}',rng.uniform(1, 8),rng.uniform(60, 200, 3)
-        folder.mkdir(parents=True)
-        for j in range(28 + c%5):
-            w,h = rng.integers(24, 64, 2)
-            y,x = np.mgrid[:h, :w]/32
-            angle,phase = rng.uniform(0, 2*np.pi, 2)
-            u,v = x*np.cos(angle) + y*np.sin(angle),y*np.cos(angle) - x*np.sin(angle)
-            wave = np.sin(2*np.pi*freq*u + phase)
-            wave = (wave, wave*np.sin(2*np.pi*freq*v), np.sign(wave))[c%3]
-            im = base + rng.normal(0, 40, 3) + 50*wave[..., None] + rng.normal(0, 20, (h, w, 3))
-            Image.fromarray(im.clip(0, 255).astype(np.uint8)).save(folder/f'{j}.{("jpg","png","bmp","webp")[j%4]}')
-    r = recipe('cifarfs_5w1s')(data=str(tmp_path/'things'), cache=str(cache), out=str(tmp_path/'run'),
-                               **{**SMALL, 'epochs':4, 'meta_epochs':2, 'test_episodes':1000, 'episodes':40, 'query':15})
-    assert r['accuracy'] > r['accuracy_untrained'] + 5
-
-@pytest.mark.slow
-def test_the_real_zip_by_the_command_of_the_readme(real_zip, cache, tmp_path):
-    "Progress on stderr, the result alone on stdout; one step of each stage is enough here"
-    out = shell('recipes/cifarfs_5w1s.py', '--data', real_zip, '--cache', cache, '--out', tmp_path/'run',
-                '--teacher', 'convnet4', '--student', 'convnet4',
-                '--epochs', 1, '--meta-epochs', 1, '--episodes', 2, '--test-episodes', 100, '--bs', 1024, '--no-rotation')
-    assert out.returncode == 0, out.stderr[-2000:]
-    assert len(out.stdout.strip().splitlines()) == 1
-    r = json.loads(out.stdout)
-    assert {'dataset','way','shot','teacher','student','test_episodes','accuracy','ci95','accuracy_cl','ci95_cl','accuracy_untrained',
-            'seed','seconds','status'} <= set(r)
-    assert r['dataset'] == 'cifar_fs' and r['test_episodes'] == 100 and 20 < r['accuracy_untrained'] < 60
-
-@pytest.mark.slow
-def test_the_demo_on_the_command_line(tmp_path):
-    "The README's first command with its folders elsewhere: it learns, and says loudly what it is"
-    out = shell('recipes/cifarfs_5w1s.py', '--demo', '--out', tmp_path/'run', '--cache', tmp_path/'cache')
-    assert out.returncode == 0, out.stderr[-2000:]
-    r = json.loads(out.stdout.strip().splitlines()[-1])
-    assert 'DEMO' in out.stderr and r['dataset'] == 'demo' and r['accuracy'] >= r['accuracy_untrained'] + 10
-
-# ---- what a user can get wrong ----------------------------------------------------------------------------------------
-
-def wrong(tmp_path, **settings):
-    with pytest.raises(UserError) as e:
-        recipe('cifarfs_5w1s')(**{**SMALL, 'out':str(tmp_path/'run'), 'cache':str(tmp_path/'cache'), **settings})
-    assert '\n' not in str(e.value)
-    return str(e.value)
-
-def test_wrong_settings_are_one_sentence(csv_set, tmp_path):
-    (tmp_path/'file').write_text('')
-    assert 'no such file' in wrong(tmp_path, data=str(tmp_path/'x'))
-    assert "unknown backbone 'resnet13'" in wrong(tmp_path, data=str(csv_set), teacher='resnet13')
-    assert ('file/run cannot be written (Not a directory): give --out another'
-            in wrong(tmp_path, data=str(csv_set), out=str(tmp_path/'file'/'run')))
-    assert '20 images, too few for 1 support + 20 query' in wrong(tmp_path, data=str(csv_set), query=20)
-    assert 'val split has 3 classes, too few for 5-way' in wrong(tmp_path, data=str(write_csv_set(tmp_path/'few', (6, 3, 6), 8)))
-    for k,v,says in (('epochs',0,'--epochs is 0'), ('lr',float('nan'),'--lr is nan: it must be positive'), ('lr',-1,'--lr is -1'),
-                     ('T',0,'--t is 0'), ('gamma',-1,'--gamma is -1'), ('seed',-1,'--seed is -1'), ('seed',2**64,'--seed is'),
-                     ('max_minutes',0,'--max-minutes is 0')):
-        assert says in wrong(tmp_path, data=str(csv_set), **{k:v})
-    assert 'inception_v3 does not take images of 32 px' in wrong(tmp_path, data=str(csv_set), teacher='inception_v3')
-    assert not (tmp_path/'run').exists() # a run that never began leaves nothing
-
-def test_a_folder_of_the_users_own_is_left_alone(csv_set, cache, tmp_path):
-    out,main = tmp_path/'mine',recipe('cifarfs_5w1s')
-    out.mkdir()
-    for name in ('package.json','my.safetensors','history_of_rome.csv'): (out/name).write_text('precious')
-    main(data=str(csv_set), cache=str(cache), out=str(out), **SMALL)
-    assert all((out/n).read_text() == 'precious' for n in ('package.json','my.safetensors','history_of_rome.csv'))
-    before = (out/'result.json').read_bytes(),(out/'student_grdd.safetensors').read_bytes()
-    with pytest.raises(UserError, match='no such file'): main(data='/no/where', cache=str(cache), out=str(out), overwrite=True, **SMALL)
-    assert before == ((out/'result.json').read_bytes(), (out/'student_grdd.safetensors').read_bytes())
-    (out/'settings.json').write_text('{}')
-    (out/'settings.json').write_text('{"editor.fontSize": 12}')
-    with pytest.raises(UserError, match="not a run's"): main(data=str(csv_set), cache=str(cache), out=str(out), **SMALL)
-
-def test_an_undefined_interval_is_null(csv_set, cache, tmp_path):
-    r = recipe('cifarfs_5w1s')(data=str(csv_set), cache=str(cache), out=str(tmp_path/'run'), **{**SMALL, 'test_episodes':1})
-    assert r['ci95'] is None and 'NaN' not in (tmp_path/'run'/'result.json').read_text()
-
-def test_mini_imagenet_has_to_be_brought():
-    with pytest.raises(UserError, match='miniImageNet cannot be fetched'): recipe('mini_5w5s')(out='never')
-
-def test_on_the_command_line_an_error_is_the_last_line_and_no_traceback(tmp_path):
-    out = shell('recipes/cifarfs_5w1s.py', '--data', tmp_path/'no-such', '--out', tmp_path/'run')
-    assert out.returncode == 1 and out.stdout == '' and 'Traceback' not in out.stderr
-    assert out.stderr.strip().splitlines()[-1].startswith('no such file or folder') and not (tmp_path/'run'/'result.json').exists()
 
 def test_prepare_data_recipe(csv_set, tmp_path, capsys):
     recipe('prepare_data')(data=str(csv_set), out=str(tmp_path/'out'))
     assert capsys.readouterr().out.strip() == str(tmp_path/'out') and (tmp_path/'out'/'images').is_dir()
+
+@pytest.mark.parametrize('name, rows, n', [('table2', None, 8), ('ablations', None, 6), ('sweep', 'CL,gamma=0,T=1,T=4', 5)])
+def test_each_experiment_writes_its_table_and_its_figure(small, tmp_path, name, rows, n):
+    recipe(name)(out=str(tmp_path), rows=rows, **small)
+    assert len(pd.read_csv(tmp_path/f'{name}_val.csv')) == n and (tmp_path/f'{name}_val.png').stat().st_size > 5000
+
+def test_figures_shows_the_same_images_in_each_panel(small, tmp_path):
+    recipe('figures')(out=str(tmp_path), images=8, **small)
+    tsne,relatedness = pd.read_csv(tmp_path/'figure3.csv'),pd.read_csv(tmp_path/'figure5.csv')
+    rows = [of.row.tolist() for _,of in tsne.groupby('network')]
+    assert len(rows) == 3 and rows[0] == rows[1] == rows[2] and len(set(rows[0])) == 40 and tsne.groupby('label').size().eq(24).all()
+    by_support = relatedness.groupby(['softmax','T','support']).weight.sum()
+    assert np.allclose(by_support['decoupled'], 1, atol=1e-5) and np.allclose(by_support['whole'].groupby('T').sum(), 1, atol=1e-5)
+    assert all((tmp_path/f'figure{i}.png').stat().st_size > 5000 for i in (3, 5)) and not (tmp_path/'novel_scorings.jsonl').exists()
+
+
+# ---- report: made-up records ------------------------------------------------------------------------------------------
+
+START = dict(arch='convnet4', epochs=8, schedule='poly', lr=.1, bs=64, rotation=True, rotation_from='logits', seed=0)
+
+def score(accuracy, ci95=.2): return dict(accuracy=accuracy, ci95=ci95, n=10_000, episodes='')
+def versus(difference, ci95=.1):
+    return {'CL':{'1-shot':dict(difference=difference, ci95=ci95, p=.01, clear=(difference > ci95) - (difference < -ci95))}}
+
+def made_up(row, seed, accuracy, vs=None, order=0, split='novel', paper=None, same='x', minutes=30.):
+    net = dict(run=f'{row}-{seed}', device='cpu', torch_threads=1, versions=dict(torch='2'), minutes=minutes)
+    return dict(experiment='table2', row=row, seed=seed, split=split, supervision='CL', phi=None, psi='convnet4',
+                paper=paper and {'1-shot':paper}, scores={'1-shot':score(accuracy)},
+                settings=dict(student=START | dict(seed=seed)) if vs else START | dict(seed=seed),
+                versus=vs or {}, order=order, same=same, file=f'{row.lower()}-{same}-s{seed}-{split}.json',
+                data=dict(name='d', fingerprint='f'*64),
+                networks=dict(net=net, teacher=net | dict(run='teacher')))
+
+@pytest.fixture
+def checkout(tmp_path):
+    "A checkout with nothing but docs and these records"
+    def make(records):
+        for r in records:
+            (tmp_path/'results'/r['experiment']).mkdir(parents=True, exist_ok=True)
+            (tmp_path/'results'/r['experiment']/r['file']).write_text(json.dumps(r))
+        (tmp_path/'docs').mkdir()
+        shutil.copy(ROOT/'docs'/'method.md', tmp_path/'docs')
+        shutil.copy(ROOT/'README.md', tmp_path)
+        recipe('report')(root=str(tmp_path))
+        return (tmp_path/'RESULTS.md').read_text()
+    return make
+
+def row_of(text, name):
+    return [c.strip() for c in next(line for line in text.splitlines() if line.startswith(f'| {name} |')).strip('|').split('|')]
+
+def test_means_over_seeds_and_the_papers_number_by_hand(checkout):
+    text = checkout([made_up('CL', 0, 60., paper=64.6), made_up('CL', 1, 62., paper=64.6), made_up('GRDD', 0, 63.3, versus(3.3), 1),
+                     made_up('GRDD', 1, 64.3, versus(2.3), 1)])
+    assert row_of(text, 'CL')[2:5] == ['61.00 (sd 1.41)', '64.6', '-3.6']
+    assert (row_of(text, 'GRDD')[5] == 'CL **+2.80 (sd 0.71)**'
+            and row_of(text, 'GRDD')[6] == '[0](results/table2/grdd-x-s0-novel.json) [1](results/table2/grdd-x-s1-novel.json)')
+    assert '5 networks, 2.5 hours' in text # the teacher once
+
+@pytest.mark.parametrize('second, bold', [(2., True), (.05, False), (-2., False)])
+def test_an_order_is_bold_only_if_it_holds_in_every_seed(checkout, second, bold):
+    text = checkout([made_up('CL', 0, 60.), made_up('CL', 1, 60.), made_up('GRDD', 0, 63., versus(3.), 1),
+                     made_up('GRDD', 1, 60 + second, versus(second), 1)])
+    assert ('**' in row_of(text, 'GRDD')[3]) == bold
+
+def test_on_validation_classes_nothing_is_subtracted_from_the_papers_novel_number(checkout):
+    assert row_of(checkout([made_up('CL', 0, 60., split='val', paper=64.6)]), 'CL')[2:5] == ['60.00 ± 0.20', '64.6', '']
+
+def test_other_settings_are_another_line_and_one_seed_is_never_bold(checkout):
+    text = checkout([made_up('CL', 0, 60.), made_up('GRDD', 0, 63., versus(3.), 1), made_up('GRDD', 1, 61., versus(1.), 1, same='y')])
+    assert text.count('| GRDD |') == 2 and '**' not in text.split('## Table 2')[1]
+
+def test_rows_from_other_starts_are_tables_of_their_own(checkout):
+    longer = [made_up('CL', 0, 65., order=0, same='y'), made_up('GRDD', 0, 66., versus(1.), 1, same='y')]
+    for r in longer: r['settings'].get('student', r['settings']).update(epochs=24, opt='muon')
+    text = checkout([made_up('CL', 0, 60.), made_up('GRDD', 0, 63., versus(3.), 1), *longer])
+    tables = text.split('Stage one of psi: ')
+    assert (len(tables) == 3 and tables[1].startswith('convnet4, 24 epochs, poly, lr 0.1, muon')
+            and tables[2].startswith('convnet4, 8 epochs, poly, lr 0.1, sgd'))
+    assert (row_of(tables[1], 'GRDD')[2] == '66.00 ± 0.20' and row_of(tables[2], 'GRDD')[2] == '63.00 ± 0.20'
+            and tables[1].count('\n| ') == 3)
+
+def test_classifiers_of_a_record_by_hand(checkout, tmp_path):
+    (tmp_path/'results').mkdir()
+    def line(name, shot, acc, transductive, balanced):
+        return dict(network='net', classifier=name, way=5, query=15, shot=shot, accuracy=acc, ci95=.2, n=10_000, transductive=transductive,
+                    balanced=balanced)
+    (tmp_path/'results'/'inference-net.json').write_text(json.dumps(dict(
+        split='novel', queries='balanced', support_views=0, data=dict(name='cifar_fs'), commit='c'*40, device='cpu', scores=[
+        line('cosine', 1, 60., False, False), line('cosine', 5, 70., False, False), line('tim_adm', 1, 65.5, True, True),
+        line('tim_adm', 5, 72., True, True)])))
+    text = checkout([])
+    assert ('| net | tim_adm | all, taken to be balanced | 65.50 ± 0.20 | 72.00 ± 0.20 |' in text
+            and '| net | cosine | one | 60.00 ± 0.20 | 70.00 ± 0.20 |' in text)
+    assert 'GRDD-TIM, ConvNet-4, the paper | tim | all, taken to be balanced | 79.9' in text
+
+# ---- report: what is committed ----------------------------------------------------------------------------------------
+
+RECORDS = sorted((ROOT/'results').glob('*/*.json'))
+
+@pytest.mark.skipif(not RECORDS, reason='no records in results/')
+def test_what_is_committed_is_what_the_records_say(tmp_path):
+    for f in ('results','docs','benchmarks','grdd_fastai/weights'): shutil.copytree(ROOT/f, tmp_path/f)
+    shutil.copy(ROOT/'README.md', tmp_path)
+    recipe('report')(root=str(tmp_path))
+    for f in ('RESULTS.md','README.md','docs/method.md','benchmarks/README.md'):
+        assert (tmp_path/f).read_text() == (ROOT/f).read_text(), f'{f} is out of date: python recipes/report.py'
+
+# Flags that were called otherwise at the commit of some records
+FORMER_FLAGS = {'--classifier':'--head', '--reading':'--preset', '--per-step':'--episodes-per-step'}
+
+@pytest.mark.parametrize('path', RECORDS, ids=lambda p: f'{p.parent.name}/{p.stem}')
+def test_a_record_names_a_clean_commit_and_a_command_that_parses(path):
+    r = json.loads(path.read_text())
+    for commit in (r['scored']['commit'], *(n['commit'] for n in r['networks'].values())): assert re.fullmatch('[0-9a-f]{40}', commit)
+    assert path.name == r['file'] and len(r['data']['fingerprint']) == len(r['networks']['net']['weights']) == 64
+    assert all(n['device'] and n['minutes'] > 0 for n in r['networks'].values()) and 'demo' not in r['command']
+    words = [FORMER_FLAGS.get(w, w) for w in shlex.split(r['command']) if not re.fullmatch(r'[A-Z_]+=\d+', w)]
+    assert words[0] == 'python' and words[1] == f'recipes/{r["experiment"]}.py'
+    args = vars(anno_parser(runpy.run_path(str(ROOT/words[1]))['main'].__wrapped__).parse_args(words[2:]))
+    assert args['score'] == r['split'] and str(r['seed']) in args['seeds'].split(',')
+    for scores in r['scores'].values(): assert scores['n'] >= 10_000 and 20 < scores['accuracy'] < 100 and 0 < scores['ci95'] < 1
+
+def test_every_novel_record_is_in_the_log():
+    log = ROOT/'results'/'novel_scorings.jsonl'
+    logged = {(o['what'], round(o['accuracy'], 3)) for o in map(json.loads, log.read_text().splitlines())} if log.exists() else set()
+    accuracies = {a for _,a in logged}
+    for r in map(lambda p: json.loads(p.read_text()), RECORDS):
+        if r['split'] == 'novel': assert all(s['accuracy'] in accuracies for s in r['scores'].values()), r['file']

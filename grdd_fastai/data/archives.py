@@ -92,7 +92,7 @@ class Zip:
         try: self.zip = zipfile.ZipFile(path)
         except zipfile.BadZipFile as e: raise UserError(f'{path} is not a readable zip archive ({e}): fetch it again') from None
         self.infos = {i.filename:i for i in self.zip.infolist()
-                      if not i.is_dir() and not i.filename.startswith('__MACOSX')}
+                      if i.filename and not i.is_dir() and not i.filename.startswith('__MACOSX')}
     @cached_property
     def files(self): return sorted(self.infos)
     def has(self, f): return f in self.infos

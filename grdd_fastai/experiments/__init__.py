@@ -1,1 +1,1 @@
-"""Tables, scores, published weights, reports and figures."""
+"""Experiments: tables, scores, published weights, reports and figures."""

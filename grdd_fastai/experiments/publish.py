@@ -1,4 +1,4 @@
-"""A trained network as a folder that timm loads: weights, config, what was measured, and a model card that says it."""
+"""Publish a trained network as a folder that timm loads: weights, config, measured accuracies and a model card."""
 import copy
 import os
 import queue
@@ -20,13 +20,14 @@ from ..runs.provenance import command, public
 from ..settings import absent
 from ..stage_one import StageOne
 from ..stage_two import StageTwo
+from .report import accuracy_text, markdown_table
 from .store import Trained
 
 __all__ = ['load_trained', 'publish']
 
 
-MINUTES = 10 # that a push may take
-CHECK = 2000 # of the scored episodes, the first: what a quick test of the weights measures again
+MINUTES = 10 # longest time of a push
+CHECK = 2000 # number of the first scored episodes, whose accuracy a quick test of the weights measures again
 LICENSE = 'apache-2.0'
 FILES = ['model.safetensors', 'config.json', 'measured.json', 'README.md']
 CARD = '''---
@@ -36,9 +37,9 @@ tags: [timm, image-feature-extraction, few-shot-learning, grdd]
 ---
 # {name}
 
-{arch} ({parameters:,} parameters, {features} features) trained by {supervision} on the {n_classes} base classes of {dataset}, for few-shot
-classification of {px} px images: embed support and query images, and give a query the class whose support it has the largest mean
-cosine with. The method is GRDD ([arXiv 2107.05583](https://arxiv.org/abs/2107.05583)) as grdd_fastai implements it.
+{arch} ({parameters:,} parameters, {features} features) was trained by {supervision} on the {n_classes} base classes of {dataset}. It is for
+few-shot classification of {px} px images: embed the support and the query images, and give each query the class whose support images have
+the largest mean cosine with it. The method is GRDD ([arXiv 2107.05583](https://arxiv.org/abs/2107.05583)) as grdd_fastai implements it.
 
 ```python
 import timm, grdd_fastai                     # importing the package registers its architectures in timm
@@ -50,12 +51,13 @@ h = net(transform(image)[None])              # (1, {features})
 
 ## Accuracy
 
-5-way, 15 queries a class, mean of cosines, no fine-tuning; mean % and 95% confidence interval over {n:,} episodes.
+The episodes are 5-way with 15 queries per class. The classifier is the mean cosine, without fine-tuning. The table shows the mean accuracy
+in percent and its 95% confidence interval over {n:,} episodes.
 
 {table}
 
-The validation classes chose settings and epoch; the novel ones were scored at the end. `measured.json` holds these numbers, those of the
-first {check:,} episodes, and all settings of the training.
+The settings and the epoch were chosen on the validation classes; the novel classes were scored at the end. `measured.json` holds these
+numbers, those of the first {check:,} episodes, and all settings of the training.
 
 ## Training
 
@@ -63,22 +65,22 @@ first {check:,} episodes, and all settings of the training.
 
 ## Limits
 
-Trained from scratch on {n_base:,} images of {px} px of everyday objects and animals, and measured on others of the same kind: on images
-unlike them (faces, documents, scans, fine-grained species) expect less, and measure it before you rely on it. The episodes have
-balanced queries of known classes; the network knows no 'none of these'. The images are {dataset}'s, whose licence is its authors'; these
-weights are under {license}.
+The network was trained from scratch on {n_base:,} images of {px} px of everyday objects and animals, and measured on images of the same
+kind. On other images (faces, documents, scans, fine-grained species) expect a lower accuracy, and measure it before you rely on it. The
+episodes have balanced queries of known classes; the network has no answer 'none of these'. The images are those of {dataset}, under the
+licence of its authors; these weights are under {license}.
 '''
 
 
 def load_trained(folder, fingerprint=None):
-    """`Trained`, without its classifier, of a finished run's folder, as `NetworkStore` leaves it
+    """The `Trained` network, without its classifier, in the folder of a finished run of `NetworkStore`
 
-    UserError if it is none, or if it was trained on other data than `fingerprint`'s.
+    UserError if the folder holds no such run, or if the network was trained on data with another fingerprint than `fingerprint`.
     """
     folder = user_path(folder)
     try:
-        card,began = (read_json(folder/f, keys=keys)
-                      for f,keys in (('net.json', dict(fingerprint=str)), ('settings.json', dict(settings=dict))))
+        card = read_json(folder/'net.json', keys=dict(fingerprint=str))
+        began = read_json(folder/'settings.json', keys=dict(settings=dict))
     except UserError as e: raise UserError(f'{folder} holds no finished training ({e}): give the folder of one') from None
     if fingerprint not in (None, card['fingerprint']):
         raise UserError(f'{folder} was trained on other data: give --data what it was trained on')
@@ -92,37 +94,43 @@ def load_trained(folder, fingerprint=None):
 
 
 def measured(trained, scores):
-    "What the card says, JSON-able: `scores` of ('val' or 'novel', shot) as `Evaluation`s, and how the network was trained"
+    """What the card says as a dict for JSON: the accuracies, and how the network was trained
+
+    `scores` are the `Evaluation`s by classes, 'val' or 'novel', and shot.
+    """
     card,began = trained.read('net.json'),trained.read('settings.json')
-    def of(e):
-        check = mean_ci95(e.episodes[:CHECK])
+    def summary(e):
+        accuracy,ci95 = mean_ci95(e.episodes[:CHECK])
         return dict(accuracy=round(e.accuracy, 3), ci95=round(e.ci95, 3), n=len(e.episodes), episodes=e.episode_id,
-                    first=dict(n=min(CHECK, len(e.episodes)), accuracy=round(check[0], 3), ci95=round(check[1], 3)))
+                    first=dict(n=min(CHECK, len(e.episodes)), accuracy=round(accuracy, 3), ci95=round(ci95, 3)))
     found = {}
-    for (split,shot),e in scores.items(): found.setdefault(split, {})[f'{shot}-shot'] = of(e)
+    for (split,shot),e in scores.items(): found.setdefault(split, {})[f'{shot}-shot'] = summary(e)
     settings = trained.settings
-    def whole(s): # also the settings whose absence in the record means their first value
+    def whole(s): # with the settings that the record leaves out because their absence means a value
         stages = {k:whole(v) for k,v in s.items() if isinstance(v, dict)}
         return absent(StageOne if 'arch' in s else StageTwo, s) | s | stages
+    if 'student' not in settings: supervision = 'CL'
+    else: supervision = 'CL+GR' if settings['teacher'] else 'CL+EL'
+    made = {k:began.get(k) for k in ('commit','device','torch_threads','versions')}
+    made['command'] = began.get('command') and command(shlex.split(began['command'])[1:])
     return dict(
-        scores=found, supervision='CL' if 'student' not in settings else 'CL+GR' if settings['teacher'] else 'CL+EL',
-        settings=whole(settings), run=trained.folder.name, sha256=card['sha256'], stats=card['stats'], px=card['px'],
-        classes=card['classes'], fingerprint=card['fingerprint'], dataset=trained.read('data.json')['name'],
-        trained={k:began.get(k) for k in ('commit','device','torch_threads','versions')} | dict(
-            command=began.get('command') and command(shlex.split(began['command'])[1:])))
+        scores=found, supervision=supervision, settings=whole(settings), run=trained.folder.name, sha256=card['sha256'],
+        stats=card['stats'], px=card['px'], classes=card['classes'], fingerprint=card['fingerprint'],
+        dataset=trained.read('data.json')['name'], trained=made)
 
 
 def publish(
     net, # timm backbone
-    about, # of `measured`
-    folder, # made, or written over
-    name=None, # of the weights, as timm spells it: arch.tag (the folder's name)
-    n_base=0, # images it was trained on
+    about, # dict that `measured` returns
+    folder, # folder to make; files of the same weights are written over
+    name=None, # name of the weights in timm's form arch.tag (the folder's name)
+    n_base=0, # number of images that the network was trained on
     hub=None, # also push to this Hugging Face repository: user/name
 ):
-    """Write `model.safetensors`, timm's `config.json`, `measured.json` and the model card `README.md`
+    """Write `model.safetensors`, timm's `config.json`, `measured.json` and the model card `README.md`; return the folder
 
-    `timm.create_model('local-dir:<folder>')` loads it, and once pushed `timm.create_model('hf-hub:user/name')`.
+    `timm.create_model('local-dir:<folder>')` loads the network, and after a push `timm.create_model('hf-hub:user/name')` does so too.
+    UserError if the folder holds other weights or cannot be written, or if the push fails.
     """
     folder = user_path(folder, '--out')
     name = name or folder.name
@@ -136,22 +144,23 @@ def publish(
         save_config_for_hf(net, Path(tmp)/'config.json', dict(pretrained_cfg=cfg), data_config=dict(mean=mean, std=std, crop_pct=1.))
         atomic_write(folder/'config.json', (Path(tmp)/'config.json').read_bytes())
         write_json(folder/'measured.json', about)
-        load = f'hf-hub:{hub}' if hub else name if folder.resolve().parent == WEIGHTS else f'local-dir:{public(str(folder))}'
+        shipped = folder.resolve().parent == WEIGHTS
+        load = f'hf-hub:{hub}' if hub else name if shipped else f'local-dir:{public(str(folder))}'
         atomic_write(folder/'README.md', model_card(net, about, name, load, n_base))
     if hub: push(folder, hub)
     return folder
 
 
 def check_own(folder, about):
-    "UserError if the folder already holds files by the names in `FILES`, unless they belong to the same weights"
+    "Raise UserError if the folder holds files with the names in `FILES` that do not belong to the same weights"
     there = [f for f in FILES if os.path.lexists(folder/f)]
     if there and read_json(folder/'measured.json', dict(sha256='')).get('sha256') != about.get('sha256'):
         raise UserError(f'{folder} holds {there[0]} of something else: give --out another folder, or remove it')
 
 def push(folder, hub, minutes=MINUTES):
-    """Upload the folder to the Hugging Face repository `hub` (user/name), which is made if it is not there
+    """Upload the folder to the Hugging Face repository `hub` (user/name), which is made if it does not exist
 
-    UserError if that fails or takes longer than `minutes`.
+    UserError if the upload fails or takes longer than `minutes`.
     """
     done = queue.Queue()
     def upload():
@@ -167,27 +176,29 @@ def push(folder, hub, minutes=MINUTES):
     if error is not None: raise UserError(f'{hub} was not pushed ({error}): log in with hf auth login and push {folder} again')
 
 def model_card(net, about, name, load, n_base):
-    "The model card's text"
-    (mean,std),split = about['stats'],about['scores']
-    shots = sorted({shot for of in split.values() for shot in of})
-    lines = ['| classes | ' + ' | '.join(shots) + ' |', '|---' * (len(shots) + 1) + '|']
-    for k,of in split.items():
-        lines.append(f'| {dict(val="validation").get(k, k)} | ' +
-                     ' | '.join(f"{of[s]['accuracy']:.2f} ± {of[s]['ci95']:.2f}" if s in of else '' for s in shots) + ' |')
+    "Text of the model card"
+    mean,std = about['stats']
+    scores = about['scores']
+    shots = sorted({shot for by_shot in scores.values() for shot in by_shot})
+    rows = [[dict(val='validation').get(split, split), *(accuracy_text(by_shot[k]) if k in by_shot else '' for k in shots)]
+            for split,by_shot in scores.items()]
     return CARD.format(
         license=LICENSE, name=name, load=load, arch=net.pretrained_cfg['architecture'], parameters=sum(p.numel() for p in net.parameters()),
         features=net.num_features, supervision=about['supervision'], n_classes=len(about['classes']), dataset=about['dataset'],
-        px=about['px'],
-        mean=mean, std=std, n=max(s['n'] for of in split.values() for s in of.values()), table='\n'.join(lines), check=CHECK, n_base=n_base,
-        training=training(about))
+        px=about['px'], mean=mean, std=std, n=max(e['n'] for by_shot in scores.values() for e in by_shot.values()),
+        table=markdown_table(['classes', *shots], rows), check=CHECK, n_base=n_base, training=training(about))
 
 def training(about):
-    "How the network was trained, in Markdown"
-    s,t = about['settings'],about['trained']
-    stages = {'start':s['student'], 'teacher':s['teacher'], 'stage two':s} if 'student' in s else {'network':s}
-    lines = [f'- {what}: ' + ', '.join(f'{k} {v}' for k,v in of.items() if k not in ('student','teacher'))
-             for what,of in stages.items() if of]
-    if t['command']: lines.append(f'- command: `OMP_NUM_THREADS={t["torch_threads"]} {t["command"]}`') # runs of before have none
-    return '\n'.join([*lines,
-                      f'- data: {about["dataset"]}, fingerprint `{about["fingerprint"][:16]}`; commit `{t["commit"]}`, {t["device"]}, '
-                      f'{t["torch_threads"]} threads, torch {t["versions"]["torch"]}, timm {t["versions"]["timm"]}'])
+    "Markdown list that says how the network was trained"
+    settings,made = about['settings'],about['trained']
+    if 'student' in settings: stages = {'start':settings['student'], 'teacher':settings['teacher'], 'stage two':settings}
+    else: stages = {'network':settings}
+    lines = []
+    for stage,used in stages.items():
+        if not used: continue
+        words = ', '.join(f'{k} {v}' for k,v in used.items() if k not in ('student','teacher'))
+        lines.append(f'- {stage}: {words}')
+    if made['command']: lines.append(f'- command: `OMP_NUM_THREADS={made["torch_threads"]} {made["command"]}`') # older runs have none
+    lines.append(f'- data: {about["dataset"]}, fingerprint `{about["fingerprint"][:16]}`; commit `{made["commit"]}`, {made["device"]}, '
+                 f'{made["torch_threads"]} threads, torch {made["versions"]["torch"]}, timm {made["versions"]["timm"]}')
+    return '\n'.join(lines)

@@ -1,7 +1,7 @@
-"""The report: RESULTS.md, and the measured parts of README.md, docs/method.md and benchmarks/README.md, from the records in results/
+"""Write RESULTS.md, and the measured parts of README.md, docs/method.md and benchmarks/README.md, from the records in results/
 
-Each number in the tables is a record's, and the record holds the command that gives it again. results/NOTES.md, which says what the numbers
-are and are not, stands above the tables.
+Each number in the tables comes from a record, which holds the command that gives the number again. The text of results/NOTES.md stands
+above the tables.
 """
 import json
 import statistics
@@ -19,208 +19,266 @@ WEIGHTS = 'grdd_fastai/weights'
 CLASSES = dict(val='validation', novel='novel')
 MARKS = '<!-- measured: written by recipes/report.py -->','<!-- /measured -->'
 NETWORKS = dict(convnet4='ConvNet-4, 64-64-64-64', resnet12='ResNet-12', resnet12_320='ResNet-12, half as wide')
-PUBLISHED = ( # 5-way on the novel classes of CIFAR-FS, 1-shot and 5-shot, inductive, as their papers give them
+GRDD_TIM = ( # transductive accuracies of the paper, 5-way 1-shot and 5-shot
+    ('GRDD-TIM, ConvNet-4, the paper', 'tim', 'all, taken to be balanced', '79.9 ± 0.2', '87.9 ± 0.2'),
+    ('GRDD-TIM, ResNet-12, the paper', 'tim', 'all, taken to be balanced', '85.4 ± 0.2', '91.1 ± 0.2'))
+PUBLISHED = ( # inductive accuracies that papers give for the novel classes of CIFAR-FS, 5-way 1-shot and 5-shot
     ('GRDD from a ResNet-12, the paper, width not given', 'ConvNet-4', '69.3 ± 0.9', '84.7 ± 0.6', '2107.05583'),
     ('RFS-distill, best published for 64-64-64-64', 'ConvNet-4', '63.8 ± 0.8', '79.5 ± 0.5', '2003.11539'),
     ('GRDD, the paper', 'ResNet-12', '77.5 ± 0.9', '89.1 ± 0.6', '2107.05583'),
     ('IER-distill, best published plain embedding', 'ResNet-12', '77.87 ± 0.85', '89.74 ± 0.57', '2103.01315'))
 HEAD = '''# Results
 
-Written by `python recipes/report.py` from the [records](results/): each row links those of its training seeds. A record holds the
-command, seed, settings, data fingerprint, the commit of the scoring and commit, device, threads and minutes of each network's training;
-its command, at the commit of the scoring, gives the number again. Accuracies are 5-way, 15 queries a class, in percent, by the sum of
-cosines; ± is the 95% interval over episodes, sd the standard deviation over training seeds. Differences are paired, on the very same
-episodes, in points; one is **bold** where there are several seeds and every seed's interval lies on the same side of zero: only such an
-ordering counts. A seed is one of the student's two stages, or of the second alone where a table says so; \
-a teacher of another architecture is the same network for all of them. The
-validation classes choose; the novel ones are scored at the end. The paper's numbers are on the novel classes at 90 + 15 epochs, and
-stand only beside its own architectures.
+`python recipes/report.py` writes this file from the [records](results/). Each row of a table links the records of its training seeds. A
+record holds the command, the seed, the settings, the data fingerprint and the commit of the scoring. For each network it also holds the
+commit, device, threads and minutes of the training. The command of a record, at the commit of its scoring, gives the number again.
+
+Accuracies are in percent, on 5-way episodes with 15 queries per class, by the sum of cosines. ± is the 95% interval over episodes, and sd
+is the standard deviation over training seeds. Differences are paired, which means that both networks see the same episodes, and they are
+in percentage points. A difference is **bold** if there are several seeds and the interval of every seed lies on the same side of zero.
+Only such an order counts. A seed is the seed of both stages of the student, or of stage two alone where a table says so. A teacher of
+another architecture is the same network for all seeds.
+
+Settings were chosen on the validation classes; the novel classes are scored at the end. The paper's numbers are on the novel classes
+after 90 + 15 epochs, and can be compared only with networks of the paper's own architectures.
 '''
 
 
+# ---- Markdown ---------------------------------------------------------------------------------------------------------
+
+def markdown_table(head, rows):
+    "A Markdown table from the cells of its head and of each of its rows"
+    def line(cells): return '| ' + ' | '.join(cells) + ' |'
+    return '\n'.join([line(head), '|' + '---|'*len(head), *map(line, rows)])
+
+def accuracy_text(score): return f"{score['accuracy']:.2f} ± {score['ci95']:.2f}"
+
+def distinct(values):
+    "The different values, sorted as text and separated by commas"
+    return ', '.join(sorted({str(v) for v in values}))
+
+def picture(root, name, title):
+    "Markdown lines of a figure; none if it has not been drawn"
+    path = Path('results')/'figures'/f'{name}.png'
+    return [f'![{title}]({path})\n'] if (root/path).exists() else []
+
+def between(text, measured, after=''):
+    "`text` with `measured` between the first marks that follow `after`"
+    start = text.index(MARKS[0], text.index(after)) + len(MARKS[0])
+    return text[:start] + '\n' + measured + '\n' + text[text.index(MARKS[1], start):]
+
+
+# ---- tables of the experiments ----------------------------------------------------------------------------------------
+
 def records(folder):
-    "experiment -> split -> (row, its settings but for the seed) -> its records by seed, in the order of the experiment's rows"
+    "experiment -> split -> (row, settings without the seed) -> list of records by seed, in the order of the experiment's rows"
     found = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    for r in sorted((json.loads(p.read_text()) for p in Path(folder).glob('*/*.json')), key=lambda r: (r['order'], r['same'], r['seed'])):
+    read = [json.loads(path.read_text()) for path in Path(folder).glob('*/*.json')]
+    for r in sorted(read, key=lambda r: (r['order'], r['same'], r['seed'])):
         found[r['experiment']][r['split']][r['row'], r['same']].append(r)
     return found
 
 def over_seeds(values, sign=''): return f'{statistics.mean(values):{sign}.2f} (sd {statistics.stdev(values):.2f})'
 
-def accuracy(rs, shot):
-    of = [r['scores'][shot] for r in rs if shot in r['scores']]
-    if len(of) > 1: return over_seeds([o['accuracy'] for o in of])
-    return f"{of[0]['accuracy']:.2f} ± {of[0]['ci95']:.2f}" if of else ''
+def accuracy(seeds, shot):
+    "Cell of the accuracy of a row, given its records by seed; empty if the shot was not scored"
+    scores = [r['scores'][shot] for r in seeds if shot in r['scores']]
+    if len(scores) > 1: return over_seeds([o['accuracy'] for o in scores])
+    return accuracy_text(scores[0]) if scores else ''
 
-def compared(rs, shot):
-    "Differences with each row it is compared with: over several seeds the mean, bold if the order holds in each"
+def compared(seeds, shot):
+    "Cell of the differences from each row that a row is compared with; the mean over several seeds is bold if the order holds in each"
     cells = []
-    for other in dict.fromkeys(o for r in rs for o in r['versus']):
-        ds = [r['versus'][other][shot] for r in rs if shot in r['versus'].get(other, {})]
-        if len(ds) == 1: cells.append(f"{other} {ds[0]['difference']:+.2f} ± {ds[0]['ci95']:.2f}")
-        if len(ds) < 2: continue
-        text,holds = over_seeds([d['difference'] for d in ds], '+'),{d['clear'] for d in ds} in ({1}, {-1})
-        cells.append(f'{other} ' + (f'**{text}**' if holds else text))
+    for other in dict.fromkeys(other for r in seeds for other in r['versus']):
+        differences = [r['versus'][other][shot] for r in seeds if shot in r['versus'].get(other, {})]
+        if len(differences) == 1:
+            d = differences[0]
+            cells.append(f"{other} {d['difference']:+.2f} ± {d['ci95']:.2f}")
+        if len(differences) < 2: continue
+        text = over_seeds([d['difference'] for d in differences], '+')
+        holds = {d['clear'] for d in differences} in ({1}, {-1})
+        cells.append(f'{other} **{text}**' if holds else f'{other} {text}')
     return '; '.join(cells)
 
 def section(rows, split, root):
-    shots = sorted({shot for rs in rows.values() for r in rs for shot in r['scores']})
-    paper = {s for rs in rows.values() for r in rs for s in r['paper'] or {} if s in shots}
-    head = ['row', 'phi → psi',
-            *(h for s in shots for h in (f'{s}, {CLASSES[split]}', *([f'paper, {s}, novel', 'ours - paper'] if s in paper else []))),
-            *(f'difference, {s}' for s in shots), 'records']
-    lines = [f'| {" | ".join(head)} |', '|' + '---|'*len(head)]
-    for (row,_),rs in rows.items():
-        r,cells = rs[0],[]
+    "Table of the records `rows`, whose files lie below `root`"
+    every = [r for seeds in rows.values() for r in seeds]
+    shots = sorted({shot for r in every for shot in r['scores']})
+    paper = {shot for r in every for shot in r['paper'] or {} if shot in shots} # the shots that the paper has a number for
+    head = ['row', 'phi → psi']
+    for shot in shots:
+        head.append(f'{shot}, {CLASSES[split]}')
+        if shot in paper: head += [f'paper, {shot}, novel', 'ours - paper']
+    head += [*(f'difference, {shot}' for shot in shots), 'records']
+    lines = []
+    for (row,_),seeds in rows.items():
+        first = seeds[0]
+        cells = [row, f"{first['phi']} → {first['psi']}" if first['phi'] else first['psi']]
         for shot in shots:
-            cells.append(accuracy(rs, shot))
+            cells.append(accuracy(seeds, shot))
             if shot not in paper: continue
-            theirs,ours = (r['paper'] or {}).get(shot),[x['scores'][shot]['accuracy'] for x in rs if shot in x['scores']]
-            cells += [f"{theirs or ''}", f'{statistics.mean(ours) - theirs:+.1f}' if theirs and ours and split == 'novel' else '']
-        links = ' '.join(f"[{x['seed']}]({root}{x['experiment']}/{x['file']})" for x in rs)
-        cells = [row, f"{r['phi']} → {r['psi']}" if r['phi'] else r['psi'], *cells, *(compared(rs, s) for s in shots), links]
-        lines.append(f'| {" | ".join(cells)} |')
-    return '\n'.join(lines)
+            theirs = (first['paper'] or {}).get(shot)
+            ours = [r['scores'][shot]['accuracy'] for r in seeds if shot in r['scores']]
+            comparable = theirs and ours and split == 'novel'
+            cells += [str(theirs or ''), f'{statistics.mean(ours) - theirs:+.1f}' if comparable else '']
+        links = ' '.join(f"[{r['seed']}]({root}{r['experiment']}/{r['file']})" for r in seeds)
+        lines.append([*cells, *(compared(seeds, shot) for shot in shots), links])
+    return markdown_table(head, lines)
 
 def described(record): return StageOne.from_record(record).described()
 
 def by_start(rows):
-    """The rows by the student's stage one, the longest first: (words on psi's and phi's stage one, rows)
+    """Group the rows by the student's stage one, with the most epochs first: yields (words on the stage one of psi and phi, rows)
 
-    Rows that compare stages one are together.
+    Rows that compare settings of stage one form one group.
     """
-    groups,epochs = defaultdict(dict),{}
-    for (row,same),rs in rows.items():
-        s = rs[0]['settings'].get('student', rs[0]['settings'])
-        key = 'Stage one alone, row by row' if row.startswith('stage one') else f'Stage one of psi: {described(s)}'
-        groups[key][row, same],epochs[key] = rs,s['epochs'] if key.endswith(described(s)) else -1
-    for key in sorted(groups, key=lambda k: (-epochs[k], k)):
-        shared = any(r.get('stage_one_seed') is not None for rs in groups[key].values() for r in rs)
-        words = key + (" (one for all seeds, which are stage two's alone)" if shared else '')
-        phis = {described(r['settings']['teacher']) for rs in groups[key].values() for r in rs if r['settings'].get('teacher')}
-        yield '; '.join([words, *(f'of phi: {phi}' for phi in sorted(phis) if phi not in key)]),groups[key]
+    groups = defaultdict(dict)
+    epochs = {} # of each group's stage one
+    for (row,same),seeds in rows.items():
+        settings = seeds[0]['settings'].get('student', seeds[0]['settings'])
+        start = described(settings)
+        group = 'Stage one alone, row by row' if row.startswith('stage one') else f'Stage one of psi: {start}'
+        groups[group][row, same] = seeds
+        epochs[group] = settings['epochs'] if group.endswith(start) else -1
+    for group in sorted(groups, key=lambda group: (-epochs[group], group)):
+        every = [r for seeds in groups[group].values() for r in seeds]
+        shared = any(r.get('stage_one_seed') is not None for r in every)
+        words = [group + (" (one for all seeds, which are stage two's alone)" if shared else '')]
+        teachers = {described(r['settings']['teacher']) for r in every if r['settings'].get('teacher')}
+        words += [f'of phi: {teacher}' for teacher in sorted(teachers) if teacher not in group]
+        yield '; '.join(words),groups[group]
 
 def about(rows):
-    "What the records of a table have in common, and what its networks took"
-    rs = [r for of in rows.values() for r in of]
-    nets = {n['run']:n for r in rs for n in r['networks'].values()}
-    def each(values): return ', '.join(sorted({str(v) for v in values}))
-    return (f"{each(r['data']['name'] for r in rs)} (fingerprint {each(r['data']['fingerprint'][:8] for r in rs)}), "
-            f"{each(s['n'] for r in rs for s in r['scores'].values())} episodes; "
-            f"{len(nets)} networks, {sum(n['minutes'] for n in nets.values())/60:.1f} hours on "
-            f"{each(n['device'] for n in nets.values())}, threads a training: {each(n['torch_threads'] for n in nets.values())}, "
-            f"torch {each(n['versions']['torch'] for n in nets.values())}.")
+    "A sentence on the data, the episodes and the networks of a table, with the hours and machines of their training"
+    every = [r for seeds in rows.values() for r in seeds]
+    networks = {n['run']:n for r in every for n in r['networks'].values()}
+    data = distinct(r['data']['name'] for r in every)
+    fingerprint = distinct(r['data']['fingerprint'][:8] for r in every)
+    episodes = distinct(score['n'] for r in every for score in r['scores'].values())
+    hours = sum(n['minutes'] for n in networks.values())/60
+    devices,threads = (distinct(n[k] for n in networks.values()) for k in ('device','torch_threads'))
+    torch = distinct(n['versions']['torch'] for n in networks.values())
+    return (f'{data} (fingerprint {fingerprint}), {episodes} episodes; {len(networks)} networks, {hours:.1f} hours on {devices}, '
+            f'threads a training: {threads}, torch {torch}.')
 
-def picture(root, name, title):
-    path = Path('results')/'figures'/f'{name}.png'
-    return [f'![{title}]({path})\n'] if (root/path).exists() else []
+
+# ---- other parts of the report ----------------------------------------------------------------------------------------
 
 def beside(root):
-    "The package's weights beside the paper's and the best published numbers"
-    lines = ['| 5-way, novel classes of CIFAR-FS | network | 1-shot | 5-shot | source |', '|---|---|---|---|---|']
-    for f in sorted((root/WEIGHTS).glob('*/measured.json')):
-        of = json.loads(f.read_text())['scores']['novel']
-        cells = [f"{of[s]['accuracy']:.2f} ± {of[s]['ci95']:.2f}" for s in ('1-shot','5-shot')]
-        lines.append(f"| **`{f.parent.name}`, ours** | {NETWORKS[f.parent.name.partition('.')[0]]} "
-                     f"| {' | '.join(cells)} | [card]({WEIGHTS}/{f.parent.name}/README.md) |")
-    return '\n'.join([*lines, *(f'| {what} | {net} | {one} | {five} | [{arxiv}](https://arxiv.org/abs/{arxiv}) |'
-                                for what,net,one,five,arxiv in PUBLISHED)])
+    "Table of the package's weights beside the numbers of the paper and the best published ones"
+    rows = []
+    for path in sorted((root/WEIGHTS).glob('*/measured.json')):
+        scores = json.loads(path.read_text())['scores']['novel']
+        name = path.parent.name
+        rows.append([f'**`{name}`, ours**', NETWORKS[name.partition('.')[0]], *(accuracy_text(scores[k]) for k in ('1-shot','5-shot')),
+                     f'[card]({WEIGHTS}/{name}/README.md)'])
+    rows += [[*cells, f'[{arxiv}](https://arxiv.org/abs/{arxiv})'] for *cells,arxiv in PUBLISHED]
+    return markdown_table(['5-way, novel classes of CIFAR-FS', 'network', '1-shot', '5-shot', 'source'], rows)
 
 def inference(folder):
-    "Every classifier on the published weights: a table for each record of recipes/evaluate_weights.py"
+    "Tables of all classifiers on the published weights: one for each record of recipes/evaluate_weights.py"
     parts = []
-    for f in sorted(Path(folder).glob('inference-*.json')):
-        r = json.loads(f.read_text())
-        kinds,of = (list(dict.fromkeys((s['way'], s['shot'], s['query']) for s in r['scores'])),
-                    {(s['network'], s['classifier'], (s['way'], s['shot'], s['query'])):s for s in r['scores']})
+    for path in sorted(Path(folder).glob('inference-*.json')):
+        r = json.loads(path.read_text())
+        kinds = list(dict.fromkeys((s['way'], s['shot'], s['query']) for s in r['scores']))
+        scores = {(s['network'], s['classifier'], (s['way'], s['shot'], s['query'])):s for s in r['scores']}
         support = f"each support image as {r['support_views']} augmented views" if r['support_views'] else 'the support as it is'
-        parts.append(f"{CLASSES[r['split']].capitalize()} classes, {r['queries']} queries, {support}; "
-                     f"{', '.join(sorted({str(s['n']) for s in r['scores']}))} episodes; "
-                     f"{r['data']['name']}; [record](results/{f.name}), commit {str(r['commit'])[:8]}, {r['device']}\n")
-        lines = ['| network | classifier | queries seen | ' + ' | '.join(f'{w}-way {k}-shot, {q} queries' for w,k,q in kinds) + ' |',
-                 '|' + '---|'*(3 + len(kinds))]
+        episodes = distinct(s['n'] for s in r['scores'])
+        parts.append(f"{CLASSES[r['split']].capitalize()} classes, {r['queries']} queries, {support}; {episodes} episodes; "
+                     f"{r['data']['name']}; [record](results/{path.name}), commit {str(r['commit'])[:8]}, {r['device']}\n")
+        rows = []
         for network,name in dict.fromkeys((s['network'], s['classifier']) for s in r['scores']):
-            s = of[network, name, kinds[0]]
+            s = scores[network, name, kinds[0]]
             seen = 'one' if not s['transductive'] else 'all, taken to be balanced' if s['balanced'] else 'all'
-            lines.append(f'| {network} | {name} | {seen} | ' +
-                         ' | '.join(f"{of[network, name, k]['accuracy']:.2f} ± {of[network, name, k]['ci95']:.2f}" for k in kinds) + ' |')
-        papers = (r['split'] == 'novel' and r['queries'] == 'balanced' and r['data']['name'] == 'cifar_fs' and not r['support_views']
-                  and kinds == [(5, 1, 15), (5, 5, 15)])
-        if papers: lines += ['| GRDD-TIM, ConvNet-4, the paper | tim | all, taken to be balanced | 79.9 ± 0.2 | 87.9 ± 0.2 |',
-                             '| GRDD-TIM, ResNet-12, the paper | tim | all, taken to be balanced | 85.4 ± 0.2 | 91.1 ± 0.2 |']
-        parts += ['\n'.join(lines) + '\n']
+            rows.append([network, name, seen, *(accuracy_text(scores[network, name, k]) for k in kinds)])
+        comparable = (r['split'] == 'novel' and r['queries'] == 'balanced' and r['data']['name'] == 'cifar_fs' and not r['support_views']
+                      and kinds == [(5, 1, 15), (5, 5, 15)])
+        if comparable: rows += GRDD_TIM
+        head = ['network', 'classifier', 'queries seen', *(f'{w}-way {k}-shot, {q} queries' for w,k,q in kinds)]
+        parts.append(markdown_table(head, rows) + '\n')
     return parts
 
+def novel_log(path):
+    "Table of every scoring of the novel classes that the log at `path` holds"
+    if not path.exists(): return 'The novel classes have not been scored yet.'
+    rows = []
+    for line in path.read_text().splitlines():
+        o = json.loads(line)
+        what = ', '.join([o['what'], *(str(o[k]) for k in ('classifier','queries') if k in o)])
+        rows.append([o['time'], what, str(o['shot']), accuracy_text(o), str(o['test_episodes']), o['commit'][:8]])
+    return markdown_table(['time', 'network', 'shot', 'accuracy', 'episodes', 'commit'], rows)
+
+
+# ---- benchmarks -------------------------------------------------------------------------------------------------------
+
+def taken(r, *packages):
+    "Device, versions, commit and command of a benchmark's record"
+    versions = ', '.join(f'{k} {v}' for k,v in r['versions'].items() if k in packages)
+    return f"{r['device']}, {r['cores']} cores; {versions}; commit {r['commit'][:8]}, `{r['command']}`"
+
 def benchmark(path):
-    "evaluate.py's table"
+    "Table of benchmarks/evaluate.py"
     r = json.loads(path.read_text())
-    of = defaultdict(dict)
-    for line in r['lines']: of[line['method']].update(line)
-    lines = ['| method | easyfsl, us an episode | ours | ratio | accuracy, easyfsl | ours |', '|---|---|---|---|---|---|']
-    lines += [f"| {k} | {o['easyfsl_us']:,.0f} | {o['ours_us']:,.0f} | {o['ratio']:.1f} "
-              f"| {o['accuracy_easyfsl']:.2f} | {o['accuracy_ours']:.2f} ({o['episodes']} episodes) |"
-              for k,o in of.items() if 'ratio' in o]
-    lines += [f"| {k} | | {1e6/o['episodes_per_second']:,.0f} ({o['episodes_per_second']:.0f} episodes/s) | | | |"
-              for k,o in of.items() if 'episodes_per_second' in o]
-    e = of['evaluation']
+    methods = defaultdict(dict)
+    for line in r['lines']: methods[line['method']].update(line)
+    both = [[k, f"{o['easyfsl_us']:,.0f}", f"{o['ours_us']:,.0f}", f"{o['ratio']:.1f}", f"{o['accuracy_easyfsl']:.2f}",
+             f"{o['accuracy_ours']:.2f} ({o['episodes']} episodes)"] for k,o in methods.items() if 'ratio' in o]
+    ours = [f"| {k} | | {1e6/o['episodes_per_second']:,.0f} ({o['episodes_per_second']:.0f} episodes/s) | | | |"
+            for k,o in methods.items() if 'episodes_per_second' in o]
+    e = methods['evaluation']
     return '\n'.join([
-        *lines, '', "Ten thousand 5-way 1-shot episodes of 12,000 images and their ConvNet-4 forward pass take "
+        markdown_table(['method', 'easyfsl, us an episode', 'ours', 'ratio', 'accuracy, easyfsl', 'ours'], both), *ours, '',
+        'Ten thousand 5-way 1-shot episodes of 12,000 images and their ConvNet-4 forward pass take '
         f"{e['forward_and_episodes_over_forward']:.2f} times "
         f"the forward pass alone ({e['forward_s']:.1f} s + {e['episodes_10000_s']:.1f} s, {e['threads']} threads).", '',
         taken(r, 'torch', 'numpy', 'easyfsl')])
 
-def novel_log(path):
-    if not path.exists(): return 'The novel classes have not been scored yet.'
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return '\n'.join(['| time | network | shot | accuracy | episodes | commit |', '|---|---|---|---|---|---|',
-                      *(f"| {o['time']} | {o['what']}{''.join(', ' + str(o[k]) for k in ('classifier','queries') if k in o)} | {o['shot']} "
-                        f"| {o['accuracy']:.2f} ± {o['ci95']:.2f} | {o['test_episodes']} | {o['commit'][:8]} |" for o in lines)])
-
-def taken(r, *packages):
-    "Where and by what a benchmark's lines were taken"
-    return (f"{r['device']}, {r['cores']} cores; {', '.join(f'{k} {v}' for k,v in r['versions'].items() if k in packages)}; "
-            f"commit {r['commit'][:8]}, `{r['command']}`")
-
 def as_they_are(path):
-    "A benchmark's lines as tables, one for each kind of line"
-    r,kinds = json.loads(path.read_text()),defaultdict(list)
+    "The lines of any other benchmark as tables, one for each kind of line"
+    r = json.loads(path.read_text())
+    kinds = defaultdict(list) # names of the entries -> lines
     for line in r['lines']: kinds[tuple(line)].append(line)
     def cell(v): return f'{v:,}' if isinstance(v, (int, float)) and not isinstance(v, bool) else str(v)
-    tables = ['\n'.join(['| ' + ' | '.join(keys) + ' |', '|---'*len(keys) + '|',
-                         *('| ' + ' | '.join(map(cell, line.values())) + ' |' for line in lines)]) for keys,lines in kinds.items()]
+    parts = [markdown_table(names, [map(cell, line.values()) for line in lines]) for names,lines in kinds.items()]
     floor = next((line['gflop_per_image'] for line in r['lines'] if (line['name'], line.get('px')) == ('resnet12', 32)), None)
-    counted = ['Counted floor of the paper\'s stage one on CIFAR-FS: 90 epochs of 38,400 images at four rotations, '
-               f'{floor} GFLOP each with ResNet-12: {90*38400*4*floor*1e9:.2g} floating-point operations.'] if floor else []
-    return '\n\n'.join([*tables, *counted, taken(r, 'torch', 'fastai', 'albumentations', 'easyfsl')])
+    if floor:
+        parts.append("Counted floor of the paper's stage one on CIFAR-FS: 90 epochs of 38,400 images at four rotations, "
+                     f'{floor} GFLOP each with ResNet-12: {90*38400*4*floor*1e9:.2g} floating-point operations.')
+    return '\n\n'.join([*parts, taken(r, 'torch', 'fastai', 'albumentations', 'easyfsl')])
 
-def between(text, measured, after=''):
-    "`text` with `measured` between the first marks that follow `after`"
-    at = text.index(MARKS[0], text.index(after)) + len(MARKS[0])
-    return text[:at] + '\n' + measured + '\n' + text[text.index(MARKS[1], at):]
 
-def write_report(root='.'):
-    "Write RESULTS.md and the measured parts of README.md, docs/method.md and benchmarks/README.md in the checkout `root` from its records"
-    root = Path(root)
-    found = records(root/'results')
+# ---- the files --------------------------------------------------------------------------------------------------------
+
+def results(root, found):
+    "Text of RESULTS.md, from the `records` found in the checkout `root`"
     notes = root/'results'/'NOTES.md'
-    parts = [HEAD, '## Beside the paper and the best published\n', beside(root) + '\n', *([notes.read_text()] if notes.exists() else [])]
+    parts = [HEAD, '## Beside the paper and the best published\n', beside(root) + '\n']
+    if notes.exists(): parts.append(notes.read_text())
     for name,title in TITLES.items():
-        for split,rows in sorted(found[name].items()): # novel, val
+        for split,rows in sorted(found[name].items()): # the novel classes come before val
             parts += [f'## {title}, on the {CLASSES[split]} classes\n', about(rows) + '\n']
-            for words,of in by_start(rows): parts += [f'{words}\n', section(of, split, 'results/') + '\n']
+            for words,group in by_start(rows): parts += [f'{words}\n', section(group, split, 'results/') + '\n']
             parts += picture(root, f'{name}_{split}', title)
     for name,title in FIGURES.items():
         if shown := picture(root, name, title): parts += [f'## {title}\n', *shown]
     if tables := inference(root/'results'): parts += ['## Inference: other classifiers, inductive and transductive\n', *tables]
     parts += ['## Every scoring of the novel classes\n', novel_log(root/'results'/'novel_scorings.jsonl') + '\n']
-    (root/'RESULTS.md').write_text('\n'.join(parts))
+    return '\n'.join(parts)
+
+def write_report(root='.'):
+    "Write RESULTS.md and the measured parts of README.md, docs/method.md and benchmarks/README.md in the checkout `root` from its records"
+    root = Path(root)
+    found = records(root/'results')
+    (root/'RESULTS.md').write_text(results(root, found))
     doc = root/'benchmarks'/'README.md'
     for measured in sorted((root/'benchmarks').glob('*.json')):
         table = benchmark(measured) if measured.stem == 'evaluate' else as_they_are(measured)
         doc.write_text(between(doc.read_text(), table, f'## {measured.stem}.py'))
     readme = root/'README.md'
     readme.write_text(between(readme.read_text(), beside(root)))
-    doc,rows = root/'docs'/'method.md',found['readings'].get('val')
-    if rows:
-        doc.write_text(between(doc.read_text(), '\n\n'.join(
-            [about(rows), *(f'{words}\n\n' + section(of, 'val', '../results/') for words,of in by_start(rows))])))
+    doc = root/'docs'/'method.md'
+    rows = found['readings'].get('val')
+    if not rows: return
+    parts = [about(rows)]
+    for words,group in by_start(rows): parts += [words, section(group, 'val', '../results/')]
+    doc.write_text(between(doc.read_text(), '\n\n'.join(parts)))

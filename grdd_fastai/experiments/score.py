@@ -1,4 +1,4 @@
-"""Networks and classifiers to a table of accuracies: the program behind recipes/evaluate_weights.py, read top to bottom."""
+"""From networks and classifiers to a table of accuracies: the program behind recipes/evaluate_weights.py."""
 import argparse
 import hashlib
 import json
@@ -23,7 +23,7 @@ from ..runs.options import DataOptions
 from ..runs.provenance import command, device_name, git_commit, log_line, now, versions
 from ..settings import at_least, between, checked, from_flags, with_flags
 from .store import EPISODES_SEED, SPLITS
-from .table import numbers, writable
+from .table import check_choice, numbers, writable
 
 __all__ = ['score_networks']
 
@@ -31,30 +31,33 @@ __all__ = ['score_networks']
 @checked
 @with_flags(files=DataOptions)
 def score_networks(
-    *networks:str, # timm names with weights, folders of runs or of recipes/publish.py, or weights of runs
+    *networks:str, # networks: timm names with weights, folders of runs or of recipes/publish.py, or weights files of runs
     files=None, # the given `DataOptions`
-    score:str='val', # classes to score: val, to choose by, or novel, at the end
+    score:str='val', # classes to score: val, to choose settings, or novel, at the end
     ways:str='5', # classes per episode, separated by commas
     shots:str='1,5', # support images per class, separated by commas
     queries:str='15', # query images per class, separated by commas
     # classifiers, separated by commas, or all: cosine, prototype, simpleshot_l2n, nearest_neighbour, ridge, logistic, tim_gd, tim_adm, ...
     classifiers:str='cosine',
-    query_distribution:str='balanced', # balanced, or dirichlet: as many queries in all, unevenly over the classes
-    support_views:Annotated[int, 'augmented views of each support image that take its place; 0 for the image as it is', at_least(0)]=0,
-    jitter:Annotated[bool, "colour jitter of the views", dict(action=argparse.BooleanOptionalAction)]=True,
-    test_episodes:Annotated[int, 'episodes of each kind', between(1, 10**8)]=10_000,
-    seed:Annotated[int, 'seed of the episodes and views (novel: 0; val: 1, which does not give the episodes that chose an epoch)',
+    query_distribution:str='balanced', # queries per class: balanced, or dirichlet, which is uneven with the same sum
+    support_views:Annotated[int, 'number of augmented views that replace each support image; 0 keeps the image itself', at_least(0)]=0,
+    jitter:Annotated[bool, 'colour jitter of the views', dict(action=argparse.BooleanOptionalAction)]=True,
+    test_episodes:Annotated[int, 'number of episodes of each kind', between(1, 10**8)]=10_000,
+    seed:Annotated[int, 'seed of the episodes and views (novel: 0; val: 1, for other episodes than those that chose the epoch)',
                    between(0, 2**32 - 1)]=None,
-    px:int=None, # side of the images (the first network's)
-    out:str='runs/evaluation', # folder for the table, the paired differences and the record, in files named by what was asked for
-    results:str=None, # folder that takes the record as well (the project's own: results)
+    px:int=None, # side of the images in pixels (as the first network takes them)
+    out:str='runs/evaluation', # folder for the table, the paired differences and the record, in files named by networks and settings
+    results:str=None, # second folder for the record (in this project: results)
 ):
-    "Score networks with classifiers on the same episodes: the table and the paired differences with the first network, as DataFrames"
+    """Score networks with classifiers on the same episodes, and write a table, paired differences and a record
+
+    Returns the table and the paired differences from the first network as DataFrames. UserError for networks, flags, data or folders that
+    cannot be used.
+    """
     if not networks: raise UserError('no network is given: name one, such as convnet4.grdd_cifarfs')
-    if score not in SPLITS: raise UserError(f'--score is {score}: it is one of {", ".join(SPLITS)}')
+    check_choice('--score', score, SPLITS)
     files = from_flags(DataOptions(), files)
-    if query_distribution not in QUERY_SAMPLERS:
-        raise UserError(f'--query-distribution is {query_distribution}: it is one of {", ".join(QUERY_SAMPLERS)}')
+    check_choice('--query-distribution', query_distribution, QUERY_SAMPLERS)
     names = list(CLASSIFIERS) if classifiers == 'all' else classifiers.split(',')
     for name in names: get_classifier(name)
     writable(out, results)
@@ -62,36 +65,35 @@ def score_networks(
     results = results and user_path(results)
     split = SPLITS[score]
     if seed is None: seed = EPISODES_SEED[score]
-    nets = {str(of):load_network(of) for of in networks}
-    if px is None: px = input_config(next(iter(nets.values())))[0]
-    for of,net in nets.items():
-        if (side := input_config(net)[0]) != px: log(f'note: {of} is made for images of {side} px and gets {px}')
+    nets = {str(network):load_network(network) for network in networks}
+    first = next(iter(nets))
+    if px is None: px = input_config(nets[first])[0]
+    for network,net in nets.items():
+        if (side := input_config(net)[0]) != px: log(f'note: {network} is made for images of {side} px and gets {px}')
     data = files.load(px)
     kinds = [(w, k, q) for w in numbers('ways', ways) for k in numbers('shots', shots) for q in numbers('queries', queries)]
     for w,k,q in kinds: check_episode(getattr(data, split), w, k, q if query_distribution == 'balanced' else w*q)
 
-    rows,scores,weights = [],{},{}
-    for of,net in nets.items():
-        bank = partial(cached_features, net, data, cache=files.cache)
-        (h,y),views = bank(split),bank(split, views=support_views, jitter=jitter, seed=seed)[0] if support_views else None
-        using = with_base_mean(names, lambda bank=bank: bank('train')[0])
-        weights[of] = digest(net.state_dict())
+    rows = []
+    scores = {} # (way, shot, query, classifier) -> network -> `Evaluation`
+    weights = {} # network -> checksum
+    for network,net in nets.items():
+        features = partial(cached_features, net, data, cache=files.cache)
+        h,y = features(split)
+        views = features(split, views=support_views, jitter=jitter, seed=seed)[0] if support_views else None
+        with_means = with_base_mean(names, lambda features=features: features('train')[0])
+        weights[network] = digest(net.state_dict())
         for w,k,q in kinds:
-            for name,e in evaluate(h, y, w, k, q, test_episodes, seed, using, query_distribution, views).items():
-                scores.setdefault((w, k, q, name), {})[of],f = e,CLASSIFIERS[name]
-                rows.append(dict(network=of, way=w, shot=k, query=q, classifier=name, accuracy=round(e.accuracy, 3), ci95=round(e.ci95, 3),
-                                 n=len(e.episodes),
-                                 transductive=f.transductive, balanced=f.balanced, episodes=e.episode_id))
-                log(f'{of}, {w}-way {k}-shot, {e.classifier}: {e}')
-                if score == 'novel': log_novel(out, results, of, weights[of], rows[-1], query_distribution, support_views)
-    table,pairs = pd.DataFrame(rows),[]
-    for (w,k,q,name),of in scores.items():
-        if len(of) > 1:
-            pairs.append(compare(of, {n:[next(iter(nets))] for n in list(of)[1:]}).assign(way=w, shot=k, query=q, classifier=name))
-    pairs = pd.concat(pairs, ignore_index=True) if pairs else pd.DataFrame()
-
+            for name,e in evaluate(h, y, w, k, q, test_episodes, seed, with_means, query_distribution, views).items():
+                scores.setdefault((w, k, q, name), {})[network] = e
+                rows.append(row(network, w, k, q, name, e))
+                log(f'{network}, {w}-way {k}-shot, {e.classifier}: {e}')
+                if score == 'novel': log_novel(out, results, network, weights[network], rows[-1], query_distribution, support_views)
+    table = pd.DataFrame(rows)
+    pairs = differences(scores, first)
     log('\n' + table.drop(columns='episodes').to_string(index=False))
     if len(pairs): log('\n' + pairs.to_string(index=False, float_format='{:.3g}'.format))
+
     record = dict(split=score, queries=query_distribution, support_views=support_views, jitter=jitter, seed=seed, px=px, scores=rows,
                   weights=weights, data=dict(name=data.name, fingerprint=data.fingerprint),
                   command=command(), commit=git_commit(), device=device_name(), versions=versions(), time=now())
@@ -108,9 +110,24 @@ def score_networks(
     return table,pairs
 
 
-def log_novel(out, results, of, weights, row, queries, views):
-    "A line in the log of every scoring of the novel classes"
-    for folder in [out, *([results] if results else [])]:
-        log_line(folder/'novel_scorings.jsonl', dict(time=now(), commit=git_commit(), what=Path(of).name, weights=weights[:16],
-                                                     way=row['way'], shot=row['shot'], queries=queries,
-                 support_views=views, classifier=row['classifier'], accuracy=row['accuracy'], ci95=row['ci95'], test_episodes=row['n']))
+def row(network, way, shot, query, name, e):
+    "The table's entries for the `Evaluation` `e` of a network with the classifier `name`"
+    f = CLASSIFIERS[name]
+    return dict(network=network, way=way, shot=shot, query=query, classifier=name, accuracy=round(e.accuracy, 3), ci95=round(e.ci95, 3),
+                n=len(e.episodes), transductive=f.transductive, balanced=f.balanced, episodes=e.episode_id)
+
+def differences(scores, first):
+    "Paired differences of the other networks from the network `first` as a DataFrame, for each kind of episode and classifier"
+    pairs = []
+    for (way,shot,query,name),by_network in scores.items():
+        if len(by_network) < 2: continue
+        versus = {network:[first] for network in list(by_network)[1:]}
+        pairs.append(compare(by_network, versus).assign(way=way, shot=shot, query=query, classifier=name))
+    return pd.concat(pairs, ignore_index=True) if pairs else pd.DataFrame()
+
+def log_novel(out, results, network, weights, row, queries, views):
+    "Append a scoring of the novel classes to the log in `out`, and to the one in `results` if that folder is given"
+    scoring = dict(time=now(), commit=git_commit(), what=Path(network).name, weights=weights[:16], way=row['way'], shot=row['shot'],
+                   queries=queries, support_views=views, classifier=row['classifier'], accuracy=row['accuracy'], ci95=row['ci95'],
+                   test_episodes=row['n'])
+    for folder in [out, *([results] if results else [])]: log_line(folder/'novel_scorings.jsonl', scoring)

@@ -1,4 +1,4 @@
-"""Networks of an experiment: each trained once, in a run named by its settings, and scored on the very same episodes as all others."""
+"""The networks of an experiment: each is trained once, in a run named by its settings, and all are scored on the same episodes."""
 import hashlib
 import json
 import sys
@@ -24,9 +24,9 @@ from ..stage_two import stage_two
 __all__ = ['NetworkStore', 'Trained']
 
 
-EPISODE = dict(n_way=5, k_shot=1, n_query=15) # episodes of the validation classes that choose the epoch that is kept
-SPLITS = dict(val='val', novel='test')
-EPISODES_SEED = dict(val=1, novel=0) # val: not the episodes that chose the epoch; novel: those of the other recipes
+EPISODE = dict(n_way=5, k_shot=1, n_query=15) # validation episodes, which choose the epoch whose weights are kept
+SPLITS = dict(val='val', novel='test') # name of the classes -> attribute of `FewShotData`
+EPISODES_SEED = dict(val=1, novel=0) # val: other episodes than those that choose the epoch; novel: the same as in other recipes
 
 
 class Trained(NamedTuple):
@@ -38,17 +38,19 @@ class Trained(NamedTuple):
 
 
 class NetworkStore:
-    """Trained networks under `out`, each in a folder named by its settings and the data: a call trains one, goes on with it, or loads it
+    """Trained networks in the folder `out`, each in its own folder named by its settings and the data
 
-    `max_minutes` is the time for all of them together; when it is used up, `checkpoint.Stopped` is raised with everything saved. Several
-    processes may work in one folder: what one trains, the others wait for. Each scoring of the novel classes is logged in the folders
-    `logs`.
+    A call trains a network, goes on with its training, or loads it. `max_minutes` is the time for all networks together; when it is used
+    up, `checkpoint.Stopped` is raised with everything saved. Several processes may work in one folder: each waits for the networks that
+    another one trains. Each scoring of the novel classes is logged in the folders `logs`.
     """
     def __init__(self, data, out, max_minutes=None, logs=None):
-        self.data,self.out = data,Path(out).expanduser()
+        self.data = data
+        self.out = Path(out).expanduser()
         self.end = None if max_minutes is None else time.monotonic() + 60*max_minutes
-        self.embedded = None,None
-        self.logs = [] if rank_world()[0] else [self.out] if logs is None else [Path(f).expanduser() for f in logs]
+        self.embedded = None,None # what was embedded last, and its features and classes
+        if logs is None: logs = [self.out]
+        self.logs = [] if rank_world()[0] else [Path(f).expanduser() for f in logs] # only the first process writes
 
     def folder(self, kind, arch, settings):
         "Folder of the network with the recorded `settings`"
@@ -56,7 +58,7 @@ class NetworkStore:
         return self.out/f'{kind}-{arch}-s{settings["seed"]}-{key}'
 
     def train(self, kind, arch, settings, make):
-        "`Trained` by the Learner and the fit that `make()` returns; `settings` are the recorded ones"
+        "The `Trained` network of the Learner and the fit that `make()` returns; `settings` are the recorded ones"
         folder = self.folder(kind, arch, settings)
         minutes = None if self.end is None else max(1e-9, (self.end - time.monotonic())/60)
         with redirect_stdout(sys.stderr), Run(folder, settings, resume=True, max_minutes=minutes, plan=['net'], wait=True) as run:
@@ -68,7 +70,7 @@ class NetworkStore:
         return Trained(net, run.out, settings)
 
     def global_net(self, s):
-        "Stage one (CL): the backbone trained by the settings `s` (`StageOne`)"
+        "The `Trained` network of stage one (CL) with the settings `s` (`StageOne`)"
         s = s.but(bs=s.bs or default_bs(self.data))
         return self.train('cl', s.arch, s.recorded(), lambda: stage_one(self.data, s, valid=EPISODE))
 
@@ -77,12 +79,12 @@ class NetworkStore:
         return cached_features(teacher.net, self.data, 'train', stats=self.data.stats, cache=teacher.folder)[0]
 
     def embed(self, net, split):
-        "Features and classes of a split, in float32: a score is the same wherever it is taken"
+        "Features and classes of a split, in float32 so that a score is the same on all devices"
         dl = plain_dl(self.data, split)
         return embed(net.to(dl.device), dl)
 
     def meta_net(self, student, teacher, s):
-        "Stage two from a `Trained` student by the settings `s` (`StageTwo`): CL+EL where `teacher` is None, else CL+GR"
+        "The `Trained` network of stage two from a `Trained` student with the settings `s` (`StageTwo`): CL+EL without teacher, else CL+GR"
         if teacher is None: s = s.but(distill=None)
         settings = s.recorded() | dict(student=student.settings, teacher=teacher and teacher.settings)
         arch = student.settings['arch']
@@ -92,7 +94,10 @@ class NetworkStore:
         return self.train('gr' if teacher else 'el', arch, settings, make)
 
     def score(self, trained, split, shot=1, n=10_000):
-        "`Evaluation` on `n` 5-way episodes of the 'val' or 'novel' classes: measured once, then read; a novel one is in each log"
+        """`Evaluation` of a `Trained` network on `n` 5-way episodes of the classes `split`, 'val' or 'novel'
+
+        It is measured once and then read from its file. A scoring of the novel classes is written to each log.
+        """
         with locked(trained.folder/'.lock'):
             scored,about = self._scored(trained, split, shot, n)
         line = dict(what=trained.folder.name, shot=shot, accuracy=scored.accuracy, ci95=scored.ci95, test_episodes=n) | about
@@ -100,15 +105,16 @@ class NetworkStore:
         return scored
 
     def _scored(self, trained, split, shot, n):
-        "`Evaluation`, and when and by which commit it was made"
-        path,weights = trained.folder/f'{split}_{shot}shot_{n}.safetensors',trained.read('net.json')['sha256']
+        "The `Evaluation`, and a dict of the time, commit and device of its measurement"
+        path = trained.folder/f'{split}_{shot}shot_{n}.safetensors'
+        weights = trained.read('net.json')['sha256']
         if path.exists():
-            with suppress(UserError, KeyError): # a damaged or missing score is computed again
+            with suppress(UserError, KeyError): # a damaged score is measured again
                 tensors,meta = load_tensors(path)
                 if meta['weights'] == weights and 'about' in meta:
                     return Evaluation(tensors['episodes'].numpy(), meta['drawn']),meta['about']
-        if self.embedded[0] != (of := (weights, split)): # of the shot before, mostly
-            self.embedded = of,self.embed(trained.net, SPLITS[split])
+        key = weights,split
+        if self.embedded[0] != key: self.embedded = key,self.embed(trained.net, SPLITS[split]) # the next shot uses the features again
         scored = evaluate(*self.embedded[1], EPISODE['n_way'], shot, EPISODE['n_query'], n, EPISODES_SEED[split])
         scored.episode_id += f', {split} classes of {self.data.fingerprint[:8]}'
         about = dict(time=now(), commit=git_commit(), device=device_name())

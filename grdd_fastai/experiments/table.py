@@ -1,4 +1,4 @@
-"""Rows of settings to a table of accuracies: the program behind the recipes of the paper's experiments, read top to bottom."""
+"""From rows of settings to a table of accuracies: the program behind the recipes of the paper's experiments."""
 import datetime
 import hashlib
 import itertools
@@ -28,8 +28,8 @@ from .store import EPISODE, SPLITS, NetworkStore
 __all__ = ['CL', 'EL', 'GR', 'Table', 'table']
 
 
-# The three supervisions of Table 2. A row names the role whose architecture its network psi has, and that of its teacher phi, which is
-# psi's own stage one where both have the same role. `stage_one` and `stage_two` are what the row changes of the settings of each stage.
+# The three supervisions of Table 2. A row names the role, 'student' or 'teacher', whose architecture its network psi has, and the role of
+# its teacher phi. If both have the same role, phi is psi's own stage one. `stage_one` and `stage_two` are settings that the row changes.
 CL = dict(psi='student')
 EL = dict(psi='student', stage_two={})
 GR = dict(psi='student', phi='teacher', stage_two={})
@@ -40,15 +40,17 @@ DEMO = dict(student='convnet4', teacher='convnet4_128', one=StageOne(epochs=3, s
 
 
 class Table(NamedTuple):
-    "What `table` made: tidy scores and paired differences, the networks of each (row, seed), and their `NetworkStore`"
+    "Scores and paired differences as DataFrames, networks by (row, seed), their `NetworkStore`, and a sentence for each row that failed"
     scored: pd.DataFrame
     pairs: pd.DataFrame
     nets: dict
     store: NetworkStore
     failed: list
-    def path(self, name): return self.store.out/f'{name}_{self.scored.split.iloc[0]}.png'
+    def path(self, name):
+        "File of a figure with the name of an experiment"
+        return self.store.out/f'{name}_{self.scored.split.iloc[0]}.png'
     def check(self):
-        "Raise UserError if a row failed; the other rows are written by then"
+        "Raise UserError if a row failed; the other rows have been written"
         if self.failed: raise UserError(f'{len(self.failed)} of the rows failed, {self.failed[0]}')
 
 
@@ -57,17 +59,17 @@ class Table(NamedTuple):
 @with_flags(files=DataOptions, one=StageOne, two=PRESETS, but=('seed',))
 def table(
     name, # name of the experiment, which names its files
-    # row name -> row: see `CL`, `EL`, `GR`; `versus` names the rows it is compared with, `paper` the paper's accuracies by
-    # (data set, phi, psi)
+    # row name -> row, such as `CL`, `EL` or `GR`; `versus` names the rows that it is compared with, `paper` holds the paper's accuracies
+    # by (data set, phi, psi)
     all_rows,
-    rows:str=None, # the rows wanted, separated by commas (all); the rows that they are compared with come along
+    rows:str=None, # rows to make, separated by commas (all); the rows that they are compared with are made too
     files=None, # the given `DataOptions`
-    out:str=None, # folder for networks, tables and figures; networks there are used again (runs/experiments; demo: runs/experiments-demo)
-    results:str=None, # folder that takes a record of each row as well (the project's own: results)
+    out:str=None, # folder for tables, figures and networks, which are used again (runs/experiments; demo: runs/experiments-demo)
+    results:str=None, # folder for a record of each row (in this project: results)
     seeds:str='0', # training seeds, separated by commas
-    stage_one_seed:Annotated[int, "seed of one stage one that all seeds share, so that the seeds are stage two's alone (each has its own)",
+    stage_one_seed:Annotated[int, 'seed of one stage one that all seeds share, so that they differ in stage two only (each has its own)',
                              between(0, 2**32 - 1)]=None,
-    score:str='val', # classes to score: val, to choose by, or novel, at the end
+    score:str='val', # classes to score: val, to choose settings, or novel, at the end
     shots:str='1', # shots to score, separated by commas
     student:str=None, # small network, a timm model (convnet4)
     teacher:str=None, # large network, a timm model (resnet12; demo: convnet4_128)
@@ -75,11 +77,14 @@ def table(
     teacher_epochs:Annotated[int, "epochs of the teacher's stage one (as --epochs)", between(1, 10**6)]=None,
     preset:str='best', # preset of stage two's settings: best, muon or paper, see docs/method.md
     two=None, # the given settings of `StageTwo`
-    test_episodes:Annotated[int, 'episodes to score (10000; demo: 1000)', between(1, 10**8)]=None,
-    max_minutes:Annotated[float, 'stop after this many minutes with everything saved; the same command goes on', positive]=None,
+    test_episodes:Annotated[int, 'number of episodes to score (10000; demo: 1000)', between(1, 10**8)]=None,
+    max_minutes:Annotated[float, 'minutes after which the program stops with everything saved; the same command goes on', positive]=None,
     demo:bool=False, # small settings, on the embedded data set unless --data is given
 ):
-    "Train what the rows need and is not there yet, score it on the same episodes, and write CSVs and records: a `Table`"
+    """Train the networks of the rows that do not exist yet, score them on the same episodes, and write CSVs and records
+
+    Returns a `Table`. A row that fails leaves the others their turn. UserError for flags, data or folders that cannot be used.
+    """
     default = DEMO if demo else PAPER
     files = from_flags(DataOptions(), files)
     base = from_flags(default['one'], one)
@@ -88,89 +93,109 @@ def table(
     stage_two = {alone:from_flags(get_preset(preset, alone).but(**default['two']), two) for alone in (False, True)}
     test_episodes = test_episodes or default['test_episodes']
     seeds,shots = numbers('seeds', seeds),numbers('shots', shots)
-    for seed in seeds: base.but(seed=seed)
+    for seed in seeds: base.but(seed=seed) # an error for a seed that is out of bounds
     order = {k:i for i,k in enumerate(all_rows)}
     rows = wanted(all_rows, rows)
-    if score not in SPLITS: raise UserError(f'--score is {score}: it is one of {", ".join(SPLITS)}')
+    check_choice('--score', score, SPLITS)
     for arch in {student, teacher}: check_backbone(arch, 32, base.pretrained)
     if out is None: out = default_out('experiments', demo)
     from_rank_zero(lambda: writable(out, results))
     out = user_path(out, '--out')
-    if demo: log(f'*** DEMO: small settings{"" if files.data else " on drawn characters"}; not a result about GRDD ***')
+    on_characters = '' if files.data else ' on drawn characters'
+    if demo: log(f'*** DEMO: small settings{on_characters}; not a result about GRDD ***')
     else: log(f'{name}: {len(rows)} rows, seeds {seeds}')
     data = files.load(32, demo)
     for split in (data.val, data.test):
         for shot in shots: check_episode(split, EPISODE['n_way'], shot, EPISODE['n_query'])
 
     store = NetworkStore(data, out, max_minutes, logs=[out, *([results] if results else [])])
-    nets,scores,failed,stop = {},{},[],None
-    for seed,key in itertools.product(seeds, rows):
-        try:
-            nets[key, seed] = train(store, rows[key], roles, seed, stage_two, seed if stage_one_seed is None else stage_one_seed)
-            for shot in shots:
-                scores[key, seed, shot] = store.score(nets[key, seed]['net'], score, shot, test_episodes)
-                log(f'{key}, seed {seed}, {shot}-shot: {scores[key, seed, shot]}')
-        except Stopped as e:
-            stop = e
-            break
-        except UserError as e: # a row that diverges leaves the others their turn
-            failed.append(f'{key}, seed {seed}: {e}')
-            log(f'failed: {failed[-1]}')
-
-    records = {} # by file: where seeds share a stage one they share its record
+    nets,scores,failed,stop = train_and_score(store, rows, roles, stage_two, seeds, stage_one_seed, score, shots, test_episodes)
+    records = {} # file -> record, because seeds that share a stage one share its record
     for (key,seed),made in nets.items():
         if (key, seed, shots[-1]) not in scores: continue
         r = record(name, key, rows[key], seed, stage_one_seed, score, shots, made, scores, data) | dict(order=order[key])
         records[r['file']] = r
     records = list(records.values())
     scored,pairs = to_dataframes(rows, records, scores)
-    if records and rank_world()[0] == 0:
-        log(f'\n{scored.to_string(index=False)}\n')
-        if len(pairs): log(pairs.to_string(index=False, float_format='{:.3g}'.format) + '\n')
-        atomic_write(out/f'{name}_{score}.csv', scored.to_csv(index=False))
-        atomic_write(out/f'{name}_{score}_pairs.csv', pairs.to_csv(index=False, float_format='%.5g'))
-    for r in records if results and rank_world()[0] == 0 else []: write_record(results, r)
-    if stop: log(f'stopped ({stop}) at {key}, seed {seed}{stop.where}: the same command goes on')
+    first = rank_world()[0] == 0
+    if records and first: write_tables(out, f'{name}_{score}', scored, pairs)
+    if results and first:
+        for r in records: write_record(results, r)
+    if stop: log(f'stopped ({stop}){stop.where}: the same command goes on')
     status = 'stopped' if stop else 'failed' if failed else 'finished'
-    if rank_world()[0] == 0:
-        print(json.dumps(dict(experiment=name, csv=str(out/f'{name}_{score}.csv'), rows=len(scored), failed=failed, demo=demo,
-                              status=status)))
+    if first:
+        csv = str(out/f'{name}_{score}.csv')
+        print(json.dumps(dict(experiment=name, csv=csv, rows=len(scored), failed=failed, demo=demo, status=status)))
     if stop and stop.code: sys.exit(stop.code)
     return Table(scored, pairs, nets, store, failed)
 
 
+def train_and_score(store, rows, roles, stage_two, seeds, stage_one_seed, split, shots, n_episodes):
+    """Train and score every row with every seed
+
+    Returns the networks by (row, seed), the `Evaluation`s by (row, seed, shot), a sentence for each failure, and the `Stopped` that ended
+    the work early, or None.
+    """
+    nets,scores = {},{}
+    failed = []
+    for seed,key in itertools.product(seeds, rows):
+        try:
+            nets[key, seed] = train(store, rows[key], roles, seed, stage_two, seed if stage_one_seed is None else stage_one_seed)
+            for shot in shots:
+                scores[key, seed, shot] = store.score(nets[key, seed]['net'], split, shot, n_episodes)
+                log(f'{key}, seed {seed}, {shot}-shot: {scores[key, seed, shot]}')
+        except Stopped as stop:
+            stop.where = f' at {key}, seed {seed}{stop.where}'
+            return nets,scores,failed,stop
+        except UserError as e: # a row that diverges leaves the others their turn
+            failed.append(f'{key}, seed {seed}: {e}')
+            log(f'failed: {failed[-1]}')
+    return nets,scores,failed,None
+
 def train(store, row, roles, seed, stage_two, start):
-    "The networks of a row: its own, its student's stage one (of seed `start`) and its teacher's"
+    "The `Trained` networks of a row: `net` and, for stage two, its `student` of stage one (with the seed `start`) and its `teacher`"
     def one(role, seed): return store.global_net(roles[role].but(**row.get('stage_one', {}) | dict(seed=seed)))
     psi,phi = row['psi'],row.get('phi')
     student = one(psi, start)
     if 'stage_two' not in row: return dict(net=student)
     teacher = None
     if phi and roles[phi] == roles[psi]: teacher = one(phi, start + 1) if row.get('independent') else student
-    elif phi: teacher = one(phi, 0) # one teacher for every seed
+    elif phi: teacher = one(phi, 0) # all seeds have the same teacher
     two = stage_two[not phi].but(**row['stage_two'] | dict(seed=seed))
     return dict(student=student, teacher=teacher, net=store.meta_net(student, teacher, two))
 
 
-# ---- what is asked for ------------------------------------------------------------------------------------------------
+# ---- flags ------------------------------------------------------------------------------------------------------------
+
+def check_choice(flag, value, choices):
+    "Raise UserError unless the value of the flag is one of the `choices`"
+    if value in choices: return
+    known = ', '.join(choices)
+    raise UserError(f'{flag} is {value}: it is one of {known}')
 
 def numbers(name, text):
+    "The whole numbers in a text that separates them by commas, each once; UserError, by the flag's `name`, for any other text"
     try: return list(dict.fromkeys(int(v) for v in str(text).split(',')))
     except ValueError: raise UserError(f'--{name} is {text!r}: give whole numbers separated by commas, such as 0,1,2') from None
 
 def wanted(rows, names):
-    "The rows that `names` lists, separated by commas, and those they are compared with, in the experiment's order"
+    """The rows that the text `names` lists and the rows that they are compared with, in the experiment's order
+
+    UserError for a name of no row.
+    """
     if names is None: return rows
     keep = [k.strip() for k in names.split(',')]
-    if unknown := [k for k in keep if k not in rows]: raise UserError(f'no row {unknown[0]!r}: the rows are {", ".join(rows)}')
+    if unknown := [k for k in keep if k not in rows]:
+        known = ', '.join(rows)
+        raise UserError(f'no row {unknown[0]!r}: the rows are {known}')
     keep += [other for k in keep for other in rows[k].get('versus', ())]
     return {k:row for k,row in rows.items() if k in keep}
 
 
-# ---- what came of it --------------------------------------------------------------------------------------------------
+# ---- records and tables -----------------------------------------------------------------------------------------------
 
 def record(name, key, row, seed, start, split, shots, made, scores, data):
-    "Everything a reported number needs to be had again, JSON-able"
+    "A dict for JSON with all that is needed to get a row's numbers again"
     net = made['net']
     seed_of = net.settings['seed']
     def trained(t):
@@ -180,20 +205,21 @@ def record(name, key, row, seed, start, split, shots, made, scores, data):
             initial_weights=pretrained_tag(card['arch'], t.settings.get('pretrained', False)) or 'random',
             weights=card['sha256'], val_accuracy=round(card['val_accuracy'], 3),
             minutes=round(t.read('result.json')['seconds']/60, 1))
-    networks = {k:trained(t) for k,t in made.items() if t}
+    def measured(e): return dict(accuracy=round(e.accuracy, 3), ci95=round(e.ci95, 3), n=len(e.episodes), episodes=e.episode_id)
     def difference(d): return dict(difference=round(d.mean, 3), ci95=round(d.ci95, 3), p=float(f'{d.p:.3g}'), clear=d.clear)
+    networks = {k:trained(t) for k,t in made.items() if t}
     versus = {other:{f'{shot}-shot':difference(scores[key, seed, shot] - scores[other, seed, shot]) for shot in shots}
               for other in row.get('versus', ()) if (other, seed, shots[-1]) in scores}
-    phi,psi = networks['teacher']['arch'] if 'teacher' in networks else None,networks['net']['arch']
-    same = [_no_seed(net.settings), data.fingerprint, *([] if start is None else [start])] # but for the seed
+    phi = networks['teacher']['arch'] if 'teacher' in networks else None
+    psi = networks['net']['arch']
+    same = [_no_seed(net.settings), data.fingerprint, *([] if start is None else [start])] # records that differ in the seed only share it
     same = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:6]
     slug = re.sub('[^a-z0-9.=]+', '-', key.lower()).strip('-')
     return dict(
         file=f'{slug}-{same}-s{seed_of}-{split}.json', experiment=name, row=key, same=same, seed=seed_of, stage_one_seed=start, split=split,
         supervision='CL+GR' if phi else 'CL+EL' if 'student' in networks else 'CL', phi=phi, psi=psi,
         paper=row.get('paper', {}).get((data.name, phi, psi)),
-        scores={f'{shot}-shot':dict(accuracy=round(e.accuracy, 3), ci95=round(e.ci95, 3), n=len(e.episodes), episodes=e.episode_id)
-                for shot in shots for e in [scores[key, seed, shot]]},
+        scores={f'{shot}-shot':measured(scores[key, seed, shot]) for shot in shots},
         versus=versus, settings=net.settings, networks=networks, data=dict(name=data.name, fingerprint=data.fingerprint),
         command=f'OMP_NUM_THREADS={networks["net"]["torch_threads"]} {command()}',
         scored=dict(commit=git_commit(), device=device_name(), versions=versions(), date=datetime.date.today().isoformat()))
@@ -201,6 +227,7 @@ def record(name, key, row, seed, start, split, shots, made, scores, data):
 def _no_seed(settings): return {k:_no_seed(v) if isinstance(v, dict) else v for k,v in settings.items() if k != 'seed'}
 
 def write_record(folder, r):
+    "Write the record `r` as a JSON file in the experiment's folder in `folder`"
     with output_folder(Path(folder).expanduser()/r['experiment'], '--results') as folder: write_json(folder/r['file'], r)
 
 def writable(out, results):
@@ -208,14 +235,21 @@ def writable(out, results):
     with output_folder(out), output_folder(out if results is None else results, '--results'): pass
 
 def to_dataframes(rows, records, scores):
-    "Tidy DataFrames: a line per row, seed and shot; a line per comparison, seed and shot, and one over all seeds"
+    "Two tidy DataFrames: the scores, a line per row, seed and shot, and the lines of `compare` for each shot"
     scored = [dict(row=r['row'], supervision=r['supervision'], phi=r['phi'], psi=r['psi'], seed=r['seed'], split=r['split'],
-                   shot=int(shot[:-5]),
-                   accuracy=v['accuracy'], ci95=v['ci95'], n=v['n'], paper=(r['paper'] or {}).get(shot),
-                   weights=r['networks']['net']['weights'][:8])
+                   shot=int(shot.removesuffix('-shot')), accuracy=v['accuracy'], ci95=v['ci95'], n=v['n'],
+                   paper=(r['paper'] or {}).get(shot), weights=r['networks']['net']['weights'][:8])
               for r in records for shot,v in r['scores'].items()]
-    versus,pairs = {k:row.get('versus', ()) for k,row in rows.items()},[]
+    versus = {k:row.get('versus', ()) for k,row in rows.items()}
+    pairs = []
     for shot in sorted({shot for *_,shot in scores}):
-        of = {k:{seed:e for (row,seed,s),e in scores.items() if (row, s) == (k, shot)} for k in rows}
-        pairs.append(compare(of, versus).assign(shot=shot))
+        by_row = {k:{seed:e for (row,seed,s),e in scores.items() if (row, s) == (k, shot)} for k in rows}
+        pairs.append(compare(by_row, versus).assign(shot=shot))
     return pd.DataFrame(scored),pd.concat(pairs) if pairs else pd.DataFrame()
+
+def write_tables(out, name, scored, pairs):
+    "Log the scores and the paired differences, and write them as CSV files with the `name` to the folder `out`"
+    log(f'\n{scored.to_string(index=False)}\n')
+    if len(pairs): log(pairs.to_string(index=False, float_format='{:.3g}'.format) + '\n')
+    atomic_write(out/f'{name}.csv', scored.to_csv(index=False))
+    atomic_write(out/f'{name}_pairs.csv', pairs.to_csv(index=False, float_format='%.5g'))

@@ -1,1 +1,1 @@
-"""A run's folder: checkpoints, provenance, results."""
+"""The folder of a run: checkpoints, provenance and results."""

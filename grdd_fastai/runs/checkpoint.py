@@ -1,4 +1,4 @@
-"""Checkpoint and resume a fit, to the bit: what a Learner of ours needs to go on as if it had never stopped."""
+"""Checkpoints of a fit: what a `FewShotLearner` needs to go on bit for bit as if it had never stopped."""
 import signal
 import threading
 import time
@@ -17,49 +17,60 @@ __all__ = ['Stopped', 'Deadline', 'learner_state', 'load_learner_state', 'load_c
            'StopOnNaN']
 
 
-MINUTES = 5 # between checkpoints inside an epoch
-FORMAT = 1 # of a checkpoint's tensors and meta; those of before it was written down are of the same
+MINUTES = 5 # minutes between checkpoints inside an epoch
+FORMAT = 1 # format of the tensors and meta of a checkpoint; a checkpoint that names no format has format 1
 
 
 class Stopped(BaseException):
-    """The run was stopped, its state is saved; `code` is the exit code, `where` the place in the stage
+    """Raised when a run stops with its state saved; `code` is the exit code, `where` the place in the stage
 
-    As KeyboardInterrupt it is no Exception, so that nobody who looks for a damaged file takes a signal for one.
+    Like KeyboardInterrupt it is no subclass of Exception, so that code which looks for damaged files does not catch it.
     """
-    def __init__(self, why, code): super().__init__(why); self.why,self.code,self.where = why,code,''
+    def __init__(self, why, code):
+        super().__init__(why)
+        self.why = why
+        self.code = code
+        self.where = ''
     def __reduce__(self): return type(self),(self.why, self.code)
     def __str__(self): return self.why # fastai puts a callback's name into `args`
 
 
 class Deadline:
-    "Says when to stop: after `max_minutes`, or once SIGINT or SIGTERM came (while used as a context)"
+    "Says when to stop: after `max_minutes`, or when SIGINT or SIGTERM arrives while it is used as a context"
     def __init__(self, max_minutes=None):
-        self.end,self.signal,self.fitting = None if max_minutes is None else time.monotonic() + 60*max_minutes,None,False
+        self.end = None if max_minutes is None else time.monotonic() + 60*max_minutes
+        self.signal = None # number of the signal that arrived
+        self.fitting = False # True during a fit, which saves before it stops
     def __enter__(self):
-        if threading.current_thread() is not threading.main_thread(): self.old = {}
-        else: self.old = {s:signal.signal(s, self.caught) for s in (signal.SIGINT, signal.SIGTERM)}
+        main = threading.current_thread() is threading.main_thread() # only the main thread may set signal handlers
+        self.old = {s:signal.signal(s, self.caught) for s in (signal.SIGINT, signal.SIGTERM)} if main else {}
         return self
     def __exit__(self, *_):
         for s,handler in self.old.items(): signal.signal(s, handler)
     def signalled(self, number): return Stopped(signal.Signals(number).name, 128 + number)
     def caught(self, number, frame):
-        "While fitting, the next step boundary saves; elsewhere everything is saved already"
+        "Handle a signal: during a fit the next step saves and stops; at any other time everything is saved already"
         if self.signal or not self.fitting: raise self.signalled(number)
         self.signal = number
     def due(self):
-        "The reason for this process to stop"
+        "The reason for this process to stop as a `Stopped`, or None"
         return self.why(self.code())
-    def code(self): return self.signal or -1*(self.end is not None and time.monotonic() >= self.end)
-    def why(self, code): return self.signalled(code) if code > 0 else Stopped('the time is used up', 0) if code < 0 else None
+    def code(self):
+        "The reason to stop as a number: the signal, -1 if the time is used up, 0 for no reason"
+        return self.signal or -1*(self.end is not None and time.monotonic() >= self.end)
+    def why(self, code):
+        "`Stopped` for a `code`, None for 0"
+        if code > 0: return self.signalled(code)
+        return Stopped('the time is used up', 0) if code < 0 else None
     def check(self):
-        "The reason to stop now as a `Stopped`, or None; of several processes all stop where one has to"
+        "The reason to stop now as a `Stopped`, or None; if one of several processes has to stop, all processes stop"
         return self.why(all_max(self.code(), key=abs))
 
 
 # ---- a Learner's state as tensors and JSON ----------------------------------------------------------------------------
 
 def learner_state(learn):
-    "(tensors, meta): weights, optimiser, best weights so far, history and running means of a Learner of ours"
+    "(tensors, meta) of a `FewShotLearner`: weights, optimiser, best weights so far, history and running means"
     tensors = {f'model/{k}':v for k,v in unwrapped(learn.model).state_dict().items()}
     opt = learn.opt.state_dict()
     scalars = {}
@@ -78,19 +89,26 @@ def learner_state(learn):
         meta['best'] = [float(best.best), best.best_epoch]
     return tensors,meta
 
-def part(tensors, prefix): return {k.removeprefix(prefix):v for k,v in tensors.items() if k.startswith(prefix)}
+def part(tensors, prefix):
+    "The tensors whose names begin with `prefix`, by the rest of their names"
+    return {k.removeprefix(prefix):v for k,v in tensors.items() if k.startswith(prefix)}
 
 def load_learner_state(learn, tensors, meta, where='the checkpoint'):
-    "Undo `learner_state`, inside a fit that has begun; `where` names the file in errors"
+    """Restore the state of `learner_state` inside a fit that has begun; `where` names the file in errors
+
+    UserError for tensors that do not fit the network.
+    """
     device = learn.dls.device
     load_state(unwrapped(learn.model), part(tensors, 'model/'), where)
     opt = learn.opt.opt if hasattr(learn.opt, 'opt') else learn.opt
-    ps,state = [p for g in opt.param_groups for p in g['params']],{}
+    params = [p for g in opt.param_groups for p in g['params']]
+    state = {}
     for k,v in part(tensors, 'opt/').items():
         i,name = k.split('/')
-        if v.ndim and v.shape != ps[int(i)].shape: # a fused optimiser would read past its end
-            raise UserError(f'{where} holds {k} of shape {tuple(v.shape)}, not {tuple(ps[int(i)].shape)}: give --out another folder')
-        if v.shape == ps[int(i)].shape: v = torch.empty_like(ps[int(i)]).copy_(v) # in the parameter's memory layout
+        p = params[int(i)]
+        if v.ndim and v.shape != p.shape: # a fused optimiser would read past the end of the tensor
+            raise UserError(f'{where} holds {k} of shape {tuple(v.shape)}, not {tuple(p.shape)}: give --out another folder')
+        if v.shape == p.shape: v = torch.empty_like(p).copy_(v) # in the memory layout of the parameter
         state.setdefault(int(i), {})[name] = v
     for k,v in meta['opt'].items():
         i,name = k.split('/')
@@ -99,7 +117,9 @@ def load_learner_state(learn, tensors, meta, where='the checkpoint'):
     opt.load_state_dict(dict(state=state, param_groups=groups))
     if meta.get('scaler'): learn.scaler.load_state_dict(meta['scaler'])
     learn.recorder.values = [L(row) for row in meta['values']]
-    learn.recorder.smooth_loss.val,learn.recorder.smooth_loss.count = torch.tensor(meta['smooth_loss'][0]),meta['smooth_loss'][1]
+    mean,count = meta['smooth_loss']
+    learn.recorder.smooth_loss.val = torch.tensor(mean)
+    learn.recorder.smooth_loss.count = count
     if 'best' in meta:
         check_state(unwrapped(learn.model), part(tensors, 'best/'), where)
         learn.keep_best.best,learn.keep_best.best_epoch = meta['best']
@@ -107,33 +127,42 @@ def load_learner_state(learn, tensors, meta, where='the checkpoint'):
 
 
 def load_checkpoint(path, log=print):
-    "(tensors, meta) of the checkpoint at `path`, of the one before it where that is damaged, None where there is none"
+    """(tensors, meta) of the checkpoint at `path`, or of the one before it if that is damaged; None if there is none
+
+    UserError if there are checkpoints and all are damaged.
+    """
     paths = [p for p in (Path(path), previous(path)) if p.exists()]
     for p in paths:
         try: return load_tensors(p)
-        except UserError as e: log(f'{e}' + ('; the checkpoint before it is used' if p != paths[-1] else ''))
+        except UserError as e:
+            rest = '; the checkpoint before it is used' if p != paths[-1] else ''
+            log(f'{e}{rest}')
     if paths: raise UserError(f'no checkpoint in {Path(path).parent} is whole: start again in another --out')
 
 def previous(path):
-    "Where the checkpoint before the one at `path` is kept"
+    "File of the checkpoint that was saved before the one at `path`"
     return Path(path).with_suffix('.previous')
 
 
 class Checkpoint(Callback):
-    "Save the fit's state to `path` at each epoch's end, every `minutes`, and when `deadline` says stop; go on from `resume`"
-    order = 70 # after every other: the state is whole
+    "Save the fit to `path` after each epoch, every `minutes`, and when `deadline` says stop; go on from `resume`"
+    order = 70 # after all other callbacks, when the state is complete
     def __init__(self,
-        path, # of the checkpoint; the one before it lies beside it until the new one is whole
-        about, # function whose dict (stage, seconds, ...) goes into the checkpoint
+        path, # file of the checkpoint; the checkpoint before it is kept beside it
+        about, # function that returns a dict (stage, seconds, ...) for the checkpoint
         deadline, # `Deadline`
-        minutes=None, # between checkpoints inside an epoch (`MINUTES`)
+        minutes=None, # minutes between checkpoints inside an epoch (`MINUTES`)
         resume=None, # (tensors, meta) of `load_checkpoint`
     ):
-        self.path,self.about,self.deadline,self.state = Path(path),about,deadline,resume
+        self.path = Path(path)
+        self.about = about
+        self.deadline = deadline
+        self.state = resume
         self.minutes = MINUTES if minutes is None else minutes
 
     def before_fit(self):
-        self.saved,self.skip = time.monotonic(),0
+        self.saved = time.monotonic()
+        self.skip = 0
         if not self.state: return
         tensors,meta = self.state
         self.check(meta)
@@ -142,38 +171,47 @@ class Checkpoint(Callback):
         except Exception as e:
             raise UserError(f'{self.path} is not a checkpoint of this training ({type(e).__name__}: {first_line(e)}): '
                             'give --out another folder') from None
-        self.learn.first_epoch,self.skip,self.totals = meta['epoch'],meta['step'],meta['parts']
+        self.learn.first_epoch = meta['epoch']
+        self.skip = meta['step']
+        self.totals = meta['parts']
         self.state = None
 
     def check(self, meta):
-        "UserError unless `meta` is of this format and of a place that the fit comes to"
-        if (found := meta.get('format', 1)) != FORMAT: raise UserError(
-            f'{self.path} has format {found} and this version of grdd_fastai reads {FORMAT}: '
-            'go on with the version that wrote it, or give --out another folder')
-        epoch,step,terms = meta.get('epoch'),meta.get('step'),[cb.name for cb in self.learn.cbs if isinstance(cb, LossTerm)]
-        ok = (meta.get('stage') == self.about().get('stage') and type(epoch) is int and type(step) is int and 0 <= epoch <= self.n_epoch
-              and 0 <= step < len(self.dls.train) and (epoch < self.n_epoch or step == 0))
-        ok = ok and all(isinstance(meta.get(k), kind)
-                        for k,kind in dict(parts=dict, opt=dict, groups=list, smooth_loss=list, scaler=dict).items())
-        def numbers(v, n=None): return isinstance(v, list) and n in (None, len(v)) and all(isinstance(o, int | float) for o in v)
-        ok = (ok and numbers(meta['smooth_loss'], 2)
-              and all(isinstance(p, dict) and all(numbers(v, 2) for v in p.values()) for p in meta['parts'].values()))
-        ok = ok and all(set(cb.parts) == set(meta['parts'].get(cb.name, ())) for cb in self.learn.cbs if isinstance(cb, LossTerm))
-        ok = ok and ('best' not in meta or numbers(meta['best'], 2)) and all(numbers(v) for v in meta.get('values') or [])
-        ok = ok and all(isinstance(g, dict) and all(v is None or isinstance(v, int | float | list) for v in g.values())
-                        for g in meta['groups'])
-        ok = (ok and isinstance(meta.get('values'), list) and len(meta['values']) == epoch and isinstance(meta.get('parts'), dict)
-              and sorted(meta['parts']) == sorted(terms))
-        if not ok:
+        "Raise UserError unless `meta` has this version's format and belongs to this training"
+        found = meta.get('format', 1)
+        if found != FORMAT:
+            raise UserError(f'{self.path} has format {found} and this version of grdd_fastai reads {FORMAT}: '
+                            'go on with the version that wrote it, or give --out another folder')
+        if not (self.has_place(meta) and self.is_complete(meta)):
+            epoch,step = meta.get('epoch'),meta.get('step')
             raise UserError(f'{self.path} is not a checkpoint of this training (epoch {epoch}, step {step}, of {self.n_epoch} epochs): '
                             'give --out another folder')
 
+    def has_place(self, meta):
+        "Whether `meta` is of this stage and of an epoch and a step that the fit comes to"
+        epoch,step = meta.get('epoch'),meta.get('step')
+        return (meta.get('stage') == self.about().get('stage') and type(epoch) is int and type(step) is int and 0 <= epoch <= self.n_epoch
+                and 0 <= step < len(self.dls.train) and (epoch < self.n_epoch or step == 0))
+
+    def is_complete(self, meta):
+        "Whether the entries of `meta` are of the right kinds and fit the Learner's terms of the loss"
+        kinds = dict(parts=dict, opt=dict, groups=list, smooth_loss=list, scaler=dict, values=list)
+        if not all(isinstance(meta.get(k), kind) for k,kind in kinds.items()): return False
+        def numbers(v, n=None): return isinstance(v, list) and n in (None, len(v)) and all(isinstance(o, int | float) for o in v)
+        def pairs(v): return isinstance(v, dict) and all(numbers(o, 2) for o in v.values())
+        def group(v): return isinstance(v, dict) and all(o is None or isinstance(o, int | float | list) for o in v.values())
+        terms = {cb.name:set(cb.parts) for cb in self.learn.cbs if isinstance(cb, LossTerm)}
+        return (numbers(meta['smooth_loss'], 2) and all(map(pairs, meta['parts'].values())) and all(map(group, meta['groups']))
+                and {k:set(v) for k,v in meta['parts'].items()} == terms and ('best' not in meta or numbers(meta['best'], 2))
+                and all(map(numbers, meta['values'])) and len(meta['values']) == meta['epoch'])
+
     def before_train(self):
-        "The epoch's first `skip` batches were trained on before: `SkipBatches` passes them by"
-        self.learn.skip_batches.n,self.skip = self.skip,0
-        if self.learn.skip_batches.n:
-            for cb in self.learn.cbs:
-                if isinstance(cb, LossTerm): cb.totals = {k:[torch.tensor(t), n] for k,(t,n) in self.totals[cb.name].items()}
+        "In the epoch of the checkpoint, restore the means of the epoch so far; `SkipBatches` skips its first `skip` batches"
+        self.learn.skip_batches.n = self.skip
+        self.skip = 0
+        if not self.learn.skip_batches.n: return
+        for cb in self.learn.cbs:
+            if isinstance(cb, LossTerm): cb.totals = {k:[torch.tensor(t), n] for k,(t,n) in self.totals[cb.name].items()}
 
     def after_batch(self):
         if not self.training or self.iter < self.learn.skip_batches.n or self.iter + 1 == self.n_iter: return
@@ -190,29 +228,34 @@ class Checkpoint(Callback):
         raise stop
 
     def save(self, epoch, step):
-        (tensors,meta),about = learner_state(self.learn),self.about()
+        tensors,meta = learner_state(self.learn)
+        about = self.about()
         bad = next((k for k,v in tensors.items() if not torch.isfinite(v).all()), None)
-        if bad: raise UserError(f'{about["stage"]}, epoch {epoch}, step {step}: {bad} holds NaN or infinite values: lower the '
-                                'learning rate; the last good checkpoint is kept')
+        if bad:
+            raise UserError(f'{about["stage"]}, epoch {epoch}, step {step}: {bad} holds NaN or infinite values: lower the '
+                            'learning rate; the last good checkpoint is kept')
         if self.path.exists(): self.path.replace(previous(self.path))
         save_tensors(self.path, tensors, about | meta | dict(format=FORMAT, epoch=epoch, step=step))
         self.saved = time.monotonic()
 
 
 class SkipBatches(Callback):
-    "Pass by the first `n` batches of an epoch, uncounted in loss and metrics, with the schedule moving on"
-    order,run_valid,n = -20,False,0
+    "Skip the first `n` batches of an epoch: they count in no loss or metric, and the schedule moves on"
+    order = -20
+    run_valid = False
+    n = 0
     def before_batch(self):
         if self.iter >= self.n: return
-        self.learn.yb = () # nothing for the Recorder
+        self.learn.yb = () # so that the Recorder counts no images
         raise CancelBatchException()
 
 
 class StopOnNaN(Callback):
-    "A loss that is NaN or infinite ends the fit with the epoch and the step"
-    order,run_valid = 65,False
+    "Raise UserError, with the stage, the epoch and the step, if the loss is NaN or infinite"
+    order = 65
+    run_valid = False
     def __init__(self, stage): self.stage = stage
     def after_loss(self):
-        if not torch.isfinite(self.learn.loss): raise UserError(
-            f'{self.stage}, epoch {self.epoch}, step {self.iter}: the loss is {float(self.learn.loss)}: lower the learning rate; '
-            'the last good checkpoint is kept')
+        if torch.isfinite(self.learn.loss): return
+        raise UserError(f'{self.stage}, epoch {self.epoch}, step {self.iter}: the loss is {float(self.learn.loss)}: '
+                        'lower the learning rate; the last good checkpoint is kept')

@@ -1,4 +1,4 @@
-"""Where a number comes from: command, commit, device, versions, time, and the log of the novel classes."""
+"""The origin of a number: command, commit, device, versions and time, and the log of all scorings of the novel classes."""
 import contextlib
 import datetime
 import json
@@ -27,45 +27,57 @@ PACKAGE = Path(__file__).parent.parent
 
 @cache
 def git_commit():
-    "Commit of the checkout this package runs from, '+' if its code was changed since; None outside one"
+    "Commit of the checkout that this package runs from, with '+' if its code has changed since; None outside a checkout"
     def git(*args):
         return subprocess.run(['git', '-C', PACKAGE, *args], capture_output=True, text=True, check=True).stdout.strip()
     try:
-        git('ls-files', '--error-unmatch', '__init__.py') # not somebody's repository around an installed package
-        return (git('rev-parse', 'HEAD') +
-                ('+' if git('status', '--porcelain', '--untracked-files=no', '--', '.', '../recipes', '../pyproject.toml') else ''))
+        git('ls-files', '--error-unmatch', '__init__.py') # fails for a package that is installed inside another project's repository
+        commit = git('rev-parse', 'HEAD')
+        changed = git('status', '--porcelain', '--untracked-files=no', '--', '.', '../recipes', '../pyproject.toml')
+        return commit + ('+' if changed else '')
     except (OSError, subprocess.CalledProcessError): return None
 
 @cache
 def device_name():
-    "The GPU's name, else the processor's"
+    "Name of the GPU if there is one, else of the processor"
     if torch.cuda.is_available(): return torch.cuda.get_device_name()
     with contextlib.suppress(OSError, StopIteration):
         return next(line for line in open('/proc/cpuinfo') if line.startswith('model name')).split(':', 1)[1].strip()
     return platform.processor() or platform.machine()
 
 def versions():
+    "Versions of this package and of the packages that its numbers depend on"
     return dict(grdd_fastai=__version__) | {k:version(k) for k in ('torch','torchvision','timm','fastai','albumentations','pandas','numpy')}
 
 def command(words=None):
-    "A command line (this process's), for those who want its numbers again: files by their names, not by where they lie on this machine"
+    "The command line `words`, by default this process's, as text for others: paths outside the working folder are reduced to names"
     return shlex.join(['python', *map(public, sys.argv if words is None else words)])
 
 def public(word):
-    "A word of a command line; of a path that leads out of the working folder only the name, and of a recipe's `recipes/` before it"
+    """A word of a command line in which a path that leads out of the working folder is reduced to its name
+
+    The name of a recipe or a benchmark keeps its folder, `recipes/` or `benchmarks/`.
+    """
     flag,eq,value = word.partition('=') if word.startswith('--') else ('', '', word)
     def shown(piece):
         path = posixpath.normpath(piece.replace('\\', '/')) if re.search(r'[/\\]|^~', piece) else ''
         if not re.match(r'/|\.\.(/|$)|~|file:|[A-Za-z]:', path): return piece
         folder,_,name = path.rpartition('/')
-        return f'{folder.rpartition("/")[2]}/{name}' if folder.endswith(('/recipes', '/benchmarks')) else name
+        if not folder.endswith(('/recipes', '/benchmarks')): return name
+        return folder.rpartition('/')[2] + '/' + name
     return flag + eq + ','.join(map(shown, value.split(',')))
 
-def now(): return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')
+def now():
+    "The time in UTC, in ISO format"
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')
 
 def log_line(path, scoring):
-    "Append a scoring of the novel classes to the JSON lines at `path`, if it is not there already"
-    path,line = Path(path),json.dumps(scoring, sort_keys=True) + '\n'
+    """Append the dict `scoring`, a scoring of the novel classes, to the JSON lines at `path` unless it is there already
+
+    UserError if the file cannot be written.
+    """
+    path = Path(path)
+    line = json.dumps(scoring, sort_keys=True) + '\n'
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and line in read_bytes(path).decode(errors='replace').splitlines(keepends=True): return

@@ -1,4 +1,4 @@
-"""A run's folder: settings, versions, histories, checkpoints, weights and the result of one recipe."""
+"""A run's folder: settings, versions, histories, checkpoints, weights and the result of one program."""
 import contextlib
 import json
 import math
@@ -22,16 +22,16 @@ from .provenance import command, device_name, git_commit, log_line, now, version
 __all__ = ['Run']
 
 
-STAGES = ('student_cl', 'teacher', 'student_grdd', 'net')
+STAGES = ('student_cl', 'teacher', 'student_grdd', 'net') # the networks that a run may train
 
 def default_out(name, demo):
-    "A recipe's folder where no --out is given; a demo has one of its own"
+    "Folder of a recipe if no --out is given; a demo has its own folder"
     return f'runs/{name}-demo' if demo else f'runs/{name}'
 
 
 class History(Callback):
-    "The Recorder's table as CSV, whole after each epoch"
-    order = 66 # before the checkpoint
+    "Write the Recorder's table as CSV after each epoch"
+    order = 66 # before `Checkpoint`
     def __init__(self, path): self.path = path
     def after_epoch(self):
         names = [n for n in self.recorder.metric_names if n != 'time']
@@ -40,18 +40,35 @@ class History(Callback):
 
 
 class Run:
-    """`with Run(out, settings) as run:` a recipe whose progress goes to stderr and whose result is stdout's last line
+    """The folder of a run, as a context: `with Run(out, settings) as run:`
 
-    `settings` decide the result; a run is continued only under the same ones. What is finished is kept as files: a stage is done when its
-    weights and their card are there, the run when `result.json` says so and names those weights. A folder that holds a run already is
-    refused unless it is to be continued (`resume`) or deleted (`overwrite`). Another process at work in the folder is a UserError, or is
-    waited for (`wait`). Nothing in the folder is touched before `begin`, and nothing that is not a run's own ever. Of several processes
-    the first has the folder, and each of the others a copy.
+    Progress goes to stderr, and the result is the last line of stdout. A run goes on under the same settings only. Finished work is kept
+    as files: a stage is done when its weights and their card exist, and the run is done when `result.json` says so and names those weights.
+    Nothing in the folder changes before `begin`. Files that are not the run's own never change. Of several processes the first has the
+    folder, and each of the others has a copy. UserError for a folder that cannot be used.
     """
-    def __init__(self, out, settings, resume=False, max_minutes=None, plan=(), wait=False, overwrite=False):
-        self.given,self.out,self.settings,self.stdout,self.plan,self.wait = out,user_path(out, '--out'),settings,sys.stdout,list(plan),wait
-        self.resumable,self.resume,self.overwrite = resume,resume,overwrite # whether it may go on, and whether there is a run to go on with
-        self.start,self.seconds_before,self.deadline,self.begun = time.monotonic(),0.,Deadline(max_minutes),False
+    def __init__(self,
+        out, # folder
+        settings, # dict of the settings that decide the result
+        resume=False, # go on with the run that the folder holds; without `resume` and `overwrite` such a folder is refused
+        max_minutes=None, # minutes after which the run stops with everything saved
+        plan=(), # names of the stages in their order
+        wait=False, # wait if another process works in the folder, instead of a UserError
+        overwrite=False, # delete the run that the folder holds
+    ):
+        self.given = out
+        self.out = user_path(out, '--out')
+        self.settings = settings
+        self.stdout = sys.stdout
+        self.plan = list(plan)
+        self.wait = wait
+        self.overwrite = overwrite
+        self.resumable = resume # whether a run in the folder may go on
+        self.resume = resume # whether there is a run to go on with
+        self.start = time.monotonic()
+        self.seconds_before = 0. # seconds of the run before it was resumed
+        self.deadline = Deadline(max_minutes)
+        self.begun = False
         if resume and overwrite: raise UserError('--resume goes on with a run and --overwrite deletes it: give one of them')
 
     # ---- the folder ---------------------------------------------------------------------------------------------------
@@ -61,11 +78,12 @@ class Run:
         try:
             self.result = from_rank_zero(self._finished)
             if not self.result: from_rank_zero(self._take)
-            self.out,self.start = scratch_copy(self.out) if rank_world()[1] > 1 else self.out,time.monotonic()
+            if rank_world()[1] > 1: self.out = scratch_copy(self.out)
+            self.start = time.monotonic()
             self.stack.enter_context(contextlib.redirect_stdout(sys.stderr))
             self.stack.enter_context(deterministic(self.settings.get('deterministic', False)))
             self.stack.enter_context(self.deadline)
-            if not self.result: self.result = self._look() # look again: the process that we waited for may have finished the run
+            if not self.result: self.result = self._look() # again, because the process that held the folder may have finished the run
         except BaseException:
             self.stack.close()
             raise
@@ -76,17 +94,17 @@ class Run:
         if kind and kind is not SystemExit: print(file=sys.stderr) # end the line a progress bar may have left
 
     def _finished(self):
-        "The result of a run that is finished, which takes neither a lock nor a folder that can be written"
+        "The result of a finished run, or None; this needs no lock and no folder that can be written"
         return self._look() if self.resumable and str(self.given).strip() and self.out.is_dir() else None
 
     def _take(self):
-        "The folder for this process alone"
+        "Lock the folder for this process, and wait for the lock if `wait` says so"
         self.stack.enter_context(output_folder(self.given))
+        busy = f'another run is at work in {self.out}: wait for it or give --out another'
         said = False
         while True:
             try:
-                self.stack.enter_context(locked(self.out/'.lock',
-                                                f'another run is at work in {self.out}: wait for it or give --out another'))
+                self.stack.enter_context(locked(self.out/'.lock', busy))
                 return
             except Busy:
                 if not self.wait: raise
@@ -97,30 +115,28 @@ class Run:
 
     def _files(self):
         "Names of the run's own files that are in the folder"
-        of_stages = (f for s in STAGES
-                     for f in (f'{s}.safetensors', f'{s}.json', f'history_{s}.csv', f'checkpoint_{s}.safetensors',
-                               f'checkpoint_{s}.previous'))
-        return [f for f in ('settings.json', 'data.json', 'result.json', *of_stages)
-                if os.path.lexists(self.out/f) and not (self.out/f).is_dir()]
+        names = ['settings.json', 'data.json', 'result.json']
+        for s in STAGES:
+            names += [f'{s}.safetensors', f'{s}.json', f'history_{s}.csv', f'checkpoint_{s}.safetensors', f'checkpoint_{s}.previous']
+        return [f for f in names if os.path.lexists(self.out/f) and not (self.out/f).is_dir()]
 
     def _look(self):
-        "The finished run's result if this is to be resumed and there is one; UserError if the folder holds what must not be lost"
+        "The result of the finished run in the folder, or None; UserError if the folder holds what must not be lost"
         self.old = read_json(self.out/'settings.json', {})
         if self.old and not (isinstance(self.old.get('settings'), dict) and isinstance(self.old.get('torch_threads'), int)):
             raise UserError(f'{self.out/"settings.json"} is not a run\'s: give --out another folder')
-        if not self.old and (files := self._files()): raise UserError(
-            f'{self.out} holds {files[0]} but no settings.json of a run that it could be of: '
-            'bring that back from a copy, or give --out another folder')
+        if not self.old and (files := self._files()):
+            raise UserError(f'{self.out} holds {files[0]} but no settings.json of a run that it could be of: '
+                            'bring that back from a copy, or give --out another folder')
         if self.overwrite: return None
         result = read_json(self.out/'result.json', {})
         there = [f for f in self._files() if f.endswith('.safetensors') or f.startswith('checkpoint_')]
         if result.get('status') == 'finished': there.append('result.json')
         if not self.resumable:
-            if there:
-                raise UserError(f'{self.out} holds {"a finished" if "result.json" in there else "an unfinished"} run: add --resume to ' +
-                                ('print its result' if 'result.json' in there else 'go on with it') +
-                                ', --overwrite to delete it, or give --out another folder')
-            return None
+            if not there: return None
+            kind,remedy = ('a finished', 'print its result') if 'result.json' in there else ('an unfinished', 'go on with it')
+            raise UserError(f'{self.out} holds {kind} run: add --resume to {remedy}, --overwrite to delete it, '
+                            'or give --out another folder')
         self.resume = bool(self.old)
         if self.old: self._same_settings()
         seconds = result.get('seconds', 0.)
@@ -130,18 +146,19 @@ class Run:
         return self._verified(result) if result.get('status') == 'finished' else None
 
     def _same_settings(self):
-        "UserError unless the run in the folder was started with these settings"
-        before,now = flat(self.old['settings']),flat(json.loads(json.dumps(self.settings, default=str)))
-        for k in sorted(before.keys() | now.keys()):
-            if before.get(k) == now.get(k): continue
+        "Raise UserError unless the run in the folder was started with these settings"
+        before,asked = flat(self.old['settings']),flat(json.loads(json.dumps(self.settings, default=str)))
+        for k in sorted(before.keys() | asked.keys()):
+            if before.get(k) == asked.get(k): continue
             was = f'with {k}={before[k]}' if k in before else f'without {k}'
-            wanted = f'{now[k]}' if k in now else 'without it'
+            wanted = f'{asked[k]}' if k in asked else 'without it'
             raise UserError(f'{self.out} was started {was}, not {wanted}: resume with the same settings, or give --out another folder')
 
     def _verified(self, result):
-        "Check that the weights are whole and are those that the finished result names; return the result"
-        versions,weights = self.old.get('versions'),result.get('weights')
-        named = isinstance(versions, dict) and 'grdd_fastai' in versions # results of before did not name their weights
+        "Return the finished `result`; UserError unless the weights are whole and are those that it names"
+        made_by = self.old.get('versions')
+        weights = result.get('weights')
+        named = isinstance(made_by, dict) and 'grdd_fastai' in made_by # older results do not name their weights
         for name in self.plan:
             if name not in STAGES: continue
             card,_ = read_weights(self.out/name)
@@ -151,9 +168,9 @@ class Run:
         return result
 
     def begin(self, data, cache=None):
-        """Start the run's record on `data`, or go on if it began with the same
+        """Begin the run on a `FewShotData`, or go on with it
 
-        `cache` is the folder for features that the run keeps.
+        `cache` is the folder for features that the run keeps. UserError if the data has changed since the run was started.
         """
         self.cache = cache
         self.card = dict(classes=data.train.vocab, px=data.px, stats=data.stats, fingerprint=data.fingerprint,
@@ -161,31 +178,37 @@ class Run:
         sweep(self.out)
         if self.resume:
             began = read_json(self.out/'data.json', {}).get('fingerprint', data.fingerprint)
-            if began != data.fingerprint: raise UserError(
-                f'the data changed since {self.out} was started: bring back the data it began with, or give --out another folder')
-            if self.old['torch_threads'] != torch.get_num_threads(): log(
-                f'started with {self.old["torch_threads"]} threads, now {torch.get_num_threads()}: '
-                'the weights will differ in their last bits')
+            if began != data.fingerprint:
+                raise UserError(f'the data changed since {self.out} was started: bring back the data it began with, '
+                                'or give --out another folder')
+            threads = torch.get_num_threads()
+            if self.old['torch_threads'] != threads:
+                log(f'started with {self.old["torch_threads"]} threads, now {threads}: the weights will differ in their last bits')
         else:
             if files := self._files():
-                if self.overwrite: log(f'--overwrite: deleting {", ".join(files)} in {self.out}')
+                names = ', '.join(files)
+                if self.overwrite: log(f'--overwrite: deleting {names} in {self.out}')
                 for f in files: (self.out/f).unlink(missing_ok=True)
             write_json(self.out/'settings.json', dict(
                 settings=self.settings, command=command(), commit=git_commit(), python=platform.python_version(), cpus=os.cpu_count(),
-                torch_threads=torch.get_num_threads(),
-                device=device_name(),
-                versions=versions()))
+                torch_threads=torch.get_num_threads(), device=device_name(), versions=versions()))
         self.begun = True
         write_json(self.out/'data.json', dict(name=data.name, px=data.px, fingerprint=data.fingerprint, stats=data.stats))
         log(f'{data}')
 
-    def seconds(self): return round(self.seconds_before + time.monotonic() - self.start, 1)
+    def seconds(self):
+        "Seconds that the run has taken, with those before it was resumed"
+        return round(self.seconds_before + time.monotonic() - self.start, 1)
 
     # ---- stages -------------------------------------------------------------------------------------------------------
 
     def train(self, name, learn, fit, arch):
-        "Fit a Learner, go on with it, or load its result; return the network, a timm `arch`, and its best validation accuracy"
-        net,path,checkpoint = backbone_of(learn),self.out/name,self.out/f'checkpoint_{name}.safetensors'
+        """Fit a Learner, go on with its fit, or load what it gave
+
+        Returns the network and its best validation accuracy (%). `arch` is the timm name of the network, which its card records.
+        """
+        net = backbone_of(learn)
+        path,checkpoint = self.out/name,self.out/f'checkpoint_{name}.safetensors'
         if self.resume and Path(f'{path}.json').exists(): best = load_weights(net, path)['val_accuracy']
         else:
             self._fit(name, learn, fit, checkpoint)
@@ -201,49 +224,57 @@ class Run:
             seconds = state[1].get('seconds')
             if isinstance(seconds, float): self.seconds_before = max(self.seconds_before, seconds)
             log(f'{name} goes on at epoch {state[1].get("epoch")}, step {state[1].get("step")}')
+        def about(): return dict(stage=name, seconds=self.seconds())
         learn.add_cbs([SkipBatches(), History(self.out/f'history_{name}.csv'), StopOnNaN(name),
-                       Checkpoint(checkpoint, lambda: dict(stage=name, seconds=self.seconds()), self.deadline, resume=state)])
-        def log_epoch(row): log('  '.join(f'{k} {v:.4f}' if isinstance(v, float) else f'{k} {v}'
-                                         for k,v in zip(learn.recorder.metric_names, row)))
+                       Checkpoint(checkpoint, about, self.deadline, resume=state)])
+        def log_epoch(row):
+            named = zip(learn.recorder.metric_names, row)
+            log('  '.join(f'{k} {v:.4f}' if isinstance(v, float) else f'{k} {v}' for k,v in named))
         self.deadline.fitting = True
         try:
             with learn.distrib_ctx():
                 if sys.stderr.isatty() and rank_world()[0] == 0: return fit(learn)
-                learn.logger = log_epoch # no bars in a log file: a line an epoch
+                learn.logger = log_epoch # a log file gets one line per epoch instead of progress bars
                 with learn.no_bar(): fit(learn)
         finally: self.deadline.fitting = False
 
     # ---- results ------------------------------------------------------------------------------------------------------
 
     def finish(self, **result):
-        "Write `result.json` and print it as stdout's last line"
-        weights = {s:read_json(self.out/f'{s}.json', keys=dict(sha256=str))['sha256'] for s in STAGES if (self.out/f'{s}.json').exists()}
+        "Write `result.json`, with the checksums of the weights, and print it as the last line of stdout; return the result"
+        cards = {s:self.out/f'{s}.json' for s in STAGES}
+        weights = {s:read_json(card, keys=dict(sha256=str))['sha256'] for s,card in cards.items() if card.exists()}
         return self._report(result | dict(weights=weights, seconds=self.seconds(), status='finished'))
 
     def stopped(self, stop):
-        "Say what is left, write it to `result.json`; a signal's exit code goes to the shell"
+        "Log what is left to do after `stop` (`Stopped`), write it to `result.json` and return it; after a signal, exit with its code"
         left = ', '.join([self.plan[0] + stop.where, *self.plan[1:]])
         log(f'stopped ({stop}): left to do are {left}; --resume goes on')
         result = self.settings | dict(seconds=self.seconds(), status='stopped', left=left)
-        self._report(result) if self.begun else self.print(result)
+        if self.begun: self._report(result)
+        else: self.print(result)
         if stop.code: sys.exit(stop.code)
         return result
 
     def _report(self, result):
-        write_json(self.out/'result.json', result := _plain(result))
+        result = _plain(result)
+        write_json(self.out/'result.json', result)
         return self.print(result)
     def print(self, result):
+        "Print the result on stdout in the first process, and return it"
         if rank_world()[0] == 0: print(json.dumps(result, default=str), file=self.stdout, flush=True)
         return result
 
     def log_novel(self, **scoring):
-        "Append a scoring of the novel classes to the run's record"
+        "Append a scoring of the novel classes to the run's log"
         log_line(self.out/'novel_scorings.jsonl', dict(time=now(), commit=git_commit(), **scoring))
 
 def flat(settings, prefix=''):
-    "Nested settings as one dict, with names such as student.lr"
+    "Nested settings as one dict with names such as student.lr"
     found = {}
     for k,v in settings.items(): found |= flat(v, f'{prefix}{k}.') if isinstance(v, dict) else {prefix + k:v}
     return found
 
-def _plain(result): return {k:None if isinstance(v, float) and not math.isfinite(v) else v for k,v in result.items()} # JSON has no NaN
+def _plain(result):
+    "The result with None for each number that is not finite, because JSON has no NaN"
+    return {k:None if isinstance(v, float) and not math.isfinite(v) else v for k,v in result.items()}

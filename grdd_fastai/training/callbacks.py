@@ -1,4 +1,4 @@
-"""Callbacks of both stages: seeds, mixed precision, terms of the loss, what is shown."""
+"""Callbacks of both stages: mixed precision, seeds, terms of the loss and the metrics that a fit shows."""
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
@@ -12,22 +12,23 @@ __all__ = ['UndoAfterFit', 'Autocast', 'amp_dtype', 'Seeded', 'LightRecorder', '
 
 
 class UndoAfterFit(Callback):
-    """A callback that changes something for the time of a fit and undoes it in `after_fit`
+    """A callback that changes something for the time of a fit and undoes the change in `after_fit`
 
     A `FewShotLearner` calls `after_fit` whatever ends the fit, also an error or Ctrl-C. fastai calls it for its own Cancel exceptions only.
     """
 
 
 class Autocast(MixedPrecision, UndoAfterFit):
-    """fastai's MixedPrecision in `autocast_dtype` and around the model's forward pass alone: the loss stays in float32
+    """fastai's MixedPrecision with the dtype of `autocast_dtype`, around the model's forward pass only
 
-    float16 gradients are scaled, and a step whose gradients overflow is left out.
+    The loss is computed in float32. Gradients in float16 are scaled, and a step whose gradients overflow is skipped.
     """
     @property
     def dtype(self): return autocast_dtype(torch.device(self.dls.device))
     def before_fit(self):
         self.handles = []
-        self.learn.scaler,self.scales = torch.amp.GradScaler(torch.device(self.dls.device).type, enabled=self.dtype is torch.float16),[]
+        self.learn.scaler = torch.amp.GradScaler(torch.device(self.dls.device).type, enabled=self.dtype is torch.float16)
+        self.scales = []
         if self.dtype is None: return
         cast = amp(self.dls.device, self.dtype)
         def enter(*_): cast.__enter__()
@@ -41,23 +42,26 @@ class Autocast(MixedPrecision, UndoAfterFit):
 
 
 def amp_dtype(learn):
-    "What the Learner's forward passes are autocast to, None for float32"
+    "The dtype to which the Learner's forward passes are autocast; None for float32"
     return getattr(getattr(learn, 'autocast', None), 'dtype', None)
 
 
 class Seeded(UndoAfterFit):
-    "Make dropout, order and augmentation functions of `seed`, epoch and step; the caller's random state is left alone"
+    "Make dropout, order and augmentation depend on `seed`, epoch and step only; the caller's random state is restored after the fit"
     order = -10
-    def __init__(self, seed=0): self.seed,self.epochs_done = seed,0
+    def __init__(self, seed=0):
+        self.seed = seed
+        self.epochs_done = 0 # epochs of earlier fits
     def before_fit(self):
-        self.run,self.finished = not hasattr(self.learn, 'lr_finder'),0
+        self.run = not hasattr(self.learn, 'lr_finder')
+        self.finished = 0 # epochs that this fit has finished
         self.cpu_state = torch.get_rng_state()
         self.cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     def before_train(self):
-        if hasattr(self.dl, 'epoch'): self.dl.epoch = self.epochs_done + self.epoch - 1 # one more begins now
+        if hasattr(self.dl, 'epoch'): self.dl.epoch = self.epochs_done + self.epoch - 1 # the loader adds 1 when its epoch begins
     def before_batch(self):
         step = (self.seed*1_000_003 + self.epochs_done + self.epoch)*1_000_003 + self.iter
-        if self.training: torch.manual_seed((step + rank_world()[0]*1_000_000_007) % 2**63) # another in each process
+        if self.training: torch.manual_seed((step + rank_world()[0]*1_000_000_007) % 2**63) # each process has its own seed
     def after_epoch(self): self.finished = self.epoch + 1
     def after_fit(self):
         self.epochs_done += self.finished
@@ -67,17 +71,23 @@ class Seeded(UndoAfterFit):
 
 
 class LightRecorder(Callback):
-    "Turn the Recorder's loss of each step into a number: a small tensor that is kept would keep the memory around it from being used again"
-    order,run_valid = Recorder.order + 1,False
+    """Replace the loss tensor that the Recorder keeps for each step by a number
+
+    The memory around a small tensor cannot be used again as long as the tensor is kept.
+    """
+    order = Recorder.order + 1
+    run_valid = False
     def after_batch(self):
         losses = self.recorder.losses
         if losses and isinstance(losses[-1], torch.Tensor): losses[-1] = losses[-1].item()
 
 
 class ShowsMetrics(UndoAfterFit):
-    "While fitting, shows what `shown` returns among the Learner's metrics"
+    "Show what `shown` returns among the Learner's metrics during a fit"
     order = MixedPrecision.order+1 # before the Recorder reads the metrics' names
-    def shown(self): "Names and functions without arguments"; raise NotImplementedError
+    def shown(self):
+        "The metrics: name -> function without arguments"
+        raise NotImplementedError
     def before_fit(self):
         self.mine = [ValueMetric(f, k) for k,f in self.shown().items()]
         self.learn.metrics = self.learn.metrics + self.mine
@@ -85,26 +95,28 @@ class ShowsMetrics(UndoAfterFit):
 
 
 class LossTerm(ShowsMetrics):
-    """A term of the training loss, which also shows each epoch's mean of its `parts`
+    """A term of the training loss, which also shows the mean of each of its `parts` over the epoch
 
     A subclass names its parts and calls `add_loss` in `after_loss`. Terms come before all of fastai's callbacks that work on the loss, so
-    that `GradientAccumulation` and mixed precision scale them all alike. They do not run in validation.
+    that `GradientAccumulation` and mixed precision scale all terms alike. They do not run in validation.
     """
     order = GradientAccumulation.order-1
-    run_valid,parts = False,()
+    run_valid = False
+    parts = ()
     def shown(self): return {k:lambda k=k: self.part_mean(k) for k in self.parts}
     def before_train(self): self.totals = {k:[0., 0] for k in self.parts}
     def part_mean(self, k):
+        "Mean of the part `k` over the steps of the epoch so far"
         total,n = self.totals[k]
         return float(total) / max(n, 1)
     def set_loss(self, loss, **parts):
-        "Train on `loss` instead of the batch's loss so far, and log it; `parts` are scalars that go into the epoch's means"
+        "Train on `loss` instead of the batch's loss so far, and log it; `parts` are scalars whose means over the epoch are shown"
         self.learn.loss_grad = loss
         self.learn.loss = loss.detach().clone()
         for k,v in parts.items():
             self.totals[k][0] += v.detach().float()
             self.totals[k][1] += 1
     def add_loss(self, weight, **part):
-        "Add `weight` times a part, given by its name, to the batch's loss"
+        "Add `weight` times one part, given as name=value, to the batch's loss"
         value, = part.values()
         self.set_loss(self.loss_grad + weight*value, **part)

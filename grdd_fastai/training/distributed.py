@@ -1,4 +1,4 @@
-"""Train on several processes: gradients and BatchNorm over all of them."""
+"""Training on several processes: gradients and BatchNorm over the images of all of them."""
 from functools import partial
 
 import torch
@@ -15,25 +15,26 @@ __all__ = ['Distributed']
 
 
 def effective_step(k):
-    "Images or episodes a step of all processes together where `k` are asked for: as many in each, at least one"
+    "Images or episodes per step of all processes together if `k` are asked for: each process has the same number, at least one"
     n = rank_world()[1]
     return max(1, k//n)*n
 
 
 class AllSum(torch.autograd.Function):
-    "A tensor's sum over all processes; each process's gradient is the sum of all as well"
+    "The sum of a tensor over all processes; the gradient is summed over all processes as well"
     @staticmethod
     def forward(ctx, x): return all_sum(x.clone())
     @staticmethod
     def backward(ctx, grad): return all_sum(grad.clone(memory_format=torch.contiguous_format))
 
 def shared_batch_norm(norm, x):
-    """What the BatchNorm layer `norm` makes of x (B, C, ...) in training, with the mean and variance over all processes' images
+    """Output of the BatchNorm layer `norm` for x (B, C, ...), in training with the mean and variance over the images of all processes
 
-    In float32 or float64, on any backend; the running statistics of all processes stay the same.
+    The statistics are in float32, or in float64 if x is. The backend may be any. The running statistics stay the same in all processes.
     """
     if not norm.training: return type(norm).forward(norm, x)
-    dims,shape = [d for d in range(x.ndim) if d != 1],[1, -1] + [1]*(x.ndim - 2)
+    dims = [d for d in range(x.ndim) if d != 1]
+    shape = [1, -1] + [1]*(x.ndim - 2)
     z = x if x.dtype is torch.float64 else x.float()
     with torch.autocast(x.device.type, enabled=False):
         total = AllSum.apply(torch.cat([z.sum(dims), z.new_tensor([z.numel() / z.shape[1]])]))
@@ -53,13 +54,16 @@ def shared_batch_norm(norm, x):
 
 
 class Distributed(UndoAfterFit):
-    """Train on this process's part of each step, with gradients averaged over all: in the place of fastai's DistributedTrainer
+    """Train on this process's part of each step, with gradients averaged over all processes; it replaces fastai's DistributedTrainer
 
-    A loader's batch is split evenly, an episode never. BatchNorm normalises over all processes' images, so that the steps are those of one
-    process; with `sync_bn=False` over the process's own, which saves two exchanges a layer.
+    A loader's batch is split evenly; an episode is never split. BatchNorm normalises over the images of all processes, so that the steps
+    are those of one process. With `sync_bn=False` it normalises over the images of this process, which saves two exchanges per layer.
+    UserError for a loader that cannot be split or has no step for this many processes.
     """
-    order = MixedPrecision.order + 1 # which hooks into the network itself
-    def __init__(self, sync_bn=True): self.sync_bn,self.norms = sync_bn,[]
+    order = MixedPrecision.order + 1 # after MixedPrecision, whose hooks belong on the network itself
+    def __init__(self, sync_bn=True):
+        self.sync_bn = sync_bn
+        self.norms = []
     def before_fit(self):
         rank,n = rank_world()
         self.was = self.dls.loaders
@@ -74,8 +78,10 @@ class Distributed(UndoAfterFit):
         for m in self.norms: m.forward = partial(shared_batch_norm, m)
         self.learn.model = DistributedDataParallel(self.model, broadcast_buffers=not self.sync_bn)
     def after_train(self):
-        "Networks that are measured are the same"
+        "Broadcast buffers so that every process validates the same network"
         for b in self.model.module.buffers(): dist.broadcast(b, 0)
     def after_fit(self):
         for m in self.norms: del m.forward
-        self.norms,self.learn.model,self.learn.dls.loaders = [],unwrapped(self.model),self.was
+        self.learn.dls.loaders = self.was
+        self.learn.model = unwrapped(self.model)
+        self.norms = []

@@ -1,4 +1,4 @@
-"""The Learner of both stages: what they have in common."""
+"""The Learner of both stages, and what it needs of data and network."""
 import inspect
 import os
 from contextlib import contextmanager, suppress
@@ -22,22 +22,25 @@ __all__ = ['FewShotLearner', 'few_shot_learner', 'image_config']
 
 
 class FewShotLearner(Learner):
-    """A Learner whose next fit may begin at `first_epoch`, where a checkpoint left off
+    """A Learner whose next fit begins at the epoch `first_epoch`, so that a fit can go on from a checkpoint
 
-    Whatever ends a fit, Ctrl-C too, its callbacks undo what they changed. `validate` is accuracy on the validation classes.
+    Its callbacks undo their changes whatever ends a fit, also Ctrl-C. `validate` returns the accuracy (%) on the validation classes.
     """
     first_epoch = 0
     def fit(self, *args, **kwargs):
         try: super().fit(*args, **kwargs)
         except BaseException: # fastai calls after_fit for its own Cancel exceptions only
             for cb in self.cbs.filter(lambda cb: isinstance(cb, UndoAfterFit)):
-                with suppress(AttributeError): cb.after_fit() # one whose before_fit was not reached has nothing to undo
+                with suppress(AttributeError): cb.after_fit() # a callback whose before_fit was not reached has nothing to undo
             raise
         finally: self.first_epoch = 0
     def validate(self, *args, **kwargs): return L([self.few_shot_accuracy.measure().accuracy])
     @contextmanager
     def distrib_ctx(self, sync_bn=True):
-        "Fits inside train on all the processes joined by `processes`; fastai's by the same name cuts batches across episodes"
+        """A context in which fits train on all processes that `processes` joined; with one process it changes nothing
+
+        fastai's method of the same name may cut a batch inside an episode. UserError if the launched processes have not joined.
+        """
         if rank_world()[1] == 1:
             if int(os.environ.get('WORLD_SIZE', 1)) > 1:
                 raise UserError('this is one of several processes that have not joined: put the program inside `with processes():`')
@@ -51,44 +54,48 @@ class FewShotLearner(Learner):
 
 
 def image_config(dls):
-    "What the images of `dls` are, as timm's `pretrained_cfg` has it: their size and, where they are normalised, mean and std"
+    "The size of the images of `dls` and, if they are normalised, their mean and std, in the form of timm's `pretrained_cfg`"
     cfg = dict(input_size=tuple(dls.one_batch()[0].shape[1:]), crop_pct=1.)
     norm = next((f for f in dls.train.after_batch.fs if isinstance(f, Normalize)), None)
-    return cfg if norm is None else cfg | {k:tuple(v.flatten().tolist()) for k,v in dict(mean=norm.mean, std=norm.std).items()}
+    if norm is None: return cfg
+    return cfg | {k:tuple(v.flatten().tolist()) for k,v in dict(mean=norm.mean, std=norm.std).items()}
 
 def check_dls(dls):
+    "Raise UserError unless `dls` are fastai DataLoaders"
     if not isinstance(dls, DataLoaders):
         raise UserError(f'the data is a {type(dls).__name__}: make DataLoaders with category_dls or episodic_dls')
 
 def few_shot_learner(
     dls, # DataLoaders of either stage
-    model, # the network; where it has a `backbone`, that is what few-shot accuracy is measured on
-    loss_func,
+    model, # network; if it has a `backbone`, few-shot accuracy is measured on that
+    loss_func, # loss of a batch
     stage_cbs, # callbacks of the stage
     seed=0, # seed of dropout, order and augmentation
-    amp=True, # bfloat16, or float16 with scaled gradients, where the device has it
-    keep_best=True, # end with the weights of the epoch that was best on the validation classes
-    channels_last=True, # memory format of convolutions
-    compile=False, # compile the network by torch.compile: True, or a dict of its options; slower on a CPU (benchmarks/README.md)
-    valid=None, # episodes of the validation classes: n_way=5, k_shot=1, n_query=15, n_episodes=1000, seed=0
+    amp=True, # compute in bfloat16, or in float16 with scaled gradients, if the device supports it
+    keep_best=True, # at the end, load the weights of the epoch with the best accuracy on the validation classes
+    channels_last=True, # channels_last memory format of the convolutions
+    compile=False, # compile the network with torch.compile: True or a dict of its options; slower on a CPU (benchmarks/README.md)
+    valid=None, # dict of the settings of the validation episodes: n_way=5, k_shot=1, n_query=15, n_episodes=1000, seed=0
     opt_func=sgd, # fastai optimiser
     wd=5e-4, # weight decay
     cbs=None, # further callbacks
-    **kwargs # of fastai's `Learner`
+    **kwargs # keywords of fastai's `Learner`
 ) -> FewShotLearner:
-    "The Learner of either stage"
+    "The `FewShotLearner` of either stage; UserError for an unknown setting in `valid`"
     if torch.device(dls.device).type == 'cpu': keep_freed_memory()
     net = getattr(model, 'backbone', model)
-    net.pretrained_cfg = getattr(net, 'pretrained_cfg', {}) | image_config(dls) # it says what images the network takes from now on
+    net.pretrained_cfg = getattr(net, 'pretrained_cfg', {}) | image_config(dls) # records the images that the network takes from now on
     if channels_last: model.to(memory_format=torch.channels_last)
     if compile:
-        for part in net.children(): part.compile(**(compile if isinstance(compile, dict) else {})) # in place: names and hooks stay
+        for part in net.children(): part.compile(**(compile if isinstance(compile, dict) else {})) # in place, so that names and hooks stay
     valid = valid or {}
     known = list(inspect.signature(FewShotAccuracy).parameters)
     if wrong := next((k for k in valid if k not in known), None):
-        raise UserError(f'valid has no setting {wrong!r}: its settings are {", ".join(known)}')
+        names = ', '.join(known)
+        raise UserError(f'valid has no setting {wrong!r}: its settings are {names}')
     cbs = [Seeded(seed), LightRecorder(), *([Autocast()] if amp else []), *stage_cbs, FewShotAccuracy(**valid),
            *([KeepBest()] if keep_best else []), *L(cbs)]
     learn = FewShotLearner(dls, model, loss_func=loss_func, opt_func=opt_func, wd=wd, cbs=cbs, **kwargs)
-    learn.recorder.train_metrics,learn.recorder.valid_metrics = True,False # there is no validation loss
+    learn.recorder.train_metrics = True
+    learn.recorder.valid_metrics = False # there is no validation loss
     return learn

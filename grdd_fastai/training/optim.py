@@ -1,4 +1,4 @@
-"""Optimisers of both stages: SGD as in the paper, and Muon."""
+"""Optimisers of both stages: SGD as in the paper (arXiv 2107.05583), and Muon."""
 from functools import partial
 
 import torch
@@ -9,15 +9,16 @@ from ..core.device import autocast_dtype
 __all__ = ['orthogonalized', 'Muon', 'sgd', 'muon', 'OPTIMISERS']
 
 
+# (a, b, c) of each Newton-Schulz step
 COEFFICIENTS = ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037), (2.8769, -3.1427, 1.2046),
                 (2.8366, -3.0525, 1.2012))
 
 
 def orthogonalized(G):
-    """Nearly the orthogonal factor U V^T of matrices G = U S V^T (..., M, N), by five Newton-Schulz steps
+    """Approximate the orthogonal factor U V^T of matrices G = U S V^T (..., M, N) by five Newton-Schulz steps
 
-    In bfloat16 where the device computes in it, else float32. Singular values far below the largest stay below 1. The coefficients are
-    timm's default.
+    The computation is in bfloat16 if the device supports it, else in float32. Singular values far below the largest one stay below 1. The
+    coefficients are timm's default.
     """
     X = G.to(torch.bfloat16 if autocast_dtype(G.device) is torch.bfloat16 else torch.float32)
     if tall := G.shape[-2] > G.shape[-1]: X = X.mT
@@ -29,10 +30,10 @@ def orthogonalized(G):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised for each weight matrix or convolution kernel (out, in*kh*kw); Adam for biases, norms and scalars
+    """Keller Jordan's Muon: orthogonalised momentum for each weight matrix or kernel (out, in*kh*kw), Adam for biases, norms and scalars
 
-    Keller Jordan's Muon, with the step of a matrix scaled to Adam's, 0.2 sqrt(max(out, in)) (arXiv 2502.16982), and decoupled weight decay
-    of the matrices. As `timm.optim.Muon`, but in float32 on a processor without bfloat16, where timm's takes longer than the network.
+    The factor 0.2 sqrt(max(out, in)) makes the step of a matrix as large as Adam's (arXiv 2502.16982). Weight decay is decoupled and for
+    matrices only. It is `timm.optim.Muon`, but in float32 on a processor without bfloat16, where timm's takes longer than the network.
     """
     def __init__(self, params, lr=0.02, weight_decay=0., momentum=0.95, beta2=0.95, eps=1e-8):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, beta2=beta2, eps=eps))
@@ -42,7 +43,9 @@ class Muon(torch.optim.Optimizer):
         with torch.enable_grad(): loss = closure() if closure else None
         for group in self.param_groups:
             for p in group['params']:
-                if p.grad is not None: (self.step_matrix if p.ndim > 1 else self.step_vector)(p, self.state[p], **group)
+                if p.grad is None: continue
+                step = self.step_matrix if p.ndim > 1 else self.step_vector
+                step(p, self.state[p], **group)
         return loss
 
     def step_matrix(self, p, state, lr, weight_decay, momentum, **_):
@@ -61,8 +64,8 @@ class Muon(torch.optim.Optimizer):
 FUSED = ('cpu', 'cuda', 'mps') # devices with a fused SGD
 
 def fused_sgd(params, **kwargs):
-    "torch's SGD, all parameters in one kernel where the device has it"
-    params = list(params) # groups, or parameters
+    "torch's SGD, which updates all parameters in one kernel if the device has one"
+    params = list(params) # parameters, or groups of them
     first = params[0]['params'][0] if isinstance(params[0], dict) else params[0]
     return torch.optim.SGD(params, fused=first.device.type in FUSED, **kwargs)
 

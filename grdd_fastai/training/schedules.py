@@ -8,31 +8,31 @@ from .distributed import effective_step
 
 __all__ = ['SCHEDULES', 'poly', 'step_down', 'fit_function']
 
-SCHEDULES = ('poly', 'step', 'one_cycle') # each names a method fit_... of a Learner
+SCHEDULES = ('poly', 'step', 'one_cycle') # for each, a Learner has a method fit_<name>
 
 
 def poly(lr, power=0.9):
-    "Stage one's rate (section 4.1): lr * (1 - pos)^power, where pos goes from 0 to 1 over the training"
+    "Learning rate of stage one (section 4.1) as a function of `pos`, which goes from 0 to 1 over the training: lr * (1 - pos)^power"
     return lambda pos: lr * (1 - pos)**power
 
 def step_down(lr, last=1/3, factor=0.1):
-    "Stage two's rate (section 4.1): lr, times `factor` for the `last` part of the training, which is the last 5 of 15 epochs"
+    "Learning rate of stage two (section 4.1) as a function of `pos`: lr, and lr * factor in the part `last`, the last 5 of 15 epochs"
     return lambda pos: lr * (factor if pos >= 1 - last - 1e-9 else 1)
 
 @patch
 def fit_poly(self:Learner, n_epoch, lr=0.05, power=0.9, cbs=None, **kwargs):
-    "Fit with the paper's 'poly' rate of stage one"
+    "Fit with the paper's 'poly' learning rate of stage one"
     self.fit(n_epoch, lr, cbs=L(ParamScheduler({'lr':poly(lr, power)})) + L(cbs), **kwargs)
 
 @patch
 def fit_step(self:Learner, n_epoch, lr=1e-3, last=1/3, factor=0.1, cbs=None, **kwargs):
-    "Fit with the paper's stepped rate of stage two"
+    "Fit with the paper's stepped learning rate of stage two"
     self.fit(n_epoch, lr, cbs=L(ParamScheduler({'lr':step_down(lr, last, factor)})) + L(cbs), **kwargs)
 
 def fit_function(s, step):
-    """The fit that the settings `s` (epochs, schedule, lr) of a stage ask for, as a function of the Learner
+    """A function of the Learner that fits it with the settings `s` of a stage (epochs, schedule, lr)
 
-    `step` is the number of images or episodes a step. Where several processes make the step larger, the learning rate grows by the square
+    `step` is the number of images or episodes per step. If several processes make the step larger, the learning rate grows by the square
     root of the ratio (docs/runs.md).
     """
     lr = s.lr * (effective_step(step)/step)**0.5

@@ -13,22 +13,24 @@ __all__ = ['FewShotAccuracy', 'KeepBest']
 
 
 class FewShotAccuracy(ShowsMetrics):
-    """After each epoch of a fit, accuracy (%) on seeded episodes of the validation classes
+    """Measure the accuracy (%) on seeded episodes of the validation classes after each epoch of a fit
 
-    A loss over classes the network has no outputs for would mean nothing: a fit skips it.
+    A fit skips the validation loss, because the network has no outputs for the validation classes.
     """
     order = ShowsMetrics.order + 1
     def __init__(self, n_way:int=5, k_shot:int=1, n_query:int=15, n_episodes:int=1000, seed:int=0):
         self.episodes = dict(n_way=n_way, k_shot=k_shot, n_query=n_query, n_episodes=n_episodes, seed=seed)
-        self.last,self.fitting = float('nan'),False
+        self.last = float('nan') # the accuracy after the last epoch
+        self.fitting = False
     def shown(self): return dict(accuracy=lambda: self.last)
     def before_fit(self):
-        "Episodes that cannot be drawn are an error now, not after the first epoch"
+        "Raise UserError now instead of after the first epoch if the episodes cannot be drawn"
         super().before_fit()
-        self.fitting,e = not hasattr(self.learn, 'gather_preds'),self.episodes
+        self.fitting = not hasattr(self.learn, 'gather_preds')
+        e = self.episodes
         indices_by_class(self.dls.valid.labels(), e['n_way'], e['k_shot'], e['n_query'], 'the validation set')
     def measure(self):
-        "`Evaluation` of the model as it is"
+        "`Evaluation` of the model with its present weights"
         several = isinstance(self.model, DistributedDataParallel)
         h,y = embed(backbone_of(self.learn), self.dls.valid.plain(), amp_dtype(self.learn), distributed=several)
         return evaluate(h, y, **self.episodes, distributed=several)
@@ -42,10 +44,12 @@ class FewShotAccuracy(ShowsMetrics):
 
 
 class KeepBest(TrackerCallback):
-    "Keep the weights of the epoch with the best `monitor` in memory and load them when training ends"
+    "Keep the weights of the epoch with the best `monitor` in memory, and load them when training ends"
     order = TrackerCallback.order + 1
     def __init__(self, monitor:str='accuracy', **kwargs): super().__init__(monitor=monitor, **kwargs)
-    def before_fit(self): super().before_fit(); self.best_state,self.best_epoch = None,None
+    def before_fit(self):
+        super().before_fit()
+        self.best_state,self.best_epoch = None,None
     def after_epoch(self):
         super().after_epoch()
         if self.new_best:

@@ -1,0 +1,128 @@
+"""The teachers and the terms that distil them: against losses computed by hand on the collected batches."""
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fastai.callback.core import Callback
+from helpers import like_data
+
+from grdd_fastai.core.errors import UserError
+from grdd_fastai.data.blocks import episodic_dls
+from grdd_fastai.distillation import DistillationTerm, RelatednessKL, Teacher
+from grdd_fastai.losses import kl_relatedness, relatedness
+from grdd_fastai.models.create import create_backbone
+from grdd_fastai.stage_two import meta_learner
+
+
+class Collect(Callback):
+    "Keep each step's images, the student's features and the loss"
+    order,run_valid = 100,False
+    def before_fit(self): self.steps = []
+    def after_loss(self): self.steps.append((self.xb[0].clone(), self.pred.detach().clone(), float(self.learn.loss)))
+
+
+def teacher(data, arch='convnet4', seed=1, **kwargs): return like_data(create_backbone(arch, 0, 16, seed, **kwargs), data)
+
+def fitted(data, teachers, cbs=None, **kwargs):
+    "The Learner after two episodes, and what each step of it saw"
+    dls = episodic_dls(data, 3, 1, 4, n_episodes=2)
+    collect = Collect()
+    learn = meta_learner(dls, create_backbone('convnet4', 0, 16, 0), teachers, cbs=[collect, *(cbs or [])], amp=False, keep_best=False,
+                         valid=dict(n_way=3, n_query=4, n_episodes=5), **kwargs)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    return learn,collect.steps
+
+def split(h): # one episode of 3-way 1-shot with 4 queries
+    h = h.unflatten(0, (3, 5))
+    return h[None, :, 0],h[None, :, 1:].flatten(1, 2)
+
+
+def test_the_relatedness_of_several_teachers_is_the_mean_of_theirs(data):
+    teachers = [teacher(data, seed=1), teacher(data, 'convnet4_128', seed=2)]
+    learn,steps = fitted(data, teachers, gamma=0., T=.3, kl_weight=2.)
+    for x,pred,loss in steps:
+        with torch.no_grad(): R = [relatedness(*split(net.eval()(x.as_subclass(torch.Tensor)))) for net in teachers]
+        want = 2*kl_relatedness(relatedness(*split(pred)), (R[0] + R[1])/2, .3, reduction='mean')
+        assert loss == pytest.approx(float(want), rel=1e-4)
+    alone = fitted(data, teachers[:1], gamma=0.)[1][0][2]
+    assert alone != pytest.approx(fitted(data, teachers, gamma=0.)[1][0][2], rel=1e-3)
+
+def test_a_list_of_one_teacher_is_that_teacher(data):
+    a,b = (fitted(data, t)[1] for t in (teacher(data), [teacher(data)]))
+    assert [s[2] for s in a] == [s[2] for s in b]
+
+def test_each_teacher_sees_images_of_its_own_size_and_normalisation(data):
+    "By hand: back to [0, 1], normalised as the teacher wants, enlarged"
+    other = teacher(data)
+    mean,std = (.1, .2, .3),(.5, .6, .7)
+    other.pretrained_cfg = other.pretrained_cfg | dict(input_size=(3, 24, 24), mean=mean, std=std)
+    _,steps = fitted(data, other, gamma=0., kl_weight=1., T=.3)
+    column = lambda v: torch.tensor(v).view(1, 3, 1, 1)
+    for x,pred,loss in steps:
+        x = x.as_subclass(torch.Tensor)*column(data.stats[1]) + column(data.stats[0])
+        x = F.interpolate((x - column(mean))/column(std), (24, 24), mode='bicubic', antialias=True)
+        with torch.no_grad(): R = relatedness(*split(other.eval()(x)))
+        assert loss == pytest.approx(float(kl_relatedness(relatedness(*split(pred)), R, .3, reduction='mean')), rel=1e-3)
+
+def test_a_teacher_that_does_not_say_what_it_wants_sees_the_batch_as_it_is(data):
+    plain = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten())
+    plain.register_parameter('p', torch.nn.Parameter(torch.zeros(1)))
+    _,steps = fitted(data, plain, gamma=0., kl_weight=1., T=.3)
+    for x,pred,loss in steps:
+        R = relatedness(*split(plain(x.as_subclass(torch.Tensor))))
+        assert loss == pytest.approx(float(kl_relatedness(relatedness(*split(pred)), R, .3, reduction='mean')), rel=1e-4)
+
+
+class FeatureRegression(DistillationTerm):
+    "Mean squared difference of normalised features"
+    parts = ('L_mse',)
+    def loss(self, student, teachers): return F.mse_loss(F.normalize(student, dim=1), F.normalize(teachers[0], dim=1))
+
+def test_a_term_of_ones_own_needs_no_change_of_the_package(data):
+    "Given as a callback it is added to the loss and shown"
+    net = teacher(data)
+    learn,steps = fitted(data, net, cbs=[FeatureRegression(3.)], gamma=0., kl_weight=0.)
+    for x,pred,loss in steps:
+        with torch.no_grad(): h = net.eval()(x.as_subclass(torch.Tensor))
+        assert loss == pytest.approx(3*float(F.mse_loss(F.normalize(pred, dim=1), F.normalize(h, dim=1))), rel=1e-4)
+    names = list(learn.recorder.metric_names)
+    assert 'L_mse' in names and float(learn.recorder.values[-1][names.index('L_mse') - 1]) > 0
+
+def test_a_term_without_a_teacher_is_one_sentence(data):
+    with pytest.raises(UserError, match='FeatureRegression needs a teacher'): fitted(data, None, cbs=[FeatureRegression()])
+
+def test_the_teachers_are_left_as_they_were(data):
+    "Mode and flags, one by one, also after an error"
+    net = teacher(data).train()
+    next(net.parameters()).requires_grad_(False)
+    flags,before = [p.requires_grad for p in net.parameters()],copy.deepcopy(net.state_dict())
+    fitted(data, net)
+    class Fails(DistillationTerm):
+        "Fails"
+        parts = ('L_x',)
+        def loss(self, student, teachers): raise RuntimeError('enough')
+    with pytest.raises(RuntimeError, match='enough'): fitted(data, net, cbs=[Fails()])
+    assert net.training and [p.requires_grad for p in net.parameters()] == flags
+    assert all(torch.equal(v, before[k]) for k,v in net.state_dict().items())
+
+def test_the_terms_of_a_batch_ask_the_teacher_once(data, monkeypatch):
+    calls,compute = [],Teacher.compute
+    monkeypatch.setattr(Teacher, 'compute', lambda self: calls.append(1) or compute(self))
+    _,steps = fitted(data, teacher(data), cbs=[FeatureRegression()])
+    assert len(calls) == len(steps) == 2
+
+@pytest.mark.parametrize('wrong, says', [
+    (dict(T=0), 'T is 0: it must be positive'), (dict(T='x'), "T is 'x'"), (dict(decouple=1), 'decouple is 1: it must be True or False'),
+    (dict(reduction='max'), "reduction is 'max': it must be one of mean, sum"), (dict(gamma=-1), 'gamma is -1: it must be at least 0'),
+    (dict(teacher_view='dirty'), "teacher_view is 'dirty'"), (dict(teacher_output='h'), "teacher_output is 'h'"),
+    (dict(teacher_output='logits'), "teacher_output='logits' needs a teacher with its classifier"),
+    (dict(teacher_features=torch.zeros(3, 4)), "the teacher's features are of clean images")])
+def test_settings_that_do_not_fit_are_one_sentence(data, wrong, says):
+    with pytest.raises(UserError, match=says): fitted(data, teacher(data), **wrong)
+
+def test_a_setting_of_the_distillation_without_a_teacher_is_one_sentence(data):
+    with pytest.raises(UserError, match='a setting of the distillation is given without a teacher'): fitted(data, None, T=1.)
+
+def test_the_terms_keywords_are_settings():
+    assert RelatednessKL(T=2., T_squared=True, kl_weight=3.).weight == 12. and RelatednessKL().s.T == .1
