@@ -27,7 +27,7 @@ from .training.validation import FewShotAccuracy, KeepBest
 
 __all__ = ['BatchAugmentation', 'CLASSIFIERS', 'Distill', 'DistillationTerm', 'EpisodicDL', 'EpisodicLoss', 'FewShotAccuracy',
            'FewShotClassifier', 'KeepBest', 'LossTerm', 'RelatednessKL', 'Rotation', 'StageOne', 'StageTwo', 'Teacher', 'UserError',
-           'category_block', 'category_dls', 'compare', 'create_backbone', 'embed', 'episode_block', 'episodic_dls', 'evaluate',
-           'cached_features', 'few_shot_data', 'get_preset', 'global_learner', 'grdd', 'load_network', 'meta_learner', 'muon', 'plain_dl',
+           'cached_features', 'category_block', 'category_dls', 'compare', 'create_backbone', 'embed', 'episode_block', 'episodic_dls',
+           'evaluate', 'few_shot_data', 'get_preset', 'global_learner', 'grdd', 'load_network', 'meta_learner', 'muon', 'plain_dl',
            'plot_relatedness', 'plot_tsne', 'prepare', 'processes', 'register_classifier', 'relatedness', 'sample_episodes', 'sgd',
            'stage_one', 'stage_two', 'train_augmentation']

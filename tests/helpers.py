@@ -294,7 +294,7 @@ def child(out, kwargs, threads, die_at_write):
 
 # Experiments of three networks
 TABLE = dict(student='convnet4', teacher='convnet4_128', epochs=1, teacher_epochs=1, schedule='one_cycle', lr=0.1,
-             rotation=False, meta_epochs=1, episodes=2, test_episodes=40)
+             rotation=False, bs=64, meta_epochs=1, episodes=2, test_episodes=40)
 ROWS = {'CL':CL, 'CL+EL':EL | dict(versus=['CL']),
         'GRDD':GR | dict(versus=['CL','CL+EL'], paper={('faint0', 'convnet4_128', 'convnet4'):{'1-shot':69.3}})}
 

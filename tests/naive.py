@@ -154,11 +154,11 @@ def sq(a, b): return np.array([[((x - z)**2).sum() for z in b] for x in a])
 def cos(a, b): return np.array([[x @ z / np.linalg.norm(x) / np.linalg.norm(z) for z in b] for x in a])
 
 def cosine(s, y, q): return np.array([[cos([x], s[y == c]).mean() for c in range(y.max()+1)] for x in q])
-def centroid(s, y, q): return -sq(q, means(s, y))
-def centroid_cosine(s, y, q): return cos(q, means(s, y))
+def prototype(s, y, q): return -sq(q, means(s, y))
+def prototype_cosine(s, y, q): return cos(q, means(s, y))
 def simpleshot_l2n(s, y, q): return -sq(unit(q), means(unit(s), y))
 def simpleshot_cl2n(s, y, q, mean=.3): return simpleshot_l2n(s - mean, y, q - mean)
-def neighbour(s, y, q): return np.array([[max(cos([x], s[y == c])[0]) for c in range(y.max()+1)] for x in q])
+def nearest_neighbour(s, y, q): return np.array([[max(cos([x], s[y == c])[0]) for c in range(y.max()+1)] for x in q])
 
 def shots(y): return len(y) / (y.max()+1)
 def rectified(s, y, q):
@@ -248,8 +248,8 @@ def alpha_tim(s, y, q, steps=60, lr=1e-3):
         return cross_entropy(l_s, y) - (H(P.mean(0)) - np.mean([H(p) for p in P]))
     return descent(s, y, q, loss, lr, steps)
 
-PLAIN = dict(cosine=cosine, centroid=centroid, centroid_cosine=centroid_cosine, simpleshot_l2n=simpleshot_l2n,
-             simpleshot_cl2n=simpleshot_cl2n, neighbour=neighbour, bd_cspn=bd_cspn, laplacian_shot=laplacian_shot, pt_map=pt_map,
+PLAIN = dict(cosine=cosine, prototype=prototype, prototype_cosine=prototype_cosine, simpleshot_l2n=simpleshot_l2n,
+             simpleshot_cl2n=simpleshot_cl2n, nearest_neighbour=nearest_neighbour, bd_cspn=bd_cspn, laplacian_shot=laplacian_shot, pt_map=pt_map,
              soft_kmeans=soft_kmeans, tim_adm=tim_adm, tim_gd=tim_gd, alpha_tim=alpha_tim)
 
 def naive_logistic(s, y, q, C):

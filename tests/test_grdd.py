@@ -28,7 +28,7 @@ def test_each_recipe_runs_and_fills_its_folder(csv_set, cache, tmp_path, name):
     assert r['shot'] == int(name[-2]) and r['way'] == 5 and r['dataset'] == csv_set.name and r['status'] == 'finished'
     assert json.loads((tmp_path/'run'/'result.json').read_text()) == r
     settings,read = json.loads((tmp_path/'run'/'settings.json').read_text()),json.loads((tmp_path/'run'/'data.json').read_text())
-    assert (settings['settings']['epochs'] == 1 and settings['settings']['px'] == (84 if 'mini' in name else 32)
+    assert (settings['settings']['student']['epochs'] == 1 and settings['settings']['px'] == (84 if 'mini' in name else 32)
             and {'commit','versions','device'} <= set(settings))
     assert len(read['fingerprint']) == 64
     history = pd.read_csv(tmp_path/'run'/'history_student_grdd.csv')

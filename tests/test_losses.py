@@ -35,7 +35,7 @@ def test_kl_is_the_naive_loop(feats, T, decouple, reverse):
 
 def test_kl_mean_is_the_sum_over_the_groups(feats):
     R_e,R_g = relatedness(*feats[:2]),relatedness(*feats[2:])
-    assert kl_relatedness(R_e, R_g, reduction='mean').item()*WAY*SHOT == pytest.approx(kl_relatedness(R_e, R_g).item(), rel=1e-5)
+    assert kl_relatedness(R_e, R_g, 4., reduction='mean').item()*WAY*SHOT == pytest.approx(kl_relatedness(R_e, R_g, 4.).item(), rel=1e-5)
 
 def test_kl_by_hand():
     "One support, two queries: w_g = (3/4, 1/4), w_e = (1/2, 1/2)"
@@ -44,12 +44,12 @@ def test_kl_by_hand():
 
 def test_kl_of_equals_is_zero_and_of_others_positive(feats):
     R_e,R_g = relatedness(*feats[:2]),relatedness(*feats[2:])
-    assert kl_relatedness(R_g, R_g).item() == pytest.approx(0, abs=1e-7) and kl_relatedness(R_e, R_g).item() > 0
+    assert kl_relatedness(R_g, R_g, 4.).item() == pytest.approx(0, abs=1e-7) and kl_relatedness(R_e, R_g, 4.).item() > 0
 
 def test_groups_sum_to_one(feats):
     R = relatedness(*feats[:2])
-    assert torch.allclose(log_relatedness(R).exp().sum(-1), torch.ones(E, WAY*SHOT))
-    assert log_relatedness(R, decouple=False).shape == (E, 1, WAY*SHOT*WAY*QUERY)
+    assert torch.allclose(log_relatedness(R, 4.).exp().sum(-1), torch.ones(E, WAY*SHOT))
+    assert log_relatedness(R, 4., decouple=False).shape == (E, 1, WAY*SHOT*WAY*QUERY)
 
 def test_class_relatedness_is_the_naive_sum(feats):
     s,q = feats[:2]
@@ -82,7 +82,7 @@ def test_everything_is_float32_under_autocast_and_finite_for_half_features(feats
         R_e,R_g = relatedness(s, q),relatedness(s_g, q_g)
         y = torch.arange(WAY).repeat_interleave(SHOT).expand(E, -1)
         sigma = class_relatedness(R_e, y, WAY)
-        parts = R_e,log_relatedness(R_e),kl_relatedness(R_e, R_g),sigma,regularizer(sigma, torch.zeros(E, WAY*QUERY, dtype=torch.long))
+        parts = R_e,log_relatedness(R_e, 4.),kl_relatedness(R_e, R_g, 4.),sigma,regularizer(sigma, torch.zeros(E, WAY*QUERY, dtype=torch.long))
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in parts)
     exact = relatedness(*(f.bfloat16().double() for f in feats[:2]))
     assert exact.dtype == torch.float64 and torch.allclose(R_e.double(), exact, atol=1e-5)

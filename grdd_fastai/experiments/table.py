@@ -93,7 +93,7 @@ def table(
     stage_two = {alone:from_flags(get_preset(preset, alone).but(**default['two']), two) for alone in (False, True)}
     test_episodes = test_episodes or default['test_episodes']
     seeds,shots = numbers('seeds', seeds),numbers('shots', shots)
-    for seed in seeds: base.but(seed=seed) # an error for a seed that is out of bounds
+    for seed in seeds: from_flags(base, dict(seed=seed)) # an error for a seed that is out of bounds
     order = {k:i for i,k in enumerate(all_rows)}
     rows = wanted(all_rows, rows)
     check_choice('--score', score, SPLITS)

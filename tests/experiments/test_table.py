@@ -10,13 +10,14 @@ from grdd_fastai.data.blocks import plain_dl
 from grdd_fastai.experiments.table import CL, EL, table
 from grdd_fastai.fewshot.embed import embed
 from grdd_fastai.fewshot.evaluate import evaluate
+from grdd_fastai.stage_one import StageOne
 
 
 def test_scores_are_those_of_the_saved_weights_on_episodes_that_chose_nothing(small, data, tmp_path):
-    scored,pairs,_,study,_ = table('a', ROWS, out=tmp_path, shots='1,5', seeds='0,1', **small)
+    scored,pairs,_,store,_ = table('a', ROWS, out=tmp_path, shots='1,5', seeds='0,1', **small)
     assert list(scored.shot) == [1, 5]*6 and set(scored.split) == {'val'} and len(pairs) == 3*2*3
-    made = study.global_net(arch='convnet4', epochs=1, schedule='one_cycle', lr=0.1, rotation=False, seed=1)
-    want = evaluate(*embed(made.net, plain_dl(study.data, 'val')), 5, 5, 15, 40, seed=1)
+    made = store.global_net(StageOne(arch='convnet4', epochs=1, schedule='one_cycle', lr=0.1, rotation=False, bs=64, seed=1))
+    want = evaluate(*embed(made.net, plain_dl(store.data, 'val')), 5, 5, 15, 40, seed=1)
     got = scored[(scored.row == 'CL') & (scored.seed == 1) & (scored.shot == 5)].iloc[0]
     assert got.accuracy == pytest.approx(want.accuracy, abs=1e-3)
     one = pairs[(pairs.row == 'GRDD') & (pairs.versus == 'CL') & (pairs.shot == 1)]
@@ -58,7 +59,7 @@ def test_a_row_that_diverges_leaves_the_others_their_turn(small, tmp_path, capsy
 @pytest.mark.parametrize('wrong, says', [
     (dict(rows='CL,ELL'), "no row 'ELL': the rows are CL, CL"), (dict(score='test'), '--score is test'),
     (dict(seeds='0;1'), "--seeds is '0;1'"), (dict(preset='worst'), "unknown preset 'worst'"),
-    (dict(schedule='cosine'), "--schedule is cosine"),
+    (dict(schedule='cosine'), "--schedule is 'cosine'"),
     (dict(student='convnet5'), "unknown backbone 'convnet5'"), (dict(shots='10'), 'too few for 10 support'),
     (dict(seeds='-1'), '--seed is -1'), (dict(epochs=0), '--epochs is 0'),
     (dict(meta_lr=-1.), '--meta-lr is -1')])

@@ -26,7 +26,7 @@ with processes():
     rank = rank_world()[0]
     assert from_rank_zero(lambda: rank) == 0 and all_max(rank) == 1 and all_max(-rank, key=abs) == -1
     def fail(): raise UserError('rank 0 says no')
-    try: shared(fail); raise AssertionError
+    try: from_rank_zero(fail); raise AssertionError
     except UserError as e: assert str(e) == 'rank 0 says no'
     torch.save(steps(few_shot_data(folder, px=16, cache=cache)) | dict(norms=norm_gradients()), Path(out)/f'{{rank}}.pt')
 '''
