@@ -12,7 +12,7 @@ from grdd_fastai.data.sources import prepare
 @call_parse
 def main(
     data:str=None, # raw data set in any layout of data/README.md (default: fetch CIFAR-FS)
-    out:str='data/prepared', # folder to make, with train.csv, val.csv, test.csv and images/
+    out:str='data/prepared', # new folder for train.csv, val.csv, test.csv and images/
     seed:int=0, # seed of the split of a folder of class folders: 64, 16 and 20 % of the classes
 ):
     "Turn a raw data set into train.csv, val.csv, test.csv (filename,label) and images/"

@@ -249,8 +249,8 @@ def alpha_tim(s, y, q, steps=60, lr=1e-3):
     return descent(s, y, q, loss, lr, steps)
 
 PLAIN = dict(cosine=cosine, prototype=prototype, prototype_cosine=prototype_cosine, simpleshot_l2n=simpleshot_l2n,
-             simpleshot_cl2n=simpleshot_cl2n, nearest_neighbour=nearest_neighbour, bd_cspn=bd_cspn, laplacian_shot=laplacian_shot, pt_map=pt_map,
-             soft_kmeans=soft_kmeans, tim_adm=tim_adm, tim_gd=tim_gd, alpha_tim=alpha_tim)
+             simpleshot_cl2n=simpleshot_cl2n, nearest_neighbour=nearest_neighbour, bd_cspn=bd_cspn, laplacian_shot=laplacian_shot,
+             pt_map=pt_map, soft_kmeans=soft_kmeans, tim_adm=tim_adm, tim_gd=tim_gd, alpha_tim=alpha_tim)
 
 def naive_logistic(s, y, q, C):
     "The minimum of the loss as it is written, by scipy"

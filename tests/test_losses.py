@@ -82,7 +82,8 @@ def test_everything_is_float32_under_autocast_and_finite_for_half_features(feats
         R_e,R_g = relatedness(s, q),relatedness(s_g, q_g)
         y = torch.arange(WAY).repeat_interleave(SHOT).expand(E, -1)
         sigma = class_relatedness(R_e, y, WAY)
-        parts = R_e,log_relatedness(R_e, 4.),kl_relatedness(R_e, R_g, 4.),sigma,regularizer(sigma, torch.zeros(E, WAY*QUERY, dtype=torch.long))
+        L_rt = regularizer(sigma, torch.zeros(E, WAY*QUERY, dtype=torch.long))
+        parts = R_e,log_relatedness(R_e, 4.),kl_relatedness(R_e, R_g, 4.),sigma,L_rt
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in parts)
     exact = relatedness(*(f.bfloat16().double() for f in feats[:2]))
     assert exact.dtype == torch.float64 and torch.allclose(R_e.double(), exact, atol=1e-5)

@@ -133,7 +133,8 @@ def test_a_flag_that_is_given_changes_its_setting_alone():
     assert program() == (5, Outer(), None)
 
 @pytest.mark.parametrize('given, says', [(dict(lr=-1), '--lr is -1: it must be positive'),
-                                         (dict(way=1), '--way is 1: it must be at least 2'), (dict(way='x'), "--way is 'x'"), (dict(kind='z'), "--kind is 'z': it must be one of a, b")])
+                                         (dict(way=1), '--way is 1: it must be at least 2'), (dict(way='x'), "--way is 'x'"),
+                                         (dict(kind='z'), "--kind is 'z': it must be one of a, b")])
 def test_a_flag_out_of_bounds_is_named(given, says):
     with pytest.raises(UserError, match=says): program(**given)
 

@@ -68,7 +68,8 @@ def test_a_finished_result_has_to_name_its_weights(finished, csv_set, cache, tmp
 
 def test_other_settings_or_data_are_refused(csv_set, cache, tmp_path):
     out,main = stopped(csv_set, cache, tmp_path/'run'),recipe('cifarfs_5w1s')
-    with pytest.raises(UserError, match='started with student.lr=0.05, not 0.1'): main(out=str(out), resume=True, **settings(csv_set, cache, lr=.1))
+    with pytest.raises(UserError, match='started with student.lr=0.05, not 0.1'):
+        main(out=str(out), resume=True, **settings(csv_set, cache, lr=.1))
     root = write_csv_set(tmp_path/'set', n_images=8)
     out = tmp_path/'other'
     main(out=str(out), resume=True, max_minutes=1e-9, **settings(root, cache))
