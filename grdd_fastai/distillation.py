@@ -39,10 +39,13 @@ class Distill(Settings):
                               one_of('features', 'logits', 'probabilities'), recorded(absent='features')] = 'features'
 
 
+OF_RELATEDNESS = ('T', 'kl_weight', 'decouple', 'T_squared', 'reverse', 'reduction', 'center') # the settings of `RelatednessKL`
+
+
 def distillation(teacher, s, teacher_features=None):
     "The callbacks that distil `teacher` by the settings `s` (`Distill`), the teacher first and then a callback for each term"
     return [Teacher(teacher, s.teacher_view, s.teacher_output, teacher_features),
-            RelatednessKL(**{k:getattr(s, k) for k in RelatednessKL.settings})]
+            RelatednessKL(**{k:getattr(s, k) for k in OF_RELATEDNESS})]
 
 
 # ---- the teachers -----------------------------------------------------------------------------------------------------
@@ -183,8 +186,7 @@ class RelatednessKL(DistillationTerm):
     The keywords are settings of `Distill`.
     """
     parts = ('L_kl',)
-    settings = ('T', 'kl_weight', 'decouple', 'T_squared', 'reverse', 'reduction', 'center')
-    @with_settings(s=Distill, but=('gamma', 'teacher_view', 'teacher_output'))
+    @with_settings(s=Distill, only=OF_RELATEDNESS)
     def __init__(self, s):
         self.s = s
         super().__init__(s.kl_weight * (s.T**2 if s.T_squared else 1))

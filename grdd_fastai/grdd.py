@@ -129,7 +129,7 @@ def split_names(classifiers):
     return names
 
 def result(scores, val, val_cl):
-    "What `method` returns, as the entries of the result; README says what each means"
+    "What `method` returns, as the entries of the result; docs/recipes.md says what each means"
     (before,start),(_,cl),(_,grdd) = scores.items()
     first,*others = grdd
     gain = grdd[first] - cl[first]

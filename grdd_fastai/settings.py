@@ -263,12 +263,12 @@ def with_flags(but=(), **groups) -> Callable[[Callable[..., R]], Callable[..., R
     groups = {k:g if isinstance(g, dict) else {'default':g()} for k,g in groups.items()}
     return lambda f: _with_parameters(f, groups, parameters)
 
-def with_settings(but=(), **groups) -> Callable[[Callable[..., R]], Callable[..., R]]:
-    """Decorate a function so that every setting of the classes `groups` (parameter -> class) but those in `but` is a keyword of it
+def with_settings(only=None, but=(), **groups) -> Callable[[Callable[..., R]], Callable[..., R]]:
+    """Decorate a function so that every setting of the classes `groups` (parameter -> class), `only` some or all `but` some, is a keyword
 
     The parameter receives the settings object that the keywords make. UserError for a keyword that is out of bounds.
     """
-    def parameters(cls): return [s.as_keyword() for s in all_declared(cls).values() if s.name not in but]
+    def parameters(cls): return [s.as_keyword() for s in all_declared(cls).values() if s.name in (only or [s.name]) and s.name not in but]
     def decorate(f):
         @wraps(f)
         def made(*args, **kwargs): return f(*args, **kwargs | {k:cls().but(**kwargs[k]) for k,cls in groups.items()})

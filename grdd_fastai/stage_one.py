@@ -56,15 +56,18 @@ class StageOne(Settings):
     seed: Annotated[int, 'seed of weights, batches, episodes and augmentation', between(0, 2**32 - 1), heading(lambda v: '')] = 0
 
 
+OF_DATA_AND_FIT = ('arch', 'epochs', 'schedule', 'lr', 'opt', 'bs', 'jitter', 'augment') # all other settings are the Learner's
+
+
 def stage_one(data:FewShotData, s:StageOne, **kwargs) -> tuple[Learner, Callable]:
     "(Learner, fit) of stage one on a `FewShotData` for the settings `s`: `fit(learn)` trains `learn.model.backbone`"
     dls = category_dls(data, s.bs or default_bs(data), aug=train_augmentation(data.px, s.jitter, s.augment), seed=s.seed)
-    learn = global_learner(dls, s.arch, pretrained=s.pretrained, head=s.head, rotation=s.rotation, rotation_weight=s.rotation_weight,
-                           rotation_from=s.rotation_from, smoothing=s.smoothing, seed=s.seed, opt_func=OPTIMISERS[s.opt], **kwargs)
+    own = {k:v for k,v in s.values().items() if k not in OF_DATA_AND_FIT}
+    learn = global_learner(dls, s.arch, opt_func=OPTIMISERS[s.opt], **own, **kwargs)
     return learn,fit_function(s, dls.train.bs)
 
 
-@with_settings(s=StageOne, but=('arch', 'epochs', 'schedule', 'lr', 'opt', 'bs', 'jitter', 'augment'))
+@with_settings(s=StageOne, but=OF_DATA_AND_FIT)
 def global_learner(
     dls:DataLoaders, # DataLoaders of `category_dls`
     arch:str|nn.Module|Learner, # name of a timm model, or a timm model with `dls.c` classes
@@ -118,7 +121,8 @@ class GlobalNet(nn.Module):
 
 def body_and_head(model):
     "Parameter groups of a `GlobalNet`: the network's body, then its heads"
-    heads = (model.backbone.get_classifier(), model.classifier, model.rotation_head)
+    own = model.backbone.get_classifier() if hasattr(model.backbone, 'get_classifier') else None
+    heads = (own, model.classifier, model.rotation_head)
     head = L(p for m in heads if m for p in params(m))
     ids = {id(p) for p in head}
     return L(L(p for p in params(model) if id(p) not in ids), head)

@@ -19,7 +19,7 @@ from .data.episodes import EpisodicDL
 from .distillation import Distill, distillation
 from .losses import EpisodicLoss
 from .models.create import create_backbone
-from .settings import Settings, all_declared, at_least, between, flag, one_of, positive, recorded, with_settings
+from .settings import Settings, at_least, between, flag, one_of, positive, recorded, with_settings
 from .training.callbacks import LossTerm
 from .training.learner import check_dls, few_shot_learner
 from .training.optim import OPTIMISERS
@@ -69,6 +69,11 @@ def get_preset(name:str, labels_alone:bool=False) -> StageTwo:
     return PRESETS[name].but(**LABELS_ALONE.get(name, {})) if labels_alone else PRESETS[name]
 
 
+# all other settings are the Learner's
+OF_DATA_AND_FIT = ('n_way', 'k_shot', 'n_query', 'n_episodes', 'episodes_per_step', 'epochs', 'schedule', 'lr', 'opt', 'init', 'jitter',
+                   'augment')
+
+
 def stage_two(
     data:FewShotData,
     s:StageTwo, # the settings
@@ -88,15 +93,15 @@ def stage_two(
     dls = episodic_dls(data, n_way, s.k_shot, n_query, s.n_episodes, s.episodes_per_step,
                        aug=train_augmentation(data.px, s.jitter, s.augment), seed=s.seed)
     if s.init == 'random': student = create_backbone(student.pretrained_cfg['architecture'], 0, data.px, s.seed)
-    own = dict(scale=s.scale, mean=s.mean, seed=s.seed)
-    if teacher is not None and s.distill:
-        own |= dict(teacher=teacher, teacher_features=teacher_features) | {k:getattr(s.distill, k) for k in all_declared(Distill)}
-    learn = meta_learner(dls, student, opt_func=OPTIMISERS[s.opt], **own, **kwargs)
+    if teacher is None or s.distill is None:
+        s = s.but(distill=None)
+        teacher = teacher_features = None
+    own = {k:v for k,v in s.values().items() if k not in OF_DATA_AND_FIT}
+    learn = meta_learner(dls, student, teacher, teacher_features=teacher_features, opt_func=OPTIMISERS[s.opt], **own, **kwargs)
     return learn,fit_function(s, s.episodes_per_step)
 
 
-@with_settings(s=StageTwo, but=('n_way', 'k_shot', 'n_query', 'n_episodes', 'episodes_per_step', 'epochs', 'schedule', 'lr', 'opt', 'init',
-                                'jitter', 'augment'))
+@with_settings(s=StageTwo, but=OF_DATA_AND_FIT)
 def meta_learner(
     dls:DataLoaders, # DataLoaders of `episodic_dls`
     # the network psi to start from, which is copied: stage one's backbone, a Learner of it, or the name of a timm model

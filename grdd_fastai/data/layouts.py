@@ -164,4 +164,4 @@ def _images(tree, prefix=''):
     if nameless is not None: raise UserError(f'{tree.path}: {nameless} lies in a class folder without a name: give it one')
     return pd.DataFrame(dict(filename=[f.removeprefix(prefix) for f in paths], label=[f.split('/')[-2] for f in paths], path=paths))
 
-LAYOUTS = (_split_csvs, _official_cifar_fs, _split_folders, _known_classes, _class_folders)
+LAYOUTS = [_split_csvs, _official_cifar_fs, _split_folders, _known_classes, _class_folders]

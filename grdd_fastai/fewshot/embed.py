@@ -54,7 +54,7 @@ def cached_features(
                 for view in h: embed(net, dl, out=view)
             h,_ = load_array(path)
     h = torch.from_numpy(h if views else h[0])
-    return h.to(dl.device),torch.as_tensor(getattr(data, split).y, device=dl.device)
+    return h.to(dl.device),torch.tensor(getattr(data, split).y, device=dl.device)
 
 
 @torch.no_grad()

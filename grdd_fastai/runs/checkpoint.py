@@ -182,6 +182,8 @@ class Checkpoint(Callback):
         if found != FORMAT:
             raise UserError(f'{self.path} has format {found} and this version of grdd_fastai reads {FORMAT}: '
                             'go on with the version that wrote it, or give --out another folder')
+        if 'relatedness_distiller' in (meta.get('parts') or ()): # the term of stage two before version 0.2
+            raise UserError(f'{self.path} is of grdd_fastai 0.1: go on with that version, or give --out another folder')
         if not (self.has_place(meta) and self.is_complete(meta)):
             epoch,step = meta.get('epoch'),meta.get('step')
             raise UserError(f'{self.path} is not a checkpoint of this training (epoch {epoch}, step {step}, of {self.n_epoch} epochs): '

@@ -33,7 +33,7 @@ def fit_function(s, step):
     """A function of the Learner that fits it with the settings `s` of a stage (epochs, schedule, lr)
 
     `step` is the number of images or episodes per step. If several processes make the step larger, the learning rate grows by the square
-    root of the ratio (docs/runs.md).
+    root of the ratio (docs/distributed.md).
     """
     lr = s.lr * (effective_step(step)/step)**0.5
     return lambda learn: getattr(learn, f'fit_{s.schedule}')(s.epochs, lr)
