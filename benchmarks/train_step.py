@@ -57,12 +57,14 @@ class Turns(Callback):
         elif self.turn is None: # the third step decides how many steps a turn has
             self.turn = max(1, round(self.least/(now - self.begun)))
             self.other(self.turn)
-            self.steps,self.begun = 0,wait(torch.device(self.dls.device))
+            self.steps = 0
+            self.begun = wait(torch.device(self.dls.device))
         elif self.steps == self.turn:
             self.mine.append((now - self.begun)/self.turn)
             self.others.append(self.other(self.turn))
             if len(self.mine) == self.repeats: raise CancelFitException()
-            self.steps,self.begun = 0,wait(torch.device(self.dls.device))
+            self.steps = 0
+            self.begun = wait(torch.device(self.dls.device))
 
 
 def bare(arch, px, n_images, device, compile=False):

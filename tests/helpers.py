@@ -37,8 +37,8 @@ from grdd_fastai.experiments.table import CL, EL, GR
 from grdd_fastai.fewshot.classifiers import CLASSIFIERS
 from grdd_fastai.fewshot.embed import embed
 from grdd_fastai.fewshot.evaluate import evaluate
-from grdd_fastai.models.backbones import ResNet12
 from grdd_fastai.models.create import create_backbone
+from grdd_fastai.models.resnet12 import ResNet12
 from grdd_fastai.runs import checkpoint
 from grdd_fastai.stage_one import global_learner
 from grdd_fastai.stage_two import meta_learner

@@ -14,7 +14,7 @@ from timm.models._hub import save_config_for_hf
 from ..core.errors import UserError, first_line
 from ..core.storage import atomic_write, on_cpu, output_folder, read_json, user_path, write_json
 from ..fewshot.stats import mean_ci95
-from ..models.backbones import WEIGHTS
+from ..models.backbone import WEIGHTS
 from ..models.pretrained import load_network
 from ..runs.provenance import command, public
 from ..settings import absent

@@ -100,12 +100,7 @@ def score_networks(
     asked = [weights, data.fingerprint, score, kinds, names, query_distribution, support_views, jitter, seed, test_episodes]
     slug = re.sub('[^a-z0-9.]+', '-', '-'.join([*(Path(n).name for n in weights), score, query_distribution]).lower())[:100]
     name = f'inference-{slug}-{hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:6]}'
-    with output_folder(out) as out:
-        atomic_write(out/f'{name}.csv', table.to_csv(index=False))
-        if len(pairs): atomic_write(out/f'{name}_pairs.csv', pairs.to_csv(index=False, float_format='%.5g'))
-        write_json(out/f'{name}.json', record)
-    if results:
-        with output_folder(results, '--results') as results: write_json(results/f'{name}.json', record)
+    write_tables(out, results, name, table, pairs, record)
     print(json.dumps(dict(csv=str(out/f'{name}.csv'), record=str(out/f'{name}.json'), rows=len(table))))
     return table,pairs
 
@@ -124,6 +119,15 @@ def differences(scores, first):
         versus = {network:[first] for network in list(by_network)[1:]}
         pairs.append(compare(by_network, versus).assign(way=way, shot=shot, query=query, classifier=name))
     return pd.concat(pairs, ignore_index=True) if pairs else pd.DataFrame()
+
+def write_tables(out, results, name, table, pairs, record):
+    "Write the table, the paired differences and the record to `out`, and the record to `results` too if that folder is given"
+    with output_folder(out) as folder:
+        atomic_write(folder/f'{name}.csv', table.to_csv(index=False))
+        if len(pairs): atomic_write(folder/f'{name}_pairs.csv', pairs.to_csv(index=False, float_format='%.5g'))
+        write_json(folder/f'{name}.json', record)
+    if results:
+        with output_folder(results, '--results') as folder: write_json(folder/f'{name}.json', record)
 
 def log_novel(out, results, network, weights, row, queries, views):
     "Append a scoring of the novel classes to the log in `out`, and to the one in `results` if that folder is given"

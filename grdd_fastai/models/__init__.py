@@ -1,1 +1,2 @@
-"""Backbones: timm models by name, our own architectures among them, and trained weights."""
+"""Backbones in timm, by name or with trained weights; importing this package registers ours."""
+from . import convnet4, resnet12  # noqa: F401

@@ -18,7 +18,8 @@ from torch import nn
 from grdd_fastai.data.blocks import plain_dl
 from grdd_fastai.fewshot.embed import embed
 from grdd_fastai.fewshot.evaluate import evaluate
-from grdd_fastai.models.backbones import WEIGHTS, ResNet12, ScheduledDropBlock
+from grdd_fastai.models.backbone import WEIGHTS
+from grdd_fastai.models.resnet12 import ResNet12, ScheduledDropBlock
 
 # ---- timm's contract --------------------------------------------------------------------------------------------------
 
