@@ -11,7 +11,7 @@ from grdd_fastai.core.distributed import log
 from grdd_fastai.core.storage import user_path
 from grdd_fastai.experiments.publish import load_trained, measured, publish
 from grdd_fastai.experiments.store import SPLITS, NetworkStore
-from grdd_fastai.experiments.table import numbers, writable
+from grdd_fastai.experiments.table import check_writable, whole_numbers
 from grdd_fastai.runs.options import DataOptions
 from grdd_fastai.settings import from_flags, with_flags
 
@@ -28,12 +28,12 @@ def main(
     hub:str=None, # also push to this Hugging Face repository: user/name
 ):
     "Score a trained network and write it as a folder that timm loads"
-    writable(out or user_path(run)/'published', results)
+    check_writable(out or user_path(run)/'published', results)
     px = load_trained(run).read('net.json')['px']
     data = from_flags(DataOptions(), files).load(px)
     trained = load_trained(run, data.fingerprint)
     store = NetworkStore(data, trained.folder.parent, logs=[trained.folder.parent, *([results] if results else [])])
-    scores = {(split, shot):store.score(trained, split, shot, test_episodes) for split in SPLITS for shot in numbers('shots', shots)}
+    scores = {(split, shot):store.score(trained, split, shot, test_episodes) for split in SPLITS for shot in whole_numbers('shots', shots)}
     for (split,shot),e in scores.items(): log(f'{split}, {shot}-shot: {e}')
     folder = publish(trained.net, measured(trained, scores), out or trained.folder/'published', n_base=len(data.train), hub=hub)
     log(f"timm.create_model('local-dir:{folder}') loads it")

@@ -16,7 +16,7 @@ from ..core.storage import atomic_write, on_cpu, output_folder, read_json, user_
 from ..fewshot.stats import mean_ci95
 from ..models.backbone import WEIGHTS
 from ..models.pretrained import load_network
-from ..runs.provenance import command, public
+from ..runs.provenance import command, public_word
 from ..settings import absent
 from ..stage_one import StageOne
 from ..stage_two import StageTwo
@@ -145,7 +145,7 @@ def publish(
         atomic_write(folder/'config.json', (Path(tmp)/'config.json').read_bytes())
         write_json(folder/'measured.json', about)
         shipped = folder.resolve().parent == WEIGHTS
-        load = f'hf-hub:{hub}' if hub else name if shipped else f'local-dir:{public(str(folder))}'
+        load = f'hf-hub:{hub}' if hub else name if shipped else f'local-dir:{public_word(str(folder))}'
         atomic_write(folder/'README.md', model_card(net, about, name, load, n_base))
     if hub: push(folder, hub)
     return folder

@@ -62,7 +62,7 @@ def picture(root, name, title):
     path = Path('results')/'figures'/f'{name}.png'
     return [f'![{title}]({path})\n'] if (root/path).exists() else []
 
-def between(text, measured, after=''):
+def replace_measured(text, measured, after=''):
     "`text` with `measured` between the first marks that follow `after`"
     start = text.index(MARKS[0], text.index(after)) + len(MARKS[0])
     return text[:start] + '\n' + measured + '\n' + text[text.index(MARKS[1], start):]
@@ -148,7 +148,7 @@ def by_start(rows):
         words += [f'of phi: {teacher}' for teacher in sorted(teachers) if teacher not in group]
         yield '; '.join(words),groups[group]
 
-def about(rows):
+def table_summary(rows):
     "A sentence on the data, the episodes and the networks of a table, with the hours and machines of their training"
     every = [r for seeds in rows.values() for r in seeds]
     networks = {n['run']:n for r in every for n in r['networks'].values()}
@@ -159,12 +159,12 @@ def about(rows):
     devices,threads = (distinct(n[k] for n in networks.values()) for k in ('device','torch_threads'))
     torch = distinct(n['versions']['torch'] for n in networks.values())
     return (f'{data} (fingerprint {fingerprint}), {episodes} episodes; {len(networks)} networks, {hours:.1f} hours on {devices}, '
-            f'threads a training: {threads}, torch {torch}.')
+            f'threads per training: {threads}, torch {torch}.')
 
 
 # ---- other parts of the report ----------------------------------------------------------------------------------------
 
-def beside(root):
+def published_table(root):
     "Table of the package's weights beside the numbers of the paper and the best published ones"
     rows = []
     for path in sorted((root/WEIGHTS).glob('*/measured.json')):
@@ -211,7 +211,7 @@ def novel_log(path):
 
 # ---- benchmarks -------------------------------------------------------------------------------------------------------
 
-def taken(r, *packages):
+def benchmark_source(r, *packages):
     "Device, versions, commit and command of a benchmark's record"
     versions = ', '.join(f'{k} {v}' for k,v in r['versions'].items() if k in packages)
     return f"{r['device']}, {r['cores']} cores; {versions}; commit {r['commit'][:8]}, `{r['command']}`"
@@ -227,13 +227,13 @@ def benchmark(path):
             for k,o in methods.items() if 'episodes_per_second' in o]
     e = methods['evaluation']
     return '\n'.join([
-        markdown_table(['method', 'easyfsl, us an episode', 'ours', 'ratio', 'accuracy, easyfsl', 'ours'], both), *ours, '',
+        markdown_table(['method', 'easyfsl, us per episode', 'ours', 'ratio', 'accuracy, easyfsl', 'ours'], both), *ours, '',
         'Ten thousand 5-way 1-shot episodes of 12,000 images and their ConvNet-4 forward pass take '
         f"{e['forward_and_episodes_over_forward']:.2f} times "
         f"the forward pass alone ({e['forward_s']:.1f} s + {e['episodes_10000_s']:.1f} s, {e['threads']} threads).", '',
-        taken(r, 'torch', 'numpy', 'easyfsl')])
+        benchmark_source(r, 'torch', 'numpy', 'easyfsl')])
 
-def as_they_are(path):
+def benchmark_tables(path):
     "The lines of any other benchmark as tables, one for each kind of line"
     r = json.loads(path.read_text())
     kinds = defaultdict(list) # names of the entries -> lines
@@ -244,7 +244,7 @@ def as_they_are(path):
     if floor:
         parts.append("Counted floor of the paper's stage one on CIFAR-FS: 90 epochs of 38,400 images at four rotations, "
                      f'{floor} GFLOP each with ResNet-12: {90*38400*4*floor*1e9:.2g} floating-point operations.')
-    return '\n\n'.join([*parts, taken(r, 'torch', 'fastai', 'albumentations', 'easyfsl')])
+    return '\n\n'.join([*parts, benchmark_source(r, 'torch', 'fastai', 'albumentations', 'easyfsl')])
 
 
 # ---- the files --------------------------------------------------------------------------------------------------------
@@ -252,11 +252,11 @@ def as_they_are(path):
 def results(root, found):
     "Text of RESULTS.md, from the `records` found in the checkout `root`"
     notes = root/'results'/'NOTES.md'
-    parts = [HEAD, '## Beside the paper and the best published\n', beside(root) + '\n']
+    parts = [HEAD, '## Beside the paper and the best published\n', published_table(root) + '\n']
     if notes.exists(): parts.append(notes.read_text())
     for name,title in TITLES.items():
         for split,rows in sorted(found[name].items()): # the novel classes come before val
-            parts += [f'## {title}, on the {CLASSES[split]} classes\n', about(rows) + '\n']
+            parts += [f'## {title}, on the {CLASSES[split]} classes\n', table_summary(rows) + '\n']
             for words,group in by_start(rows): parts += [f'{words}\n', section(group, split, 'results/') + '\n']
             parts += picture(root, f'{name}_{split}', title)
     for name,title in FIGURES.items():
@@ -272,13 +272,13 @@ def write_report(root='.'):
     (root/'RESULTS.md').write_text(results(root, found))
     doc = root/'benchmarks'/'README.md'
     for measured in sorted((root/'benchmarks').glob('*.json')):
-        table = benchmark(measured) if measured.stem == 'evaluate' else as_they_are(measured)
-        doc.write_text(between(doc.read_text(), table, f'## {measured.stem}.py'))
+        table = benchmark(measured) if measured.stem == 'evaluate' else benchmark_tables(measured)
+        doc.write_text(replace_measured(doc.read_text(), table, f'## {measured.stem}.py'))
     readme = root/'README.md'
-    readme.write_text(between(readme.read_text(), beside(root)))
+    readme.write_text(replace_measured(readme.read_text(), published_table(root)))
     doc = root/'docs'/'method.md'
     rows = found['readings'].get('val')
     if not rows: return
-    parts = [about(rows)]
+    parts = [table_summary(rows)]
     for words,group in by_start(rows): parts += [words, section(group, 'val', '../results/')]
-    doc.write_text(between(doc.read_text(), '\n\n'.join(parts)))
+    doc.write_text(replace_measured(doc.read_text(), '\n\n'.join(parts)))

@@ -1,6 +1,7 @@
 """From networks and classifiers to a table of accuracies: the program behind recipes/evaluate_weights.py."""
 import argparse
 import hashlib
+import itertools
 import json
 import re
 from functools import partial
@@ -23,7 +24,7 @@ from ..runs.options import DataOptions
 from ..runs.provenance import command, device_name, git_commit, log_line, now, versions
 from ..settings import at_least, between, checked, from_flags, with_flags
 from .store import EPISODES_SEED, SPLITS
-from .table import check_choice, numbers, writable
+from .table import check_choice, check_writable, whole_numbers
 
 __all__ = ['score_networks']
 
@@ -60,7 +61,7 @@ def score_networks(
     check_choice('--query-distribution', query_distribution, QUERY_SAMPLERS)
     names = list(CLASSIFIERS) if classifiers == 'all' else classifiers.split(',')
     for name in names: get_classifier(name)
-    writable(out, results)
+    check_writable(out, results)
     out = user_path(out)
     results = results and user_path(results)
     split = SPLITS[score]
@@ -71,7 +72,7 @@ def score_networks(
     for network,net in nets.items():
         if (side := input_config(net)[0]) != px: log(f'note: {network} is made for images of {side} px and gets {px}')
     data = files.load(px)
-    kinds = [(w, k, q) for w in numbers('ways', ways) for k in numbers('shots', shots) for q in numbers('queries', queries)]
+    kinds = list(itertools.product(*(whole_numbers(k, v) for k,v in dict(ways=ways, shots=shots, queries=queries).items())))
     for w,k,q in kinds: check_episode(getattr(data, split), w, k, q if query_distribution == 'balanced' else w*q)
 
     rows = []

@@ -69,7 +69,7 @@ class NetworkStore:
             if not run.result: run.finish(val_accuracy=round(val_accuracy, 3))
         return Trained(net, run.out, settings)
 
-    def global_net(self, s):
+    def stage_one_net(self, s):
         "The `Trained` network of stage one (CL) with the settings `s` (`StageOne`)"
         s = s.but(bs=s.bs or default_bs(self.data))
         return self.train('cl', s.arch, s.recorded(), lambda: stage_one(self.data, s, valid=EPISODE))
@@ -83,7 +83,7 @@ class NetworkStore:
         dl = plain_dl(self.data, split)
         return embed(net.to(dl.device), dl)
 
-    def meta_net(self, student, teacher, s):
+    def stage_two_net(self, student, teacher, s):
         "The `Trained` network of stage two from a `Trained` student with the settings `s` (`StageTwo`): CL+EL without teacher, else CL+GR"
         if teacher is None: s = s.but(distill=None)
         settings = s.recorded() | dict(student=student.settings, teacher=teacher and teacher.settings)

@@ -92,14 +92,14 @@ def table(
     roles = dict(student=base.but(arch=student), teacher=base.but(arch=teacher, epochs=teacher_epochs or base.epochs))
     stage_two = {alone:from_flags(get_preset(preset, alone).but(**default['two']), two) for alone in (False, True)}
     test_episodes = test_episodes or default['test_episodes']
-    seeds,shots = numbers('seeds', seeds),numbers('shots', shots)
+    seeds,shots = whole_numbers('seeds', seeds),whole_numbers('shots', shots)
     for seed in seeds: from_flags(base, dict(seed=seed)) # an error for a seed that is out of bounds
     order = {k:i for i,k in enumerate(all_rows)}
-    rows = wanted(all_rows, rows)
+    rows = selected_rows(all_rows, rows)
     check_choice('--score', score, SPLITS)
     for arch in {student, teacher}: check_backbone(arch, 32, base.pretrained)
     if out is None: out = default_out('experiments', demo)
-    from_rank_zero(lambda: writable(out, results))
+    from_rank_zero(lambda: check_writable(out, results))
     out = user_path(out, '--out')
     on_characters = '' if files.data else ' on drawn characters'
     if demo: log(f'*** DEMO: small settings{on_characters}; not a result about GRDD ***')
@@ -154,7 +154,7 @@ def train_and_score(store, rows, roles, stage_two, seeds, stage_one_seed, split,
 
 def train(store, row, roles, seed, stage_two, start):
     "The `Trained` networks of a row: `net` and, for stage two, its `student` of stage one (with the seed `start`) and its `teacher`"
-    def one(role, seed): return store.global_net(roles[role].but(**row.get('stage_one', {}) | dict(seed=seed)))
+    def one(role, seed): return store.stage_one_net(roles[role].but(**row.get('stage_one', {}) | dict(seed=seed)))
     psi,phi = row['psi'],row.get('phi')
     student = one(psi, start)
     if 'stage_two' not in row: return dict(net=student)
@@ -162,7 +162,7 @@ def train(store, row, roles, seed, stage_two, start):
     if phi and roles[phi] == roles[psi]: teacher = one(phi, start + 1) if row.get('independent') else student
     elif phi: teacher = one(phi, 0) # all seeds have the same teacher
     two = stage_two[not phi].but(**row['stage_two'] | dict(seed=seed))
-    return dict(student=student, teacher=teacher, net=store.meta_net(student, teacher, two))
+    return dict(student=student, teacher=teacher, net=store.stage_two_net(student, teacher, two))
 
 
 # ---- flags ------------------------------------------------------------------------------------------------------------
@@ -173,12 +173,12 @@ def check_choice(flag, value, choices):
     known = ', '.join(choices)
     raise UserError(f'{flag} is {value}: it is one of {known}')
 
-def numbers(name, text):
+def whole_numbers(name, text):
     "The whole numbers in a text that separates them by commas, each once; UserError, by the flag's `name`, for any other text"
     try: return list(dict.fromkeys(int(v) for v in str(text).split(',')))
     except ValueError: raise UserError(f'--{name} is {text!r}: give whole numbers separated by commas, such as 0,1,2') from None
 
-def wanted(rows, names):
+def selected_rows(rows, names):
     """The rows that the text `names` lists and the rows that they are compared with, in the experiment's order
 
     UserError for a name of no row.
@@ -230,7 +230,7 @@ def write_record(folder, r):
     "Write the record `r` as a JSON file in the experiment's folder in `folder`"
     with output_folder(Path(folder).expanduser()/r['experiment'], '--results') as folder: write_json(folder/r['file'], r)
 
-def writable(out, results):
+def check_writable(out, results):
     "Raise UserError before any work is done if one of the folders cannot be written; `results` may be None"
     with output_folder(out), output_folder(out if results is None else results, '--results'): pass
 

@@ -13,7 +13,7 @@ from ..core.errors import UserError, first_line
 from ..core.storage import check_state, load_state, load_tensors, save_tensors
 from ..training.callbacks import LossTerm
 
-__all__ = ['Stopped', 'Deadline', 'learner_state', 'load_learner_state', 'load_checkpoint', 'previous', 'Checkpoint', 'SkipBatches',
+__all__ = ['Stopped', 'Deadline', 'learner_state', 'load_learner_state', 'load_checkpoint', 'previous_path', 'Checkpoint', 'SkipBatches',
            'StopOnNaN']
 
 
@@ -89,7 +89,7 @@ def learner_state(learn):
         meta['best'] = [float(best.best), best.best_epoch]
     return tensors,meta
 
-def part(tensors, prefix):
+def with_prefix(tensors, prefix):
     "The tensors whose names begin with `prefix`, by the rest of their names"
     return {k.removeprefix(prefix):v for k,v in tensors.items() if k.startswith(prefix)}
 
@@ -99,11 +99,11 @@ def load_learner_state(learn, tensors, meta, where='the checkpoint'):
     UserError for tensors that do not fit the network.
     """
     device = learn.dls.device
-    load_state(unwrapped(learn.model), part(tensors, 'model/'), where)
+    load_state(unwrapped(learn.model), with_prefix(tensors, 'model/'), where)
     opt = learn.opt.opt if hasattr(learn.opt, 'opt') else learn.opt
     params = [p for g in opt.param_groups for p in g['params']]
     state = {}
-    for k,v in part(tensors, 'opt/').items():
+    for k,v in with_prefix(tensors, 'opt/').items():
         i,name = k.split('/')
         p = params[int(i)]
         if v.ndim and v.shape != p.shape: # a fused optimiser would read past the end of the tensor
@@ -121,9 +121,9 @@ def load_learner_state(learn, tensors, meta, where='the checkpoint'):
     learn.recorder.smooth_loss.val = torch.tensor(mean)
     learn.recorder.smooth_loss.count = count
     if 'best' in meta:
-        check_state(unwrapped(learn.model), part(tensors, 'best/'), where)
+        check_state(unwrapped(learn.model), with_prefix(tensors, 'best/'), where)
         learn.keep_best.best,learn.keep_best.best_epoch = meta['best']
-        learn.keep_best.best_state = {k:v.to(device) for k,v in part(tensors, 'best/').items()}
+        learn.keep_best.best_state = {k:v.to(device) for k,v in with_prefix(tensors, 'best/').items()}
 
 
 def load_checkpoint(path, log=print):
@@ -131,7 +131,7 @@ def load_checkpoint(path, log=print):
 
     UserError if there are checkpoints and all are damaged.
     """
-    paths = [p for p in (Path(path), previous(path)) if p.exists()]
+    paths = [p for p in (Path(path), previous_path(path)) if p.exists()]
     for p in paths:
         try: return load_tensors(p)
         except UserError as e:
@@ -139,7 +139,7 @@ def load_checkpoint(path, log=print):
             log(f'{e}{rest}')
     if paths: raise UserError(f'no checkpoint in {Path(path).parent} is whole: start again in another --out')
 
-def previous(path):
+def previous_path(path):
     "File of the checkpoint that was saved before the one at `path`"
     return Path(path).with_suffix('.previous')
 
@@ -236,7 +236,7 @@ class Checkpoint(Callback):
         if bad:
             raise UserError(f'{about["stage"]}, epoch {epoch}, step {step}: {bad} holds NaN or infinite values: lower the '
                             'learning rate; the last good checkpoint is kept')
-        if self.path.exists(): self.path.replace(previous(self.path))
+        if self.path.exists(): self.path.replace(previous_path(self.path))
         save_tensors(self.path, tensors, about | meta | dict(format=FORMAT, epoch=epoch, step=step))
         self.saved = time.monotonic()
 

@@ -51,9 +51,9 @@ def versions():
 
 def command(words=None):
     "The command line `words`, by default this process's, as text for others: paths outside the working folder are reduced to names"
-    return shlex.join(['python', *map(public, sys.argv if words is None else words)])
+    return shlex.join(['python', *map(public_word, sys.argv if words is None else words)])
 
-def public(word):
+def public_word(word):
     """A word of a command line in which a path that leads out of the working folder is reduced to its name
 
     The name of a recipe or a benchmark keeps its folder, `recipes/` or `benchmarks/`.

@@ -16,7 +16,7 @@ from ..core.distributed import backbone_of, from_rank_zero, log, rank_world, scr
 from ..core.errors import UserError
 from ..core.storage import Busy, atomic_write, locked, output_folder, read_json, sweep, user_path, write_json
 from ..models.pretrained import load_weights, read_weights, save_weights
-from .checkpoint import Checkpoint, Deadline, SkipBatches, StopOnNaN, load_checkpoint, previous
+from .checkpoint import Checkpoint, Deadline, SkipBatches, StopOnNaN, load_checkpoint, previous_path
 from .provenance import command, device_name, git_commit, log_line, now, versions
 
 __all__ = ['Run']
@@ -214,7 +214,7 @@ class Run:
             self._fit(name, learn, fit, checkpoint)
             best = learn.keep_best.best
             save_weights(net, path, arch=arch, **self.card, val_accuracy=best)
-        for f in (checkpoint, previous(checkpoint)): f.unlink(missing_ok=True)
+        for f in (checkpoint, previous_path(checkpoint)): f.unlink(missing_ok=True)
         self.plan.remove(name)
         return net,best
 

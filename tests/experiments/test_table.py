@@ -16,7 +16,7 @@ from grdd_fastai.stage_one import StageOne
 def test_scores_are_those_of_the_saved_weights_on_episodes_that_chose_nothing(small, data, tmp_path):
     scored,pairs,_,store,_ = table('a', ROWS, out=tmp_path, shots='1,5', seeds='0,1', **small)
     assert list(scored.shot) == [1, 5]*6 and set(scored.split) == {'val'} and len(pairs) == 3*2*3
-    made = store.global_net(StageOne(arch='convnet4', epochs=1, schedule='one_cycle', lr=0.1, rotation=False, bs=64, seed=1))
+    made = store.stage_one_net(StageOne(arch='convnet4', epochs=1, schedule='one_cycle', lr=0.1, rotation=False, bs=64, seed=1))
     want = evaluate(*embed(made.net, plain_dl(store.data, 'val')), 5, 5, 15, 40, seed=1)
     got = scored[(scored.row == 'CL') & (scored.seed == 1) & (scored.shot == 5)].iloc[0]
     assert got.accuracy == pytest.approx(want.accuracy, abs=1e-3)

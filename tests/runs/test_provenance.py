@@ -2,7 +2,7 @@
 import pytest
 from helpers import posix, says
 
-from grdd_fastai.runs.provenance import command, log_line, public
+from grdd_fastai.runs.provenance import command, log_line, public_word
 
 
 @pytest.mark.parametrize('word, shown', [('/home/alice/birds.zip', 'birds.zip'), ('--data=/home/alice/birds.zip', '--data=birds.zip'),
@@ -10,13 +10,13 @@ from grdd_fastai.runs.provenance import command, log_line, public
                                          ('/home/alice/grdd/recipes/table2.py', 'recipes/table2.py'), ('--lr', '--lr'), ('0.1', '0.1'),
                                          ('CL+EL lr=0.1', 'CL+EL lr=0.1')])
 def test_commands_that_are_published_have_no_paths_of_a_machine(word, shown):
-    assert public(word) == shown and command(['x', word]) == command(['x', shown])
+    assert public_word(word) == shown and command(['x', word]) == command(['x', shown])
 
 @pytest.mark.parametrize('word, shown', [('./../../home/alice/x.zip', 'x.zip'), ('a/../../../home/alice/x', 'x'),
                                          ('--data=./../alice/x', '--data=x'), ('file:///home/alice/x', 'x'),
                                          ('runs/a,/home/alice/b', 'runs/a,b'), (r'C:\Users\alice\x', 'x'), ('1,5', '1,5'),
                                          ('hf-hub:user/name', 'hf-hub:user/name')])
-def test_more_paths_of_a_machine(word, shown): assert public(word) == shown
+def test_more_paths_of_a_machine(word, shown): assert public_word(word) == shown
 
 @posix
 def test_a_log_that_is_a_link_is_not_followed(tmp_path):
