@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import timm
 import torch
-from helpers import ROOT, SMALL, launch, recipe, says, settings, shell, write_csv_set
+from helpers import NO_FOLDER, ROOT, SMALL, launch, recipe, says, settings, shell, write_csv_set
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -209,7 +209,7 @@ BAD_FLAGS = [dict(teacher='x'), dict(epochs=0), dict(schedule='x'), dict(lr=-1.)
              dict(meta_schedule='x'), dict(meta_lr=0.), dict(meta_way=1), dict(meta_query=0), dict(episodes=0), dict(episodes_per_step=0),
              dict(T=-1.), dict(gamma=-1.), dict(scale=0.), dict(teacher_view='x'), dict(query=0), dict(query=10**6),
              dict(test_episodes=0), dict(classifiers='x'), dict(seed=-1), dict(max_minutes=-1.), dict(data='/no/where'),
-             dict(cache='/proc/x'), dict(student='convnet4.untrained'), dict(student='resnet18', pretrained='x', teacher='nothing.x')]
+             dict(cache=NO_FOLDER), dict(student='convnet4.untrained'), dict(student='resnet18', pretrained='x', teacher='nothing.x')]
 
 @pytest.mark.parametrize('bad', BAD_FLAGS, ids=[next(iter(b)) + str(i) for i,b in enumerate(BAD_FLAGS)])
 def test_bad_flags_leave_nothing_behind(csv_set, cache, tmp_path, bad):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
-from helpers import ABOUT, TABLE, recipe, says
+from helpers import ABOUT, NO_FOLDER, TABLE, recipe, says
 from timm.data import resolve_model_data_config
 
 from grdd_fastai.core.errors import UserError
@@ -94,4 +94,4 @@ def test_publish_replaces_nothing_that_is_not_its_own(tmp_path):
     publish(create_backbone('convnet4', 0), ABOUT | dict(sha256='a'), tmp_path/'other')
 
 def test_publish_says_what_it_cannot_write_before_it_scores(tmp_path):
-    says(lambda: recipe('publish')(run=str(tmp_path), results='/proc/x'), '--results')
+    says(lambda: recipe('publish')(run=str(tmp_path), results=NO_FOLDER), '--results')

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from helpers import recipe
+from helpers import NO_FOLDER, recipe
 
 from grdd_fastai.core.errors import UserError
 from grdd_fastai.data.blocks import plain_dl
@@ -36,7 +36,7 @@ def test_the_table_is_what_evaluate_gives(two_nets, faint, faint_data, cache, tm
 
 @pytest.mark.parametrize('wrong, sentence', [
     (dict(score='test'), '--score is test'), (dict(seed=-1), '--seed is -1'),
-    (dict(out='/dev/null/x'), 'cannot be written'), (dict(classifiers='cosine,magic'), "unknown classifier 'magic'"),
+    (dict(out=NO_FOLDER), 'cannot be written'), (dict(classifiers='cosine,magic'), "unknown classifier 'magic'"),
     (dict(query_distribution='odd'), '--query-distribution is odd'), (dict(ways='7'), 'too few for 7-way'),
     (dict(shots='x'), "--shots is 'x'"), (dict(support_views=-1), '--support-views is -1')])
 def test_wrong_settings_get_a_sentence(two_nets, faint, cache, tmp_path, wrong, sentence):

@@ -3,7 +3,7 @@ import json
 
 import pandas as pd
 import pytest
-from helpers import ROWS, recipe, says
+from helpers import NO_FOLDER, ROWS, recipe, says
 
 from grdd_fastai.core.errors import UserError
 from grdd_fastai.data.blocks import plain_dl
@@ -72,8 +72,8 @@ TINY = dict(student='convnet4', teacher='convnet4_128', epochs=1, teacher_epochs
 @pytest.mark.parametrize('where', ['out', 'results'])
 def test_a_folder_that_takes_no_files_is_said_before_the_first_training(csv_set, cache, tmp_path, monkeypatch, where):
     monkeypatch.setattr('grdd_fastai.experiments.table.train', lambda *_: pytest.fail('it trains'))
-    given = dict(out=str(tmp_path/'out'), results=str(tmp_path/'results')) | {where:'/proc/x'}
-    says(lambda: table('a', {'CL':CL, 'CL+EL':EL}, data=str(csv_set), cache=str(cache), **given, **TINY), f'--{where}', '/proc/x')
+    given = dict(out=str(tmp_path/'out'), results=str(tmp_path/'results')) | {where:NO_FOLDER}
+    says(lambda: table('a', {'CL':CL, 'CL+EL':EL}, data=str(csv_set), cache=str(cache), **given, **TINY), f'--{where}', NO_FOLDER)
     assert not list(tmp_path.iterdir())
 
 def test_rows_that_fail_are_no_success(csv_set, cache, tmp_path, monkeypatch, capsys):

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from helpers import child, leavings, recipe, says, settings, stopped
+from helpers import child, leavings, posix, recipe, says, settings, stopped
 
 from grdd_fastai.core.errors import UserError
 from grdd_fastai.core.storage import load_tensors, save_tensors
@@ -58,6 +58,7 @@ def test_kill_dash_nine_at_any_moment_loses_nothing(csv_set, cache, tmp_path, un
     print(f'{len(kills)} kills, {kills.count("inside a write")} of them inside a write, over {runs} runs: 0 losses, 0 differences')
     assert min(kills.count(k) for k in set(kills)) >= 5 and len(set(kills)) == 2
 
+@posix
 @pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_exits_with_its_code(csv_set, cache, tmp_path, undisturbed, monkeypatch, number, code):
     out,hits = tmp_path/'run',[]
