@@ -14,7 +14,7 @@ from grdd_fastai.runs.provenance import command, device_name, git_commit, now, v
 
 LINES = []
 
-def say(**line):
+def print_line(**line):
     "Print a line as JSON, and keep it for `write`"
     LINES.append(line)
     print(json.dumps(line), flush=True)

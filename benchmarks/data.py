@@ -10,7 +10,7 @@ Times are medians.
 import statistics
 import time
 
-from common import MadeUp, say, write
+from common import MadeUp, print_line, write
 from fastcore.script import call_parse
 
 from grdd_fastai.data.augment import train_augmentation
@@ -43,5 +43,5 @@ def main(
                 dl = make(aug).train
                 per_image(dl, 0.)
                 took = statistics.median(per_image(dl, 0.5) for _ in range(repeats))
-                say(name=name, augmentation=kind, px=px, images_per_second=round(1/took), us=round(1e6*took, 1), repeats=repeats)
+                print_line(name=name, augmentation=kind, px=px, images_per_second=round(1/took), us=round(1e6*took, 1), repeats=repeats)
     write(out)

@@ -15,7 +15,7 @@ from functools import partial
 import numpy as np
 import timm
 import torch
-from common import easyfsl_loader, medians, say, seconds, write
+from common import easyfsl_loader, medians, print_line, seconds, write
 from easyfsl import methods
 from easyfsl.datasets import FeaturesDataset
 from fastcore.script import call_parse
@@ -85,7 +85,7 @@ def time_evaluation(repeats, images):
     forward()
     evaluate(h, y, n_episodes=500)
     passes,whole = medians(repeats, forward, lambda: evaluate(h, y))
-    say(method='evaluation', forward_s=round(passes, 2), episodes_10000_s=round(whole, 2),
+    print_line(method='evaluation', forward_s=round(passes, 2), episodes_10000_s=round(whole, 2),
         forward_and_episodes_over_forward=round((passes + whole)/passes, 3), threads=torch.get_num_threads())
 
 @call_parse
@@ -108,12 +108,12 @@ def main(
         theirs,mine = map(statistics.median, zip(*times))
         if compare:
             right_theirs,right_ours = accuracies(method, h, y, classifier, compare, **settings)
-            say(method=name, episodes=compare, accuracy_easyfsl=right_theirs, accuracy_ours=right_ours)
-        say(method=name, ratio=round(theirs/mine, 2), easyfsl_us=round(theirs*1e6, 1), ours_us=round(mine*1e6, 1), repeats=repeats)
+            print_line(method=name, episodes=compare, accuracy_easyfsl=right_theirs, accuracy_ours=right_ours)
+        print_line(method=name, ratio=round(theirs/mine, 2), easyfsl_us=round(theirs*1e6, 1), ours_us=round(mine*1e6, 1), repeats=repeats)
     for name,(classifier,n) in OWN.items():
         ours(h, y, classifier, 5)
         per = statistics.median(seconds(ours, h, y, classifier, n)/n for _ in range(repeats))
-        say(method=name, episodes_per_second=round(1/per, 1), repeats=repeats)
+        print_line(method=name, episodes_per_second=round(1/per, 1), repeats=repeats)
 
     torch.set_num_threads(cores)
     time_evaluation(repeats, images)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import MadeUp, easyfsl_loader, medians, say, write
+from common import MadeUp, easyfsl_loader, medians, print_line, write
 from easyfsl.datasets import EasySet
 from easyfsl.methods import PrototypicalNetworks
 from fastcore.script import call_parse
@@ -66,8 +66,8 @@ def main(
         theirs() # the first calls warm up
         ours()
         peer,own = medians(repeats, theirs, ours)
-        say(name=name, peer='easyfsl', peer_ms=round(1e3*peer/episodes, 2), ours_ms=round(1e3*own/episodes, 2), times=round(peer/own, 1),
-            repeats=repeats)
+        print_line(name=name, peer='easyfsl', peer_ms=round(1e3*peer/episodes, 2), ours_ms=round(1e3*own/episodes, 2),
+                   times=round(peer/own, 1), repeats=repeats)
     with tempfile.TemporaryDirectory() as folder:
         loader = easyfsl_loader(easy_set(data, Path(folder)), *EPISODE, episodes)
         dls = episodic_dls(data, *EPISODE, n_episodes=episodes)

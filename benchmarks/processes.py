@@ -15,7 +15,7 @@ import subprocess
 import sys
 
 import torch
-from common import say, write
+from common import print_line, write
 from fastcore.script import call_parse
 from scipy.stats import t
 
@@ -85,7 +85,7 @@ def main(
         return
     found = {n:[in_processes(n, seed, epochs, test_episodes) for seed in range(seeds)] for n in (1, 2)}
     for n,accuracies in found.items():
-        say(name='stage one', processes=n, images_each=BS//n, **over_seeds(accuracies), **difference(accuracies, found[1]))
+        print_line(name='stage one', processes=n, images_each=BS//n, **over_seeds(accuracies), **difference(accuracies, found[1]))
     torch.set_num_threads(1)
     data = few_shot_data('demo')
     starts = [first_stage(data, seed, epochs).model.backbone for seed in range(seeds)]
@@ -94,5 +94,5 @@ def main(
             nets = (second_stage(data, seed, start, k, RATES[rate](k), episodes) for seed,start in enumerate(starts))
             accuracies = [accuracy(net, data, test_episodes) for net in nets]
             if k == 1: single = accuracies
-            say(name='stage two', episodes_a_step=k, rate=rate, **over_seeds(accuracies), **difference(accuracies, single))
+            print_line(name='stage two', episodes_a_step=k, rate=rate, **over_seeds(accuracies), **difference(accuracies, single))
     write(out)

@@ -19,7 +19,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-from common import say, seconds, write
+from common import print_line, seconds, write
 from fastai.callback.core import Callback, CancelFitException
 from fastcore.script import call_parse
 
@@ -62,7 +62,7 @@ def measure(name, work, *args, **sizes):
     theirs.close() # so that `recv` raises EOFError if the process dies
     took,anonymous,mapped = mine.recv()
     p.join()
-    say(name=name, **sizes, seconds=round(took, 2), anonymous_mb=round(anonymous), mapped_mb=round(mapped))
+    print_line(name=name, **sizes, seconds=round(took, 2), anonymous_mb=round(anonymous), mapped_mb=round(mapped))
 
 
 # ---- work that is measured --------------------------------------------------------------------------------------------

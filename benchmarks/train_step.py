@@ -20,7 +20,7 @@ import time
 
 import torch
 import torch.nn.functional as F
-from common import MadeUp, say, wait, write
+from common import MadeUp, print_line, wait, write
 from fastai.callback.core import Callback, CancelFitException
 from fastai.torch_core import default_device
 from fastcore.script import call_parse
@@ -209,17 +209,17 @@ def main(
             for stage in ('one', 'two'):
                 mine,others,images = measure(stage, arch, px, lambda n, images: bare(arch, px, images, device, compile), 1.)  # noqa: B023
                 flops = gflop_per_image(arch, px)
-                say(name=arch, stage=stage, px=px, device=device.type, ratio=round(others/mine, 3), recipe_ms=round(1e3*mine, 1),
+                print_line(name=arch, stage=stage, px=px, device=device.type, ratio=round(others/mine, 3), recipe_ms=round(1e3*mine, 1),
                     bare_ms=round(1e3*others, 1), images=images,
                     gflop_per_image=round(flops, 3), gflop_per_second=round(flops*images/mine),
                     precision=str(autocast_dtype(device) or torch.float32).removeprefix('torch.'), compile=compile, repeats=repeats)
             if px == 32: # `mine` is stage two's
                 looking,others,images = measure(
                     'two', arch, px, lambda n, images: bare(arch, px, images, device, compile), 1., 'same')  # noqa: B023
-                say(name=f'teacher {arch}', stage='two', px=px, device=device.type, features_known_ms=round(1e3*mine, 1),
+                print_line(name=f'teacher {arch}', stage='two', px=px, device=device.type, features_known_ms=round(1e3*mine, 1),
                     forward_on_the_batch_ms=round(1e3*looking, 1), images=images, repeats=repeats)
     if device.type == 'cpu':
         mine,others,images = measure('one', 'convnet4', 32, lambda n, images: other_process(32, n, 64*n), 2.)
-        say(name='convnet4 beside plain fastai', stage='one', px=32, device='cpu', speedup=round(others/mine, 2),
+        print_line(name='convnet4 beside plain fastai', stage='one', px=32, device='cpu', speedup=round(others/mine, 2),
             recipe_images_per_second=round(images/mine), plain_images_per_second=round(images/others), repeats=repeats)
     write(out)

@@ -116,7 +116,10 @@ def mutations(whole, n, seed=0):
         else: b[at:at] = b[max(0, at-30):at]
         yield bytes(b)
 
-def pixels(data, x): "Undo normalisation"; mean,std = (torch.tensor(s).view(1, 3, 1, 1) for s in data.stats); return (x*std + mean)*255
+def pixels(data, x):
+    "Undo normalisation"
+    mean,std = (torch.tensor(s).view(1, 3, 1, 1) for s in data.stats)
+    return (x*std + mean)*255
 
 def batches(dls, epoch=0):
     "All training batches of an epoch"

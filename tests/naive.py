@@ -57,7 +57,9 @@ def cosine_of(a, b): return sum(x*y for x,y in zip(a, b)) / math.sqrt(sum(x*x fo
 
 def naive_R(s, q): return [[[cosine_of(a, b) for b in q[e].tolist()] for a in s[e].tolist()] for e in range(len(s))]
 
-def naive_softmax(v): ex = [math.exp(x) for x in v]; return [x/sum(ex) for x in ex]
+def naive_softmax(v):
+    ex = [math.exp(x) for x in v]
+    return [x/sum(ex) for x in ex]
 
 def naive_kl(R_e, R_g, T, decouple, reverse):
     total = 0.

@@ -47,7 +47,9 @@ def test_a_signal_is_never_taken_for_a_damaged_file(finished, csv_set, cache, tm
     out = (stopped(csv_set, cache, tmp_path/'run', 2) if 'storage' in where
            else laid_out({k:v for k,v in finished.items() if 'grdd' not in k and k != 'result.json'}, tmp_path/'run'))
     before = {k:v for k,v in files_of(out).items() if k != 'result.json'}
-    def hit(*_): os.kill(os.getpid(), signal.SIGTERM); raise AssertionError('it goes on')
+    def hit(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError('it goes on')
     monkeypatch.setattr(where, hit)
     with pytest.raises(SystemExit) as e: recipe('cifarfs_5w1s')(out=str(out), resume=True, **settings(csv_set, cache))
     assert e.value.code == 143 and {k:v for k,v in files_of(out).items() if k != 'result.json'} == before

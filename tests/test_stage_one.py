@@ -50,7 +50,9 @@ def test_a_cosine_classifier_in_stage_one_by_hand(data):
 
 def test_metrics_of_a_rotated_batch_are_of_its_own_images(data):
     seen = []
-    def count(pred, y): seen.append((len(pred), len(y))); return 0.
+    def count(pred, y):
+        seen.append((len(pred), len(y)))
+        return 0.
     fit(stage_one(data, metrics=count))
     assert set(seen) == {(60, 60)}
 

@@ -94,7 +94,7 @@ def evaluate(
     if not classifiers: raise UserError('no classifier is given: name one, such as cosine')
     if not isinstance(n_episodes, int | np.integer) or isinstance(n_episodes, bool) or not 1 <= n_episodes <= MAX_EPISODES:
         raise UserError(f'{n_episodes!r} episodes are asked for: it must be at least 1 and at most {MAX_EPISODES}')
-    bank,V = (h, 1) if views is None else (views.flatten(0, 1), len(views))
+    support_features,V = (h, 1) if views is None else (views.flatten(0, 1), len(views))
     functions = [getattr(f, 'func', f) for f in classifiers.values()] # `func` is the function in a partial
     budget = CHUNK_BYTES[h.device.type != 'cpu'] * max(getattr(f, 'chunk_multiplier', 1) for f in functions)
     size = max(1, budget // max(1, n_way*(V*k_shot + n_query)*h[0].numel()*h.element_size()))
@@ -108,7 +108,7 @@ def evaluate(
             s,q,q_y = (torch.as_tensor(a[at:at+size], device=h.device).flatten(1) for a in (support, query, query_y))
             s_y = torch.arange(n_way, device=h.device).repeat_interleave(k_shot).repeat(V).expand(len(s), -1)
             s = torch.cat([s + v*len(y) for v in range(V)], 1)
-            z_s,z_q = (b.index_select(0, rows.flatten()).view(*rows.shape, -1) for b,rows in ((bank, s), (h, q)))
+            z_s,z_q = (b.index_select(0, rows.flatten()).view(*rows.shape, -1) for b,rows in ((support_features, s), (h, q)))
             first = block*BLOCK + at
             for k,f in classifiers.items():
                 right = checked_logits(names[k], f, z_s, s_y, z_q).argmax(-1) == q_y

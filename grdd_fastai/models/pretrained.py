@@ -20,22 +20,22 @@ RUNS = ('net', 'student_grdd') # names of the network that a run saves
 PICKLES = ('.bin', '.pth', '.pt', '.ckpt', '.pkl', '.pickle', '.tar', '.npz', '.h5')
 
 
-def load_network(of:str|Path) -> torch.nn.Module:
-    """The trained network with the name or path `of`, without a classifier
+def load_network(name:str|Path) -> torch.nn.Module:
+    """The trained network with the name or path `name`, without a classifier
 
-    `of` is a timm model with pretrained weights, a folder of recipes/publish.py, `hf-hub:user/name`, the folder of a run, or a weights file
-    in such a folder (`runs/grdd/student_cl`). The `pretrained_cfg` of the network has the side, mean and std of its images. Published
-    weights are read only from `model.safetensors`, and they must match exactly the network that `config.json` describes. UserError if `of`
-    is none of these.
+    It names a timm model with pretrained weights, a folder of recipes/publish.py, `hf-hub:user/name`, the folder of a run, or weights in
+    such a folder (`runs/grdd/student_cl`). The `pretrained_cfg` of the network has the side, mean and std of its images. Published
+    weights are read only from `model.safetensors`, and they must match exactly the network that `config.json` describes. UserError if it is
+    none of these.
     """
-    path = user_path(str(of).removesuffix('.safetensors'), 'the network')
-    cards = [*(path/f'{name}.json' for name in RUNS), *([path.with_name(f'{path.name}.json')] if path.name else [])]
+    path = user_path(str(name).removesuffix('.safetensors'), 'the network')
+    cards = [*(path/f'{net}.json' for net in RUNS), *([path.with_name(f'{path.name}.json')] if path.name else [])]
     if card := next((c for c in cards if c.is_file() and c.with_suffix('.safetensors').is_file()), None): return _of_a_run(card)
-    if str(of).startswith('hf-hub:'): return _of_a_folder(_from_hub(str(of).removeprefix('hf-hub:')))
+    if str(name).startswith('hf-hub:'): return _of_a_folder(_from_hub(str(name).removeprefix('hf-hub:')))
     if (path/'config.json').exists(): return _of_a_folder(path)
     if path.exists():
         raise UserError(f'{path} holds no network (net.json or config.json): give the folder of a run or of recipes/publish.py')
-    return create_backbone(str(of), pretrained=True)
+    return create_backbone(str(name), pretrained=True)
 
 def _of_a_run(card):
     "The network that a run saved with the JSON file `card`"

@@ -91,7 +91,9 @@ def test_json_of_any_shape(tmp_path):
 @posix
 def test_what_is_half_written_has_a_name_nobody_can_foretell(tmp_path, monkeypatch):
     seen,real = [],os.replace
-    def replace(a, b): seen.append(os.path.basename(a)); real(a, b)
+    def replace(a, b):
+        seen.append(os.path.basename(a))
+        real(a, b)
     monkeypatch.setattr(os, 'replace', replace)
     (tmp_path/'precious').write_text('mine')
     (tmp_path/'.x.json.part').symlink_to('precious')

@@ -95,7 +95,9 @@ def test_draws_are_uniform_and_independent():
 def test_on_the_loaders_device_and_on_workers_it_is_the_same(data):
     "A loader hands a function its images; `device` is where they are then"
     seen = []
-    def look(x, seed, epoch, rows): seen.append((x.device.type, x.dtype, len(rows))); return 255 - x
+    def look(x, seed, epoch, rows):
+        seen.append((x.device.type, x.dtype, len(rows)))
+        return 255 - x
     x,_ = category_dls(data, bs=40, aug=look, device=torch.device('cpu')).one_batch()
     assert seen[-1] == ('cpu', torch.uint8, 40) and x.shape == (40, 3, 16, 16)
 

@@ -28,7 +28,9 @@ def photos(tmp_path_factory):
     return root
 
 @pytest.fixture(scope='module')
-def net(): torch.manual_seed(0); return timm.create_model('convnet4', num_classes=0)
+def net():
+    torch.manual_seed(0)
+    return timm.create_model('convnet4', num_classes=0)
 
 
 @pytest.mark.parametrize('classifier', ['cosine', 'ridge', 'bd_cspn'])

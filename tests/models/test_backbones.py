@@ -152,7 +152,9 @@ def test_gradient_checkpointing_changes_no_gradient():
 
 def test_a_compiled_network_does_not_compile_again_at_every_step():
     net,graphs = ResNet12(widths=(4,4,4,4), num_classes=2).train(),[]
-    def backend(graph, inputs): graphs.append(graph); return graph.forward
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
     compiled = torch.compile(net, backend=backend)
     x = torch.randn(2, 3, 32, 32)
     compiled(x)

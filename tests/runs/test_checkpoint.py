@@ -65,7 +65,9 @@ def test_a_signal_saves_and_exits_with_its_code(csv_set, cache, tmp_path, undist
     class Signal(checkpoint.SkipBatches):
         name = 'skip_batches'
         def after_loss(self):
-            if not hits: hits.append(1); os.kill(os.getpid(), number)
+            if not hits:
+                hits.append(1)
+                os.kill(os.getpid(), number)
     monkeypatch.setattr('grdd_fastai.runs.run.SkipBatches', Signal)
     before = signal.getsignal(number)
     with pytest.raises(SystemExit) as e: recipe('cifarfs_5w1s')(out=str(out), **settings(csv_set, cache))

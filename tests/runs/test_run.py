@@ -137,7 +137,9 @@ def test_files_of_the_users_own_that_are_named_as_a_runs_are_never_deleted(csv_s
 
 def test_a_folder_that_is_deleted_hides_no_error(csv_set, cache, tmp_path, monkeypatch):
     out = tmp_path/'run'
-    def gone(*_): shutil.rmtree(out); raise UserError('the real error')
+    def gone(*_):
+        shutil.rmtree(out)
+        raise UserError('the real error')
     monkeypatch.setattr('grdd_fastai.runs.run.History.after_epoch', gone)
     says(lambda: recipe('cifarfs_5w1s')(out=str(out), **settings(csv_set, cache)), 'the real error')
 

@@ -30,7 +30,9 @@ def test_ten_steps_are_timms():
     opts = [Muon(nets[0].parameters(), lr=.02, weight_decay=.1),
             TimmMuon([dict(params=decayed, weight_decay=.1), dict(params=rest, weight_decay=0.)], lr=.02, betas=(.9, .95), eps=1e-8)]
     for _ in range(10):
-        for p,q in zip(nets[0].parameters(), nets[1].parameters()): p.grad = torch.randn_like(p); q.grad = p.grad.clone()
+        for p,q in zip(nets[0].parameters(), nets[1].parameters()):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
         for opt in opts: opt.step()
     for s,p,q in zip(start, nets[0].parameters(), nets[1].parameters()):
         assert (p - q).norm() < .03*(p - s).norm(), p.shape
