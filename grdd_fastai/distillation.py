@@ -15,7 +15,7 @@ from .core.errors import UserError
 from .fewshot.embed import embed
 from .losses import kl_relatedness, relatedness
 from .models.create import features
-from .settings import Settings, at_least, flag, one_of, positive, recorded, with_settings
+from .settings import Settings, at_least, declared, flag, one_of, positive, recorded, with_settings
 from .training.callbacks import LossTerm, UndoAfterFit, amp_dtype
 
 __all__ = ['Distill', 'Teacher', 'DistillationTerm', 'RelatednessKL']
@@ -30,12 +30,12 @@ class Distill(Settings):
     decouple: Annotated[bool, 'one softmax for each support image; without, one over the whole matrix'] = True
     T_squared: Annotated[bool, "also weight L_kl by T squared, as Hinton's distillation does",
                          recorded('hinton'), flag('t_squared')] = False
-    reverse: Annotated[bool, 'KL(student || teacher) instead of KL(teacher || student)'] = False
+    reverse: Annotated[bool, 'KL(student || teacher) instead of the default KL(teacher || student)'] = False
     reduction: Annotated[str, "how the KL of an episode's groups are reduced: mean, or sum (Eq. 12)", one_of('mean', 'sum')] = 'mean'
     center: Annotated[bool, "subtract each episode's mean feature before the cosines"] = False
     teacher_view: Annotated[str, 'images that the teacher sees: the same augmented ones as the student, or clean ones, embedded once',
                             one_of('same', 'clean')] = 'same'
-    teacher_output: Annotated[str, "what the teacher's relatedness is of: features (Eq. 10), logits or probabilities",
+    teacher_output: Annotated[str, "the teacher's output whose cosines are compared: features (Eq. 10), logits or probabilities",
                               one_of('features', 'logits', 'probabilities'), recorded(absent='features')] = 'features'
 
 
@@ -64,8 +64,10 @@ class Teacher(UndoAfterFit):
         # features (N, D) of the clean base images, or a list of them, where they are known already
         teacher_features:torch.Tensor|list|None=None,
     ):
+        for k,v in dict(teacher_view=view, teacher_output=output).items(): declared(Distill)[k].checked(v)
         self.networks,self.view,self.output = as_list(networks),view,output
         self.known,self.known_for = as_list(teacher_features),None
+        self.were,self.converters = [],[] # networks with their modes and flags before the fit; functions that convert images for them
         for net in self.networks:
             if not isinstance(net, torch.nn.Module):
                 raise UserError(f'the teacher is a {type(net).__name__}: give a network, such as create_backbone or load_network makes')
@@ -125,6 +127,7 @@ class Teacher(UndoAfterFit):
         for net,training,grads in self.were:
             net.train(training)
             for p,grad in grads: p.requires_grad_(grad)
+        self.were,self.converters = [],[] # a Learner that is exported holds no functions
 
 
 def as_list(o): return [] if o is None else list(o) if isinstance(o, list | tuple) else [o]
@@ -168,6 +171,8 @@ class DistillationTerm(LossTerm):
         super().before_fit()
         if not hasattr(self.learn, 'teacher'):
             raise UserError(f'{type(self).__name__} needs a teacher: give meta_learner(..., teacher=)')
+        if sum(cb.name == self.name for cb in self.learn.cbs) > 1:
+            raise UserError(f'{type(self).__name__} is there twice: its weight and settings are those of meta_learner, or leave one out')
     def loss(self, student:torch.Tensor, teachers:list) -> torch.Tensor:
         """The term, a scalar: `student` are features (B, D), `teachers` a list of features (B, D'), both in float32
 

@@ -3,10 +3,9 @@ from dataclasses import asdict
 from typing import Annotated
 
 from .core.distributed import log, processes
-from .core.errors import UserError
 from .data.blocks import plain_dl
 from .data.episodes import check_episode
-from .fewshot.classifiers import get_classifier, with_base_mean
+from .fewshot.classifiers import split_names, with_base_mean
 from .fewshot.embed import cached_features, embed
 from .fewshot.evaluate import evaluate
 from .models.create import check_backbone, create_backbone, pretrained_tag
@@ -15,7 +14,7 @@ from .runs.options import ComputeOptions, DataOptions
 from .runs.run import Run, default_out
 from .settings import at_least, between, checked, from_flags, positive, with_flags
 from .stage_one import StageOne, stage_one
-from .stage_two import PRESETS, get_preset, stage_two
+from .stage_two import PRESETS, check_teacher_output, get_preset, stage_two
 
 __all__ = ['grdd']
 
@@ -42,7 +41,7 @@ def method(
     meta = stage_two(data, two, student_cl, teacher, teacher_features, valid=episode, **compute)
     student,val = run.train('student_grdd', *meta, psi.arch)
 
-    # the novel classes: the same episodes for the student before training, after stage one and after stage two
+    # the novel classes: score the student three times on the same episodes: untrained, after stage one, after stage two
     novel = plain_dl(data, 'test')
     start = create_backbone(psi.arch, len(data.train.vocab), data.px, psi.seed, psi.pretrained).to(novel.device)
     before = 'pretrained' if pretrained_tag(psi.arch, psi.pretrained) else 'untrained'
@@ -64,13 +63,14 @@ DEMO = dict(teacher='convnet4', student='convnet4', one=StageOne(epochs=2), two=
 
 @processes()
 @checked
-@with_flags(files=DataOptions, one=StageOne, two=PRESETS, compute=ComputeOptions)
+@with_flags(files=DataOptions, one=dict(default=PAPER['one'], demo=DEMO['one']),
+            two=PRESETS | dict(demo=PRESETS['best'].but(**DEMO['two'])), compute=ComputeOptions)
 def grdd(
     way:Annotated[int, 'C, classes per episode', at_least(2)]=5,
     shot:Annotated[int, 'K, support images per class', at_least(1)]=1,
-    query:Annotated[int, 'query images per class and episode of the novel classes', between(1, 10**6)]=15,
-    px:int=32, # side of the images
+    px:int=32, # side of the images; the demo's are 32
     name:str='grdd', # name of the recipe, which names the folder if no --out is given
+    query:Annotated[int, 'query images per class and episode of the novel classes', between(1, 10**6)]=15,
     files=None, # the given `DataOptions`
     out:str=None, # folder for results, histories and weights (runs/ and the recipe's name; demo: with -demo after it)
     teacher:str=None, # network of the global learner phi, a timm model (resnet12; demo: convnet4)
@@ -92,8 +92,8 @@ def grdd(
     default = DEMO if demo else PAPER
     px = default.get('px', px)
     files,compute = from_flags(DataOptions(), files),from_flags(ComputeOptions(), compute)
-    psi = from_flags(default['one'], one).but(arch=student or default['student'])
-    phi = psi.but(arch=teacher or default['teacher'], epochs=teacher_epochs or psi.epochs)
+    psi = from_flags(default['one'], one).but(arch=default['student'] if student is None else student)
+    phi = psi.but(arch=default['teacher'] if teacher is None else teacher, epochs=teacher_epochs or psi.epochs)
     shared = phi == psi and not independent_teacher # one network is the student's start and its teacher
     if phi.arch == psi.arch and not shared: phi = phi.but(seed=phi.seed + 1)
     two = from_flags(get_preset(preset).but(k_shot=shot, **default['two']), two)
@@ -101,18 +101,19 @@ def grdd(
     names = split_names(classifiers)
     for s in (psi, phi): check_backbone(s.arch, px, s.pretrained)
 
-    settings = dict(way=way, shot=shot, query=query, px=px, data=files.data, student=psi.recorded(), teacher=phi.recorded(),
-                    independent_teacher=independent_teacher, stage_two=two.recorded(), test_episodes=test_episodes, classifiers=classifiers,
+    check_teacher_output(phi, two)
+    settings = dict(way=way, shot=shot, query=query, px=px, data=files.data, student=psi.values(), teacher=phi.values(),
+                    independent_teacher=independent_teacher, stage_two=two.values(), test_episodes=test_episodes, classifiers=classifiers,
                     **asdict(compute), demo=demo)
     plan = ['student_cl', *([] if shared else ['teacher']), 'student_grdd', 'evaluation']
     episode = dict(n_way=way, k_shot=shot, n_query=query)
     with Run(default_out(name, demo) if out is None else out, settings, resume, max_minutes, plan, overwrite=overwrite) as run:
         if run.result: return run.print(run.result)
         try:
-            what = '' if files.data else ' on drawn characters'
-            if demo or files.data == 'demo': log(f'*** DEMO: small settings{what}; not a result about GRDD ***')
+            files.warn_of_demo(demo)
             data = files.load(px, demo, psi.seed)
             for split in (data.train, data.val, data.test): check_episode(split, **episode)
+            check_episode(data.train, 2, two.k_shot, 1)
             run.begin(data, files.cache)
             found = method(run, data, psi, None if shared else phi, two, episode, test_episodes, names, **compute.for_learner())
             return run.finish(dataset=data.name, way=way, shot=shot, query=query, teacher=phi.arch, student=psi.arch, epochs=psi.epochs,
@@ -121,12 +122,6 @@ def grdd(
                                                dict(teacher=phi, student=psi).items()}, seed=psi.seed, demo=demo)
         except Stopped as stop: return run.stopped(stop)
 
-
-def split_names(classifiers):
-    "The names in a text that separates them by commas; UserError unless each is a classifier's"
-    if not isinstance(classifiers, str): raise UserError(f'--classifiers is {classifiers!r}: give names separated by commas')
-    for name in (names := classifiers.split(',')): get_classifier(name)
-    return names
 
 def result(scores, val, val_cl):
     "What `method` returns, as the entries of the result; docs/recipes.md says what each means"

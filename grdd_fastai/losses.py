@@ -65,6 +65,7 @@ def kl_relatedness(
     reduction:str='sum', # reduction over the groups of an episode: 'sum' (Eq. 12) or 'mean'
 ) -> torch.Tensor:
     "Eq. 12: KL divergence of the groups, summed within an episode and averaged over episodes (scalar)"
+    if reduction not in ('mean', 'sum'): raise UserError(f"reduction is {reduction!r}: it is 'mean' or 'sum'")
     log_e = log_relatedness(R_e, T, decouple)
     log_g = log_relatedness(R_g, T, decouple)
     p,q = (log_e,log_g) if reverse else (log_g,log_e)

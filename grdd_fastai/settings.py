@@ -9,6 +9,7 @@ The checks, the flags of every recipe with their help, the identity of a run and
 import argparse
 import inspect
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cache, wraps
@@ -16,10 +17,14 @@ from numbers import Integral, Real
 from types import UnionType
 from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
+from fastcore.script import anno_parser, is_cli
+
 from .core.errors import UserError
 
 __all__ = ['Settings', 'Bound', 'positive', 'at_least', 'between', 'one_of', 'recorded', 'flag', 'heading', 'declared', 'all_declared',
-           'absent', 'from_flags', 'with_flags', 'with_settings', 'checked']
+           'absent', 'from_flags', 'with_flags', 'with_settings', 'checked',
+           'exact_flags', 'FORMER_FLAGS']
 
 MISSING = inspect.Parameter.empty
 R = TypeVar('R')
@@ -59,6 +64,8 @@ class heading(NamedTuple):
 
 # ---- one setting ------------------------------------------------------------------------------------------------------
 
+TYPE_WORDS = {int:'a whole number', float:'a finite number', bool:'True or False', str:'text'}
+
 class Setting(NamedTuple):
     "A declared setting"
     name: str
@@ -73,19 +80,22 @@ class Setting(NamedTuple):
     heading: heading|None
 
     def checked(self, value, called=None):
-        "The value in the declared type; UserError, by the name `called`, unless it has the type and lies within the bound"
+        "The value in the declared type; UserError, which uses the name `called`, unless it has the type and lies within the bound"
         if value is None and self.optional: return None
-        kinds = dict(int=Real, float=Real, bool=bool, str=str)
-        ok = isinstance(value, kinds[self.kind.__name__]) and (self.kind is bool or not isinstance(value, bool))
-        ok = ok and (self.kind is not int or isinstance(value, Integral) or (math.isfinite(value) and value == int(value)))
-        ok = ok and not (self.kind is float and math.isnan(value))
-        if ok and (self.bound is None or self.bound.holds(value)): return self.kind(value)
-        words = dict(int='a whole number', float='a number', bool='True or False', str='text')[self.kind.__name__]
-        raise UserError(f'{called or self.name} is {value if isinstance(value, Real) else repr(value)}: '
-                        f'it must be {self.bound.words if self.bound else words}')
+        if self._has_type(value) and (self.bound is None or self.bound.holds(value)): return self.kind(value)
+        words = self.bound.words if self.bound else ''
+        if not (self._has_type(value) or words.startswith('one of')): words = ', '.join(w for w in (TYPE_WORDS[self.kind], words) if w)
+        raise UserError(f'{called or self.name} is {value if isinstance(value, Real) else repr(value)}: it must be {words}')
+
+    def _has_type(self, value):
+        if self.kind is bool: return isinstance(value, bool | np.bool_)
+        if self.kind is str: return isinstance(value, str)
+        if not isinstance(value, Real) or isinstance(value, bool | np.bool_): return False
+        if isinstance(value, Integral): return abs(value) < 10**300 # which a float can hold
+        return math.isfinite(value) and (self.kind is float or value == int(value))
 
     def described(self, value):
-        "The setting in the words of a heading; '' where its absence in a record means the same"
+        "The words for the report; empty if the value is the one that older records mean"
         if self.heading:
             words = self.heading.words
             return words.format(value) if isinstance(words, str) else words(value)
@@ -99,11 +109,12 @@ class Setting(NamedTuple):
         return inspect.Parameter(self.name, inspect.Parameter.KEYWORD_ONLY, default=self.default, annotation=annotation)
 
     def as_flag(self, values):
-        "The setting as a flag of a program, which is None until it is given; `values` (name of the preset -> value) go into its help"
-        shown = {name:('on' if v else 'off') if self.kind is bool else v for name,v in values.items()}
-        same = len(set(shown.values())) == 1
-        texts = [f'{v}' for v in shown.values()][:1] if same else [f'{name} {v}' for name,v in shown.items()]
-        help = self.help if texts == ['None'] else f'{self.help} ({", ".join(texts)})'
+        "The setting as a flag of a program, default None; `values` (name of the preset -> value) go into its help"
+        shown = {name:('on' if v else 'off') if self.kind is bool else str(v) for name,v in values.items() if v is not None}
+        demo = shown.pop('demo', None)
+        texts = [f'{name} {v}' for name,v in shown.items()] if len(set(shown.values())) > 1 else list(shown.values())[:1]
+        if demo is not None and set(shown.values()) != {demo}: texts.append(f'demo {demo}')
+        help = f'{self.help} ({", ".join(texts)})' if texts else self.help
         extra = [dict(action=argparse.BooleanOptionalAction)] if self.kind is bool else []
         return inspect.Parameter(self.flag, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[(self.kind, help, *extra)])
 
@@ -112,6 +123,7 @@ def _first(metadata, kind, default=None): return next((o for o in metadata if is
 def _setting(name, hint, default):
     kind,*metadata = get_args(hint)
     kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    if kinds[0] not in TYPE_WORDS or set(kinds[1:]) - {type(None)}: raise TypeError(f'{name}: a setting is an int, float, bool or str')
     record,named = _first(metadata, recorded, recorded()),_first(metadata, flag, flag(name))
     return Setting(name, kinds[0], type(None) in kinds, _first(metadata, str, ''), default, _first(metadata, Bound),
                    record.name or name, record.absent, named.name, _first(metadata, heading))
@@ -119,7 +131,10 @@ def _setting(name, hint, default):
 @cache
 def declared(cls):
     "name -> `Setting` of a settings class, without those of its parts"
+    if '__dataclass_fields__' not in vars(cls): raise TypeError(f'{cls.__name__} is no dataclass: decorate it as Settings is')
     hints = get_type_hints(cls, include_extras=True)
+    plain = [f.name for f in fields(cls) if get_origin(hints[f.name]) is not Annotated and f.name not in parts(cls)]
+    if plain: raise TypeError(f'{cls.__name__}.{plain[0]} is neither Annotated nor a class of settings')
     return {f.name:_setting(f.name, hints[f.name], f.default) for f in fields(cls) if get_origin(hints[f.name]) is Annotated}
 
 @cache
@@ -130,7 +145,10 @@ def parts(cls):
     return {k:kind for k,kind in kinds.items() if isinstance(kind, type) and issubclass(kind, Settings)}
 
 def absent(cls, record):
-    "What is not in `record` since its absence means it, by the names that records use; nothing of a part that the record does not have"
+    """The settings that `recorded` leaves out, by the names that records use, with the values that this means
+
+    A part of which the record has no setting is skipped.
+    """
     found = {s.recorded:s.absent for s in declared(cls).values() if s.absent is not MISSING}
     for part in parts(cls).values():
         if any(s.recorded in record for s in all_declared(part).values()): found |= absent(part, record)
@@ -152,6 +170,9 @@ class Settings:
     """
     def __post_init__(self):
         for s in declared(type(self)).values(): object.__setattr__(self, s.name, s.checked(getattr(self, s.name)))
+        for name,cls in parts(type(self)).items():
+            part = getattr(self, name)
+            if not isinstance(part, cls | None): raise UserError(f'{name} is a {type(part).__name__}: give {cls.__name__}(...) or None')
 
     def but(self, **changes):
         "A copy with `changes`, also of settings of a part; UserError for a name that is no setting"
@@ -160,16 +181,18 @@ class Settings:
         for name,cls in parts(type(self)).items():
             theirs = {k:rest.pop(k) for k in list(rest) if k in all_declared(cls)}
             if not theirs: continue
-            if getattr(self, name) is None: raise UserError(f'{next(iter(theirs))} is a setting of {cls.__name__}, which is left out here')
-            own[name] = getattr(self, name).but(**theirs)
+            part = own.get(name, getattr(self, name))
+            if part is None: raise UserError(f'{next(iter(theirs))} is a setting of {cls.__name__}, which is left out here')
+            own[name] = part.but(**theirs)
         if rest:
-            known = ', '.join(all_declared(type(self)))
+            known = ', '.join([*all_declared(type(self)), *parts(type(self))])
             raise UserError(f'{type(self).__name__} has no setting {next(iter(rest))!r}: its settings are {known}')
         return replace(self, **own)
 
     def value(self, name):
         "The value of a setting, also of a part; None where the part is left out"
         if name in declared(type(self)): return getattr(self, name)
+        if name not in all_declared(type(self)): raise UserError(f'{type(self).__name__} has no setting {name!r}')
         part = next(getattr(self, k) for k,cls in parts(type(self)).items() if name in all_declared(cls))
         return part and part.value(name)
 
@@ -203,7 +226,7 @@ class Settings:
         return cls(**found)
 
     def described(self):
-        "The settings in words; two that differ are described differently"
+        "The settings in words; two that differ in more than the seed are described differently"
         words = [s.described(getattr(self, s.name)) for s in declared(type(self)).values()]
         for name in parts(type(self)):
             if getattr(self, name) is not None: words.append(getattr(self, name).described())
@@ -213,7 +236,7 @@ class Settings:
 # ---- settings as parameters of functions and flags of recipes ---------------------------------------------------------
 
 def from_flags(start, flags):
-    "`start` with what is given in `flags` (flag -> value or None) for it; UserError by the name of the flag"
+    "A copy of `start` with the values in `flags` (flag -> value or None) that are given; UserError with the name of the flag"
     changes = {}
     for s in all_declared(type(start)).values():
         if flags.get(s.flag) is None: continue
@@ -222,27 +245,31 @@ def from_flags(start, flags):
 
 def flag_name(parameter): return '--' + parameter.replace('_', '-').lower()
 
-def _with_parameters(f, groups, parameters):
-    "`f` with `parameters(group)` in the place of each parameter in `groups`: what is given for them comes to it as a dict"
+def _with_parameters(f, groups, parameters, keep_none=False):
+    "Replace each parameter in `groups` by the `parameters` of its group; `f` gets the given ones as a dict"
     own = inspect.signature(f).parameters
-    added = {group:[p for p in parameters(cls) if p.name not in own.keys() - groups.keys()] for group,cls in groups.items()}
+    if missing := groups.keys() - own.keys(): raise TypeError(f'{f.__name__} has no parameter {missing.pop()}')
+    added = {group:parameters(cls) for group,cls in groups.items()}
     names = {p.name for ps in added.values() for p in ps}
+    if twice := names & (own.keys() - groups.keys()): raise TypeError(f'{f.__name__} has a parameter {twice.pop()} of its own')
     @wraps(f)
     def _f(*args, **kwargs):
         star,keywords = by_keyword(_f, args, kwargs)
-        given = {group:{p.name:keywords[p.name] for p in ps if keywords.get(p.name) is not None} for group,ps in added.items()}
+        given = {group:{p.name:keywords[p.name] for p in ps if p.name in keywords and (keep_none or keywords[p.name] is not None)}
+                 for group,ps in added.items()}
         return f(*star, **{k:v for k,v in keywords.items() if k not in names}, **given)
     shown = {}
     for name,p in own.items():
         for q in added.get(name, [p]): shown.setdefault(q.name, q) # a flag that two groups have is one flag
-    kinds = sorted(shown.values(), key=lambda p: p.kind)
-    _f.__signature__ = inspect.Signature(kinds)
+    _f.__signature__ = inspect.Signature(sorted(shown.values(), key=lambda p: p.kind))
     return _f
 
 def by_keyword(f, args, kwargs):
-    "The arguments of a call of `f`: those of its *args, and all others by their names; TypeError as Python's own"
+    "(values of *args, all other arguments by name) of a call of `f`; TypeError as Python raises it"
     signature = inspect.signature(f)
-    given,star,keywords = signature.bind(*args, **kwargs).arguments,(),{}
+    try: given = signature.bind(*args, **kwargs).arguments
+    except TypeError as e: raise TypeError(f'{f.__name__}() {e}') from None
+    star,keywords = (),{}
     for k,v in given.items():
         kind = signature.parameters[k].kind
         if kind is inspect.Parameter.VAR_POSITIONAL: star = v
@@ -250,16 +277,21 @@ def by_keyword(f, args, kwargs):
         else: keywords[k] = v
     return star,keywords
 
+def chosen(cls, only, but):
+    "The settings of a class and its parts, `only` some or all `but` some; TypeError for a name that is none"
+    settings = all_declared(cls)
+    if wrong := {*(only or ()), *but} - settings.keys(): raise TypeError(f'{cls.__name__} has no setting {wrong.pop()}')
+    return [s for s in settings.values() if s.name in (only or settings) and s.name not in but]
+
 def with_flags(but=(), **groups) -> Callable[[Callable[..., R]], Callable[..., R]]:
     """Decorate a program so that every setting of the `groups` but those in `but` is a flag of it
 
     A group is parameter -> settings class, or parameter -> presets (name -> settings), whose values the help shows. The parameter
-    receives a dict of the flags that are given, for `from_flags`. A flag is None until it is given.
+    receives a dict of the flags that are given, for `from_flags`. The default of a flag is None.
     """
     def parameters(presets):
-        flags = all_declared(type(next(iter(presets.values()))))
-        return [s.as_flag({name:p.value(s.name) for name,p in presets.items()})
-                for s in flags.values() if s.flag and s.flag not in but]
+        settings = chosen(type(next(iter(presets.values()))), None, ())
+        return [s.as_flag({name:p.value(s.name) for name,p in presets.items()}) for s in settings if s.flag and s.flag not in but]
     groups = {k:g if isinstance(g, dict) else {'default':g()} for k,g in groups.items()}
     return lambda f: _with_parameters(f, groups, parameters)
 
@@ -268,11 +300,11 @@ def with_settings(only=None, but=(), **groups) -> Callable[[Callable[..., R]], C
 
     The parameter receives the settings object that the keywords make. UserError for a keyword that is out of bounds.
     """
-    def parameters(cls): return [s.as_keyword() for s in all_declared(cls).values() if s.name in (only or [s.name]) and s.name not in but]
+    def parameters(cls): return [s.as_keyword() for s in chosen(cls, only, but)]
     def decorate(f):
         @wraps(f)
         def made(*args, **kwargs): return f(*args, **kwargs | {k:cls().but(**kwargs[k]) for k,cls in groups.items()})
-        return _with_parameters(made, groups, parameters)
+        return _with_parameters(made, groups, parameters, keep_none=True)
     return decorate
 
 def checked(f:Callable[..., R]) -> Callable[..., R]:
@@ -287,4 +319,19 @@ def checked(f:Callable[..., R]) -> Callable[..., R]:
         for k,s in own().items():
             if k in keywords: keywords[k] = s.checked(keywords[k], flag_name(k))
         return f(*star, **keywords)
+    return _f
+
+FORMER_FLAGS = {'--classifier':'--head', '--reading':'--preset', '--per-step':'--episodes-per-step'} # of version 0.1
+
+def exact_flags(main):
+    "Decorate the `main` of a recipe so that a flag is not taken for the beginning of another one: UserError for an unknown flag"
+    @wraps(main)
+    def _f(*args, **kwargs):
+        if is_cli():
+            known = {name for action in anno_parser(main)._actions for name in action.option_strings}
+            given = (word.partition('=')[0] for word in sys.argv[1:] if word.startswith('--') and word != '--')
+            if unknown := next((name for name in given if name not in known), None):
+                now = FORMER_FLAGS.get(unknown)
+                raise UserError(f'there is no flag {unknown}: ' + (f'it is called {now} now' if now in known else '--help lists the flags'))
+        return main(*args, **kwargs)
     return _f

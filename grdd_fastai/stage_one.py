@@ -19,7 +19,7 @@ from .data.blocks import category_dls, default_bs
 from .data.cache import FewShotData
 from .losses import relatedness
 from .models.create import create_backbone, features
-from .settings import Settings, at_least, between, flag, heading, one_of, positive, recorded, with_settings
+from .settings import Settings, at_least, between, declared, flag, heading, one_of, positive, recorded, with_settings
 from .training.callbacks import LossTerm
 from .training.learner import check_dls, few_shot_learner
 from .training.optim import OPTIMISERS
@@ -33,7 +33,7 @@ class StageOne(Settings):
     "The settings of stage one; the defaults are the paper's (section 4.1)"
     arch: Annotated[str, 'timm model of the global learner', flag(None), heading('{}')] = 'resnet12'
     pretrained: Annotated[bool, "start from the default pretrained weights of the networks' names; a name with a tag, such as "
-                          'resnet18.a1_in1k, starts from the weights of that tag anyway', recorded(absent=False)] = False
+                          "resnet18.a1_in1k, always starts from that tag's weights", recorded(absent=False)] = False
     epochs: Annotated[int, 'epochs of stage one', between(1, 10**6), heading('{} epochs')] = 90
     schedule: Annotated[str, f'learning-rate schedule of stage one: {", ".join(SCHEDULES)}', one_of(*SCHEDULES), heading('{}')] = 'poly'
     lr: Annotated[float, 'initial or highest learning rate of stage one', positive, heading('lr {}')] = 0.05
@@ -53,7 +53,13 @@ class StageOne(Settings):
     augment: Annotated[str, f"augmentation of both stages' images: {' or '.join(AUGMENTATIONS)}; batch works on a batch at once, "
                        'albumentations on one image after the other', one_of(*AUGMENTATIONS), recorded(absent='albumentations'),
                        heading(lambda v: '' if v == 'batch' else v)] = 'batch'
-    seed: Annotated[int, 'seed of weights, batches, episodes and augmentation', between(0, 2**32 - 1), heading(lambda v: '')] = 0
+    seed: Annotated[int, 'seed of weights, batches, episodes, augmentation, and of the split of a folder of class folders',
+                    between(0, 2**32 - 1), heading(lambda v: '')] = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        useless = next((k for k in ('rotation_weight', 'rotation_from') if getattr(self, k) != declared(StageOne)[k].default), None)
+        if useless and not self.rotation: raise UserError(f'{useless} has no effect without rotation: leave one of them out')
 
 
 OF_DATA_AND_FIT = ('arch', 'epochs', 'schedule', 'lr', 'opt', 'bs', 'jitter', 'augment') # all other settings are the Learner's
@@ -82,6 +88,7 @@ def global_learner(
     if isinstance(arch, Learner): arch = backbone_of(arch)
     if not isinstance(arch, str | nn.Module):
         raise UserError(f'the backbone is a {type(arch).__name__}: give the name of a timm model, or one')
+    if s.pretrained and not isinstance(arch, str): raise UserError('pretrained has no effect on a network that is there: give its name')
     backbone = create_backbone(arch, dls.c, dls.one_batch()[0].shape[-1], s.seed, s.pretrained) if isinstance(arch, str) else arch
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(s.seed)
@@ -108,6 +115,7 @@ class GlobalNet(nn.Module):
     """
     def __init__(self, backbone:nn.Module, rotation:bool=True, rotation_from:str='logits', head:str='linear'):
         super().__init__()
+        for k,v in dict(rotation=rotation, rotation_from=rotation_from, head=head).items(): declared(StageOne)[k].checked(v)
         n_classes = backbone.num_classes
         self.backbone,self.rotation_from = backbone,rotation_from
         self.rotation_head = nn.Linear(n_classes, 4) if rotation else None

@@ -34,9 +34,11 @@ class StageTwo(Settings):
 
     Without `distill` it trains on episodic labels alone, the paper's CL+EL.
     """
-    n_way: Annotated[int, 'classes per episode of stage two, or all that there are', at_least(2), recorded('way'), flag('meta_way')] = 20
-    k_shot: Annotated[int, 'support images per class and episode of stage two', at_least(1), recorded('shot'), flag('meta_shot')] = 1
-    n_query: Annotated[int, 'query images per class and episode of stage two, or all that there are', at_least(1),
+    n_way: Annotated[int, 'classes per episode of stage two, at most the base classes that there are', at_least(2),
+                     recorded('way'), flag('meta_way')] = 20
+    k_shot: Annotated[int, 'support images per class and episode of stage two; the recipes of a single accuracy take their own shot',
+                      at_least(1), recorded('shot'), flag('meta_shot')] = 1
+    n_query: Annotated[int, 'query images per class and episode of stage two, at most those that there are', at_least(1),
                        recorded('query'), flag('meta_query')] = 6
     n_episodes: Annotated[int, 'episodes per epoch of stage two', between(1, 10**5), recorded('episodes'), flag('episodes')] = 400
     episodes_per_step: Annotated[int, 'episodes per optimiser step of stage two', between(1, 10**4), recorded('per_step')] = 1
@@ -69,6 +71,12 @@ def get_preset(name:str, labels_alone:bool=False) -> StageTwo:
     return PRESETS[name].but(**LABELS_ALONE.get(name, {})) if labels_alone else PRESETS[name]
 
 
+def check_teacher_output(phi, two):
+    "UserError if the settings `two` need the teacher's classifier and stage one by the settings `phi` leaves it without one"
+    if two.distill and two.distill.teacher_output != 'features' and phi.head != 'linear':
+        raise UserError(f"teacher_output={two.distill.teacher_output!r} needs a teacher with its classifier: train it with head='linear'")
+
+
 # all other settings are the Learner's
 OF_DATA_AND_FIT = ('n_way', 'k_shot', 'n_query', 'n_episodes', 'episodes_per_step', 'epochs', 'schedule', 'lr', 'opt', 'init', 'jitter',
                    'augment')
@@ -92,7 +100,11 @@ def stage_two(
     n_query = max(1, min(s.n_query, n_images.min() - s.k_shot))
     dls = episodic_dls(data, n_way, s.k_shot, n_query, s.n_episodes, s.episodes_per_step,
                        aug=train_augmentation(data.px, s.jitter, s.augment), seed=s.seed)
-    if s.init == 'random': student = create_backbone(student.pretrained_cfg['architecture'], 0, data.px, s.seed)
+    if isinstance(student, Learner): student = backbone_of(student)
+    if s.init == 'random':
+        arch = (getattr(student, 'pretrained_cfg', None) or {}).get('architecture')
+        if arch is None: raise UserError(f'the student is a {type(student).__name__} without a timm name: its weights cannot be drawn anew')
+        student = create_backbone(arch, 0, data.px, s.seed)
     if teacher is None or s.distill is None:
         s = s.but(distill=None)
         teacher = teacher_features = None
@@ -125,7 +137,8 @@ def meta_learner(
         raise UserError(f'the student is a {type(student).__name__}: give a network, a Learner of one, or the name of a timm model')
     model = create_backbone(student, 0, dls.one_batch()[0].shape[-1], s.seed) if isinstance(student, str) else copy.deepcopy(student)
     if hasattr(model, 'reset_classifier'): model.reset_classifier(0)
-    if teacher is None and s.distill != Distill():
+    if isinstance(teacher, list | tuple) and not teacher: raise UserError('the list of teachers is empty: give at least one, or None')
+    if teacher is None and (teacher_features is not None or s.distill not in (None, Distill())):
         raise UserError('a setting of the distillation is given without a teacher: give teacher=, or neither for episodic labels alone')
     terms = []
     if teacher is not None:

@@ -11,7 +11,8 @@ from fastcore.script import call_parse
 
 from grdd_fastai.experiments.plots import plot_rows, save_figure
 from grdd_fastai.experiments.table import CL, EL, GR, table
-from grdd_fastai.settings import from_flags
+from grdd_fastai.runs.options import DataOptions
+from grdd_fastai.settings import exact_flags, from_flags
 from grdd_fastai.stage_two import get_preset
 
 
@@ -30,12 +31,15 @@ def ablations(two):
     }
 
 @call_parse
+@exact_flags
 @delegates(table, but=['name', 'all_rows'])
 def main(
     preset:str='best', # preset of stage two's settings: best, muon or paper, see docs/method.md
     **kwargs
 ):
     "Figure 4: the components of GRDD"
-    made = table('ablations', ablations(from_flags(get_preset(preset), kwargs)), preset=preset, **kwargs)
+    data = from_flags(DataOptions(), kwargs).load(32, kwargs.get('demo'))
+    rows = ablations(from_flags(get_preset(preset), kwargs), len(data.train.vocab))
+    made = table('ablations', rows, preset=preset, **kwargs)
     if len(made.scored): save_figure(plot_rows(made.scored, 'Components of GRDD'), made.path('ablations'))
     made.check()

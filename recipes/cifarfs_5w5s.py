@@ -11,9 +11,11 @@ from fastcore.meta import delegates
 from fastcore.script import call_parse
 
 from grdd_fastai.grdd import grdd
+from grdd_fastai.settings import exact_flags
 
 
 @call_parse
+@exact_flags
 @delegates(grdd, but=['way', 'shot', 'px', 'name'])
 def main(**kwargs):
     "GRDD on CIFAR-FS, 5-way 5-shot"

@@ -11,9 +11,11 @@ from fastcore.meta import delegates
 from fastcore.script import call_parse
 
 from grdd_fastai.experiments.score import score_networks
+from grdd_fastai.settings import exact_flags
 
 
 @call_parse
+@exact_flags
 @delegates(score_networks)
 def main(
     *networks:str, # networks: timm names with weights, folders of runs or of recipes/publish.py, or weights files of runs

@@ -23,7 +23,7 @@ from grdd_fastai.experiments.plots import plot_relatedness, plot_tsne, save_figu
 from grdd_fastai.experiments.table import CL, EL, GR, table
 from grdd_fastai.fewshot.embed import embed
 from grdd_fastai.losses import log_relatedness, relatedness
-from grdd_fastai.settings import at_least, between, checked
+from grdd_fastai.settings import at_least, between, checked, exact_flags
 
 ROWS = {'CL': CL, 'CL+EL': EL, 'GRDD': GR}
 T = (0.05, 0.1, 0.5, 1., 4.)
@@ -56,6 +56,7 @@ def relatedness_over_T(teacher, data, seed):
     return panels,tidy
 
 @call_parse
+@exact_flags
 @checked
 @delegates(table, but=['name', 'all_rows', 'rows', 'seeds', 'score', 'results'])
 def main(

@@ -11,9 +11,11 @@ from fastcore.script import call_parse
 
 from grdd_fastai.core.errors import UserError
 from grdd_fastai.grdd import grdd
+from grdd_fastai.settings import exact_flags
 
 
 @call_parse
+@exact_flags
 @delegates(grdd, but=['way', 'shot', 'px', 'name'])
 def main(
     data:str=None, # folder with images/, train.csv, val.csv and test.csv, or any other layout of data/README.md

@@ -7,9 +7,11 @@ The other recipes read raw data sets directly. Use this one to look at the split
 from fastcore.script import call_parse
 
 from grdd_fastai.data.sources import prepare
+from grdd_fastai.settings import exact_flags
 
 
 @call_parse
+@exact_flags
 def main(
     data:str=None, # raw data set in any layout of data/README.md (default: fetch CIFAR-FS)
     out:str='data/prepared', # new folder for train.csv, val.csv, test.csv and images/

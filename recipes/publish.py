@@ -13,10 +13,11 @@ from grdd_fastai.experiments.publish import load_trained, measured, publish
 from grdd_fastai.experiments.store import SPLITS, NetworkStore
 from grdd_fastai.experiments.table import check_writable, whole_numbers
 from grdd_fastai.runs.options import DataOptions
-from grdd_fastai.settings import from_flags, with_flags
+from grdd_fastai.settings import exact_flags, from_flags, with_flags
 
 
 @call_parse
+@exact_flags
 @with_flags(files=DataOptions)
 def main(
     run:str, # folder of the training with net.safetensors and net.json, as recipes/table2.py writes it

@@ -14,12 +14,13 @@ from fastcore.script import call_parse
 from grdd_fastai.core.errors import UserError
 from grdd_fastai.experiments.plots import plot_rows, save_figure
 from grdd_fastai.experiments.table import CL, EL, GR, table
-from grdd_fastai.settings import between, checked
-from grdd_fastai.stage_two import PRESETS
+from grdd_fastai.settings import all_declared, between, checked, exact_flags
+from grdd_fastai.stage_two import PRESETS, StageTwo
 
 LITERAL = {k:v for k,v in PRESETS['paper'].values().items() if k not in ('jitter', 'augment', 'seed')} # flags set these for all rows
 BASE = LITERAL | dict(n_way=20, n_query=6, T=0.1, scale=10., mean=True, schedule='one_cycle', lr=1e-2, epochs=1)
 BEST = dict(reduction='mean', gamma=1., kl_weight=5., teacher_view='same', lr=2e-2) # changes that did best together
+SET_BY_THE_ROWS = [s.flag for s in all_declared(StageTwo).values() if s.name in (*BASE, 'n_episodes')] # their flags would change no row
 SHOT5 = dict(n_way=10, k_shot=5, n_query=9)
 
 CHANGES = { # row -> (kind of row, changes of BASE)
@@ -130,8 +131,9 @@ def readings(images, epochs):
     return rows
 
 @call_parse
+@exact_flags
 @checked
-@delegates(table, but=['name', 'all_rows', 'preset', 'meta_epochs', 'meta_lr', 'meta_opt', 'episodes'])
+@delegates(table, but=['name', 'all_rows', 'preset', *SET_BY_THE_ROWS])
 def main(
     images:Annotated[int, 'number of images that each stage two trains on (400000; demo: 2000)', between(1, 10**9)]=None,
     stage_one_epochs:Annotated[int, 'epochs of the rows on stage one, a multiple of 4 (40; demo: 4)', between(1, 10**6)]=None,

@@ -5,9 +5,11 @@
 from fastcore.script import call_parse
 
 from grdd_fastai.experiments.report import write_report
+from grdd_fastai.settings import exact_flags
 
 
 @call_parse
+@exact_flags
 def main(
     root:str='.', # folder of the checkout
 ):

@@ -10,6 +10,7 @@ from fastcore.script import call_parse
 
 from grdd_fastai.experiments.plots import plot_sweep, save_figure
 from grdd_fastai.experiments.table import CL, EL, GR, table
+from grdd_fastai.settings import exact_flags
 
 GAMMA = (0., 0.05, 0.2, 1., 5.)
 T = (0.05, 0.1, 0.25, 1., 4.)
@@ -18,6 +19,7 @@ ROWS = {'CL': CL, 'CL+EL': EL | dict(versus=['CL']),
         **{f'T={v:g}': GR | dict(versus=['CL', 'CL+EL'], stage_two=dict(T=v)) for v in T}}
 
 @call_parse
+@exact_flags
 @delegates(table, but=['name', 'all_rows'])
 def main(**kwargs):
     "Figure 6: accuracy over gamma and T"

@@ -11,6 +11,7 @@ from fastcore.script import call_parse
 
 from grdd_fastai.experiments.plots import plot_rows, save_figure
 from grdd_fastai.experiments.table import CL, EL, GR, table
+from grdd_fastai.settings import exact_flags
 
 small,large = dict(psi='student'),dict(psi='teacher')
 def paper(one_shot, phi, psi, five_shot=None):
@@ -31,6 +32,7 @@ ROWS = {
 }
 
 @call_parse
+@exact_flags
 @delegates(table, but=['name', 'all_rows'])
 def main(**kwargs):
     "Table 2: category labels, episodic labels, global relatedness"

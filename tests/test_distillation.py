@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
+from fastai.learner import load_learner
 from helpers import like_data
 
 from grdd_fastai.core.errors import UserError
@@ -105,6 +106,13 @@ def test_the_teachers_are_left_as_they_were(data):
     with pytest.raises(RuntimeError, match='enough'): fitted(data, net, cbs=[Fails()])
     assert net.training and [p.requires_grad for p in net.parameters()] == flags
     assert all(torch.equal(v, before[k]) for k,v in net.state_dict().items())
+
+def test_an_exported_learner_is_loaded_again(data, tmp_path):
+    learn,_ = fitted(data, teacher(data))
+    learn.remove_cb(learn.collect)
+    learn.export(tmp_path/'learn.pkl')
+    again = load_learner(tmp_path/'learn.pkl')
+    assert all(torch.equal(a, b) for a,b in zip(again.model.state_dict().values(), learn.model.state_dict().values()))
 
 def test_the_terms_of_a_batch_ask_the_teacher_once(data, monkeypatch):
     calls,compute = [],Teacher.compute

@@ -14,7 +14,7 @@ from ..core.distributed import log
 from ..core.errors import UserError
 from ..core.storage import atomic_write, digest, output_folder, user_path, write_json
 from ..data.episodes import QUERY_SAMPLERS, check_episode
-from ..fewshot.classifiers import CLASSIFIERS, get_classifier, with_base_mean
+from ..fewshot.classifiers import CLASSIFIERS, split_names, with_base_mean
 from ..fewshot.embed import cached_features
 from ..fewshot.evaluate import evaluate
 from ..fewshot.stats import compare
@@ -59,8 +59,7 @@ def score_networks(
     check_choice('--score', score, SPLITS)
     files = from_flags(DataOptions(), files)
     check_choice('--query-distribution', query_distribution, QUERY_SAMPLERS)
-    names = list(CLASSIFIERS) if classifiers == 'all' else classifiers.split(',')
-    for name in names: get_classifier(name)
+    names = split_names(classifiers)
     check_writable(out, results)
     out = user_path(out)
     results = results and user_path(results)

@@ -22,7 +22,7 @@ from ..runs.provenance import command, device_name, git_commit, versions
 from ..runs.run import default_out
 from ..settings import between, checked, from_flags, positive, with_flags
 from ..stage_one import StageOne
-from ..stage_two import PRESETS, get_preset
+from ..stage_two import PRESETS, check_teacher_output, get_preset
 from .store import EPISODE, SPLITS, NetworkStore
 
 __all__ = ['CL', 'EL', 'GR', 'Table', 'table']
@@ -56,7 +56,8 @@ class Table(NamedTuple):
 
 @processes()
 @checked
-@with_flags(files=DataOptions, one=StageOne, two=PRESETS, but=('seed',))
+@with_flags(files=DataOptions, one=dict(default=PAPER['one'], demo=DEMO['one']),
+            two=PRESETS | dict(demo=PRESETS['best'].but(**DEMO['two'])), but=('seed',))
 def table(
     name, # name of the experiment, which names its files
     # row name -> row, such as `CL`, `EL` or `GR`; `versus` names the rows that it is compared with, `paper` holds the paper's accuracies
@@ -88,7 +89,8 @@ def table(
     default = DEMO if demo else PAPER
     files = from_flags(DataOptions(), files)
     base = from_flags(default['one'], one)
-    student,teacher = student or default['student'],teacher or default['teacher']
+    student = default['student'] if student is None else student
+    teacher = default['teacher'] if teacher is None else teacher
     roles = dict(student=base.but(arch=student), teacher=base.but(arch=teacher, epochs=teacher_epochs or base.epochs))
     stage_two = {alone:from_flags(get_preset(preset, alone).but(**default['two']), two) for alone in (False, True)}
     test_episodes = test_episodes or default['test_episodes']
@@ -101,9 +103,8 @@ def table(
     if out is None: out = default_out('experiments', demo)
     from_rank_zero(lambda: check_writable(out, results))
     out = user_path(out, '--out')
-    on_characters = '' if files.data else ' on drawn characters'
-    if demo: log(f'*** DEMO: small settings{on_characters}; not a result about GRDD ***')
-    else: log(f'{name}: {len(rows)} rows, seeds {seeds}')
+    files.warn_of_demo(demo)
+    if not demo: log(f'{name}: {len(rows)} rows, seeds {seeds}')
     data = files.load(32, demo)
     for split in (data.val, data.test):
         for shot in shots: check_episode(split, EPISODE['n_way'], shot, EPISODE['n_query'])
@@ -162,6 +163,7 @@ def train(store, row, roles, seed, stage_two, start):
     if phi and roles[phi] == roles[psi]: teacher = one(phi, start + 1) if row.get('independent') else student
     elif phi: teacher = one(phi, 0) # all seeds have the same teacher
     two = stage_two[not phi].but(**row['stage_two'] | dict(seed=seed))
+    if phi: check_teacher_output(roles[phi], two)
     return dict(student=student, teacher=teacher, net=store.stage_two_net(student, teacher, two))
 
 

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from ..core.errors import UserError
 from ..losses import full_precision
 
-__all__ = ['CLASSIFIERS', 'register_classifier', 'check_classifier_settings', 'get_classifier', 'with_base_mean', 'prototypes']
+__all__ = ['CLASSIFIERS', 'register_classifier', 'check_classifier_settings', 'get_classifier', 'split_names', 'with_base_mean',
+           'prototypes']
 
 
 CLASSIFIERS = {} # name -> function with the attributes `transductive`, `balanced` and `chunk_multiplier` (see `register_classifier`)
@@ -97,6 +98,14 @@ def get_classifier(name):
         known = ', '.join(CLASSIFIERS)
         raise UserError(f'unknown classifier {name!r}: it is one of {known}')
     return CLASSIFIERS[name]
+
+
+def split_names(classifiers):
+    "The names in a text that separates them by commas, or of all classifiers; UserError for a name that is none"
+    if not isinstance(classifiers, str): raise UserError(f'--classifiers is {classifiers!r}: give names separated by commas')
+    names = list(CLASSIFIERS) if classifiers == 'all' else [name.strip() for name in classifiers.split(',')]
+    for name in names: get_classifier(name)
+    return names
 
 
 def with_base_mean(names, base_features):

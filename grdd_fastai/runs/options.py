@@ -2,6 +2,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
+from ..core.distributed import log
 from ..data.cache import few_shot_data
 from ..settings import Settings
 
@@ -18,6 +19,13 @@ class DataOptions(Settings):
     def load(self, px, demo=False, seed=0):
         "Load the `FewShotData` at `px` pixels; with `demo` it is the embedded data set unless `data` is given"
         return few_shot_data('demo' if demo and self.data is None else self.data, px, self.cache, seed, self.allow_large)
+
+
+    def warn_of_demo(self, demo):
+        "Say loudly what is no result about GRDD: the small settings of a demo, and drawn characters"
+        drawn = self.data == 'demo' or (demo and self.data is None)
+        what = ' on '.join([*(['small settings'] if demo else []), *(['drawn characters'] if drawn else [])])
+        if what: log(f'*** DEMO: {what}; not a result about GRDD ***')
 
 
 @dataclass(frozen=True, kw_only=True)

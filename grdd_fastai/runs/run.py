@@ -148,11 +148,14 @@ class Run:
     def _same_settings(self):
         "Raise UserError unless the run in the folder was started with these settings"
         before,asked = flat(self.old['settings']),flat(json.loads(json.dumps(self.settings, default=str)))
-        for k in sorted(before.keys() | asked.keys()):
-            if before.get(k) == asked.get(k): continue
-            was = f'with {k}={before[k]}' if k in before else f'without {k}'
-            wanted = f'{asked[k]}' if k in asked else 'without it'
-            raise UserError(f'{self.out} was started {was}, not {wanted}: resume with the same settings, or give --out another folder')
+        if before.keys() != asked.keys():
+            version = (self.old.get('versions') or {}).get('grdd_fastai', '0.1')
+            raise UserError(f'{self.out} was started by grdd_fastai {version}, which had other settings: go on with that version, or give '
+                            '--out another folder')
+        for k in sorted(asked):
+            if before[k] == asked[k]: continue
+            raise UserError(f'{self.out} was started with {k}={before[k]}, not {asked[k]}: '
+                            'resume with the same settings, or give --out another folder')
 
     def _verified(self, result):
         "Return the finished `result`; UserError unless the weights are whole and are those that it names"
@@ -211,6 +214,7 @@ class Run:
         path,checkpoint = self.out/name,self.out/f'checkpoint_{name}.safetensors'
         if self.resume and Path(f'{path}.json').exists(): best = load_weights(net, path)['val_accuracy']
         else:
+            log(f'training {name}, {arch}')
             self._fit(name, learn, fit, checkpoint)
             best = learn.keep_best.best
             save_weights(net, path, arch=arch, **self.card, val_accuracy=best)
@@ -250,7 +254,7 @@ class Run:
         "Log what is left to do after `stop` (`Stopped`), write it to `result.json` and return it; after a signal, exit with its code"
         left = ', '.join([self.plan[0] + stop.where, *self.plan[1:]])
         log(f'stopped ({stop}): left to do are {left}; --resume goes on')
-        result = self.settings | dict(seconds=self.seconds(), status='stopped', left=left)
+        result = dict(settings=self.settings, seconds=self.seconds(), status='stopped', left=left)
         if self.begun: self._report(result)
         else: self.print(result)
         if stop.code: sys.exit(stop.code)
