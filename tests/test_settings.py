@@ -6,7 +6,7 @@ from typing import Annotated
 
 import pytest
 from fastcore.script import anno_parser
-from helpers import ROOT
+from helpers import ROOT, recipe, shell
 
 from grdd_fastai.core.errors import UserError
 from grdd_fastai.settings import (
@@ -45,11 +45,14 @@ class Outer(Settings):
 # ---- one class --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('change, says', [
-    (dict(lr=-1), 'lr is -1: it must be positive'), (dict(lr='x'), "lr is 'x': it must be positive"),
-    (dict(lr=float('nan')), 'lr is nan'), (dict(lr=True), 'lr is True'), (dict(bs=1.5), 'bs is 1.5: it must be at least 1'),
+    (dict(lr=-1), 'lr is -1: it must be positive'), (dict(lr='x'), "lr is 'x': it must be a finite number, positive"),
+    (dict(lr=float('nan')), 'lr is nan'), (dict(lr=float('inf')), 'lr is inf'), (dict(lr=10**400), 'lr is 1000'),
+    (dict(lr=True), 'lr is True'), (dict(bs=1.5), 'bs is 1.5: it must be a whole number, at least 1'),
     (dict(bs=0), 'bs is 0'), (dict(kind='c'), "kind is 'c': it must be one of a, b"),
     (dict(squared=1), 'squared is 1: it must be True or False'),
-    (dict(lrr=1), "Outer has no setting 'lrr': its settings are lr, bs, kind, T, squared")])
+    (dict(lrr=1), "Outer has no setting 'lrr': its settings are lr, bs, kind, T, squared, inner"),
+    (dict(inner=3), 'inner is a int: give Inner(...) or None'),
+    (dict(inner=None, T=1.), 'T is a setting of Inner, which is left out here')])
 def test_what_is_out_of_bounds_is_one_sentence(change, says):
     with pytest.raises(UserError) as e: Outer().but(**change)
     assert str(e.value).startswith(says) and '\n' not in str(e.value)
@@ -63,6 +66,27 @@ def test_settings_never_change_and_a_copy_may_change_a_part():
     with pytest.raises(AttributeError): s.lr = 1.
     t = s.but(T=3, lr=.2)
     assert (t.inner.T, t.lr, s.inner.T, s.lr) == (3., .2, .1, .05) and t.value('T') == 3. and s.but() == s
+
+def test_a_part_that_is_given_is_changed_further():
+    assert Outer().but(inner=Inner(T=4.), squared=True) == Outer(inner=Inner(T=4., squared=True))
+
+def test_a_declaration_that_is_none_is_an_error_of_the_program():
+    @dataclass(frozen=True, kw_only=True)
+    class Plain(Settings):
+        extra: int = 3
+    class Undecorated(Settings):
+        extra: Annotated[int, 'more'] = 3
+    @dataclass(frozen=True, kw_only=True)
+    class Wrong(Settings):
+        extra: Annotated[list|None, 'more'] = None
+    for cls,says in ((Plain, 'Plain.extra is neither'), (Undecorated, 'Undecorated is no dataclass'),
+                     (Wrong, 'extra: a setting is an int')):
+        with pytest.raises(TypeError, match=says): cls()
+
+def test_names_that_clash_are_an_error_of_the_program():
+    with pytest.raises(TypeError, match='has no parameter s'): with_settings(s=Outer)(lambda x: x)
+    with pytest.raises(TypeError, match='has a parameter lr of its own'): with_settings(s=Outer)(lambda lr, s: s)
+    with pytest.raises(TypeError, match='Outer has no setting lrr'): with_settings(s=Outer, only=('lrr',))(lambda s: s)
 
 def test_a_part_that_is_left_out_takes_no_settings():
     with pytest.raises(UserError, match='T is a setting of Inner, which is left out here'): Outer(inner=None).but(T=1.)
@@ -149,6 +173,21 @@ def function(x, s, y=2, **kwargs):
 def test_keywords_make_the_settings_of_a_function():
     assert function(1, T=2., y=3, z=4) == (1, Outer(inner=Inner(T=2.)), 3, dict(z=4))
     with pytest.raises(UserError, match='T is 0: it must be positive'): function(1, T=0)
+
+
+def test_a_flag_is_not_taken_for_the_beginning_of_another(tmp_path):
+    "argparse would read --classifier as --classifiers"
+    for flags,says in ((['--classifier', 'cosine'], 'there is no flag --classifier: it is called --head now'),
+                       (['--meta-epoch=3'], 'there is no flag --meta-epoch: --help lists the flags')):
+        done = shell('recipes/cifarfs_5w1s.py', '--demo', '--out', tmp_path/'run', *flags)
+        assert done.returncode == 1 and done.stderr.strip().splitlines()[-1] == says and not (tmp_path/'run').exists()
+
+@pytest.mark.parametrize('name', ['table2', 'ablations', 'sweep', 'readings', 'figures'])
+def test_a_flag_of_an_experiment_changes_something(name):
+    "The rows of `readings` set stage two themselves: it offers no flag that they would replace"
+    flags = {o for a in anno_parser(recipe(name).__wrapped__)._actions for o in a.option_strings}
+    assert ('--kl-weight' in flags) == ('--preset' in flags) == (name != 'readings')
+    assert {'--head', '--jitter', '--augment', '--smoothing'} <= flags and ('--seed' in flags) == (name == 'figures')
 
 
 # ---- the stages -------------------------------------------------------------------------------------------------------

@@ -185,12 +185,12 @@ def check_state(model, tensors, where):
     own = model.state_dict()
     both = [(k, tensors[k], v) for k,v in own.items() if k in tensors]
     wrong = [f'{k} is missing' for k in own if k not in tensors]
-    wrong += [f'{k} is none of its tensors' for k in tensors if k not in own]
+    wrong += [f'{k} is not a tensor of the network' for k in tensors if k not in own]
     wrong += [f'{k} has the shape {tuple(t.shape)}, not {tuple(v.shape)}' for k,t,v in both if t.shape != v.shape]
     wrong += [f'{k} holds {t.dtype}, not {v.dtype}' for k,t,v in both if t.is_floating_point() != v.is_floating_point()]
     if not wrong: return
     more = f', and {len(wrong)-1} more' if wrong[1:] else ''
-    raise UserError(f'{where} does not fit the network ({wrong[0]}{more}): it is of another, take the right file')
+    raise UserError(f'{where} does not fit the network ({wrong[0]}{more}): it belongs to another network: give the file of this one')
 
 def load_state(model, tensors, where):
     "Load `tensors` into `model` after `check_state`"

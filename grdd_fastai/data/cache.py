@@ -179,6 +179,6 @@ def _decode_row(source, split, row, px, allow_large):
     try: return decode(source.read(path), px, allow_large)
     except UserError: raise
     except Exception as e:
-        why = 'it is no image that is known' if isinstance(e, UnidentifiedImageError) else e
+        why = 'it has an unknown image format' if isinstance(e, UnidentifiedImageError) else e
         raise UserError(f'{source.path}, {split} row {row+2}: {path} does not decode ({why}): '
                         'replace the image or remove the row') from None

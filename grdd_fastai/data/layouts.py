@@ -68,7 +68,7 @@ def _read_csv(tree, name):
         with tree.lines(name) as lines:
             rows = csv.reader(read_lines(lines), strict=True)
             header = next(rows, None)
-            if not header: raise UserError(f'{where} is empty: it needs the columns filename,label and a row an image')
+            if not header: raise UserError(f'{where} is empty: it needs the columns filename,label and one row per image')
             missing = [c for c in ('filename','label') if c not in header]
             if missing:
                 lacks = f'column {missing[0]}' if len(missing) == 1 else f'columns {missing[0]}, {missing[1]}'

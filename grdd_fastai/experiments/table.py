@@ -68,7 +68,7 @@ def table(
     out:str=None, # folder for tables, figures and networks, which are used again (runs/experiments; demo: runs/experiments-demo)
     results:str=None, # folder for a record of each row (in this project: results)
     seeds:str='0', # training seeds, separated by commas
-    stage_one_seed:Annotated[int, 'seed of one stage one that all seeds share, so that they differ in stage two only (each has its own)',
+    stage_one_seed:Annotated[int, 'one seed for stage one of all rows, so that the seeds differ in stage two alone (each seed has its own)',
                              between(0, 2**32 - 1)]=None,
     score:str='val', # classes to score: val, to choose settings, or novel, at the end
     shots:str='1', # shots to score, separated by commas

@@ -26,7 +26,7 @@ def as_features(h):
         raise UserError(f'the features are no numbers ({first_line(e)}): give a tensor or an array (N, D)') from None
     if h.is_meta or h.layout != torch.strided: raise UserError('the features are a tensor without values or a sparse one: give a dense one')
     if h.is_complex(): raise UserError('the features are complex numbers: give real ones')
-    if h.ndim < 2 or not h.numel(): raise UserError(f'the features have the shape {tuple(h.shape)}: give a row an image, (N, D)')
+    if h.ndim < 2 or not h.numel(): raise UserError(f'the features have the shape {tuple(h.shape)}: give one row per image, (N, D)')
     return h if h.dtype in (torch.float32, torch.float64) else h.float()
 
 def as_classes(y, n):

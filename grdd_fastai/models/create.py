@@ -49,7 +49,7 @@ def create_backbone(
     if weights is None: return _build(arch, num_classes, px, seed, **kwargs)
     try: return _build(weights, num_classes, px, seed, pretrained=True, **kwargs)
     except Exception as e:
-        raise UserError(f'the weights of {weights} cannot be had ({first_line(e)}): '
+        raise UserError(f'the weights of {weights} cannot be loaded ({first_line(e)}): '
                         'give the name of an architecture, or of weights that can') from None
 
 def _build(arch, num_classes, px, seed, **kwargs):

@@ -122,7 +122,7 @@ def _from_hub(repo):
         raise UserError(f'hf-hub:{repo} lacks config.json or model.safetensors, the only formats that are read: '
                         'ask its author for them') from None
     except Exception as e:
-        raise UserError(f'the weights of hf-hub:{repo} cannot be had ({first_line(e)}): check the name and the connection') from None
+        raise UserError(f'the weights of hf-hub:{repo} cannot be loaded ({first_line(e)}): check the name and the connection') from None
     return Path(files[0]).parent
 
 def save_weights(model, path, **card):

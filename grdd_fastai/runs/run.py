@@ -42,10 +42,10 @@ class History(Callback):
 class Run:
     """The folder of a run, as a context: `with Run(out, settings) as run:`
 
-    Progress goes to stderr, and the result is the last line of stdout. A run goes on under the same settings only. Finished work is kept
-    as files: a stage is done when its weights and their card exist, and the run is done when `result.json` says so and names those weights.
-    Nothing in the folder changes before `begin`. Files that are not the run's own never change. Of several processes the first has the
-    folder, and each of the others has a copy. UserError for a folder that cannot be used.
+    Progress goes to stderr, and the result is the last line of stdout. A run can only be resumed with the same settings. Finished work is
+    kept as files: a stage is done when its weights and their card exist, and the run is done when `result.json` says so and names those
+    weights. Nothing in the folder changes before `begin`. Files that are not the run's own never change. Of several processes the first
+    has the folder, and each of the others has a copy. UserError for a folder that cannot be used.
     """
     def __init__(self,
         out, # folder
@@ -63,8 +63,8 @@ class Run:
         self.plan = list(plan)
         self.wait = wait
         self.overwrite = overwrite
-        self.resumable = resume # whether a run in the folder may go on
-        self.resume = resume # whether there is a run to go on with
+        self.may_resume = resume # whether a run in the folder may go on
+        self.resuming = resume # whether there is a run to go on with
         self.start = time.monotonic()
         self.seconds_before = 0. # seconds of the run before it was resumed
         self.deadline = Deadline(max_minutes)
@@ -95,7 +95,7 @@ class Run:
 
     def _finished(self):
         "The result of a finished run, or None; this needs no lock and no folder that can be written"
-        return self._look() if self.resumable and str(self.given).strip() and self.out.is_dir() else None
+        return self._look() if self.may_resume and str(self.given).strip() and self.out.is_dir() else None
 
     def _take(self):
         "Lock the folder for this process, and wait for the lock if `wait` says so"
@@ -132,12 +132,12 @@ class Run:
         result = read_json(self.out/'result.json', {})
         there = [f for f in self._files() if f.endswith('.safetensors') or f.startswith('checkpoint_')]
         if result.get('status') == 'finished': there.append('result.json')
-        if not self.resumable:
+        if not self.may_resume:
             if not there: return None
             kind,remedy = ('a finished', 'print its result') if 'result.json' in there else ('an unfinished', 'go on with it')
             raise UserError(f'{self.out} holds {kind} run: add --resume to {remedy}, --overwrite to delete it, '
                             'or give --out another folder')
-        self.resume = bool(self.old)
+        self.resuming = bool(self.old)
         if self.old: self._same_settings()
         seconds = result.get('seconds', 0.)
         if not isinstance(seconds, int | float) or isinstance(seconds, bool):
@@ -179,7 +179,7 @@ class Run:
         self.card = dict(classes=data.train.vocab, px=data.px, stats=data.stats, fingerprint=data.fingerprint,
                          settings={k:v for k,v in self.settings.items() if k != 'data'})
         sweep(self.out)
-        if self.resume:
+        if self.resuming:
             began = read_json(self.out/'data.json', {}).get('fingerprint', data.fingerprint)
             if began != data.fingerprint:
                 raise UserError(f'the data changed since {self.out} was started: bring back the data it began with, '
@@ -212,7 +212,7 @@ class Run:
         """
         net = backbone_of(learn)
         path,checkpoint = self.out/name,self.out/f'checkpoint_{name}.safetensors'
-        if self.resume and Path(f'{path}.json').exists(): best = load_weights(net, path)['val_accuracy']
+        if self.resuming and Path(f'{path}.json').exists(): best = load_weights(net, path)['val_accuracy']
         else:
             log(f'training {name}, {arch}')
             self._fit(name, learn, fit, checkpoint)
@@ -223,7 +223,7 @@ class Run:
         return net,best
 
     def _fit(self, name, learn, fit, checkpoint):
-        state = load_checkpoint(checkpoint, log) if self.resume else None
+        state = load_checkpoint(checkpoint, log) if self.resuming else None
         if state:
             seconds = state[1].get('seconds')
             if isinstance(seconds, float): self.seconds_before = max(self.seconds_before, seconds)

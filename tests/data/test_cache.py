@@ -90,7 +90,7 @@ def test_an_image_that_does_not_decode_is_named_and_leaves_nothing(tmp_path):
     with pytest.raises(UserError, match=r'val row 8: images/val1/02\.png does not decode'):
         few_shot_data(root, px=16, cache=tmp_path/'cache')
     (root/'images'/'val1'/'02.png').write_text('not an image')
-    with pytest.raises(UserError, match='it is no image that is known'): few_shot_data(root, px=16, cache=tmp_path/'cache')
+    with pytest.raises(UserError, match='it has an unknown image format'): few_shot_data(root, px=16, cache=tmp_path/'cache')
     assert not [p for p in (tmp_path/'cache').iterdir() if p.is_dir()]
 
 def test_a_cache_that_cannot_be_written_is_named(csv_set, tmp_path):

@@ -82,7 +82,7 @@ def test_weights_are_all_of_the_network_or_refused(tmp_path):
     state = create_backbone('convnet4', 0).state_dict()
     one = {'stages.0.0.weight':state['stages.0.0.weight']}
     says(lambda: load_network(forged(tmp_path/'a', tensors=one, pretrained_strict=False)), 'does not fit the network', 'is missing')
-    says(lambda: load_network(forged(tmp_path/'b', tensors=state | dict(more=torch.ones(2)))), 'more is none of its tensors')
+    says(lambda: load_network(forged(tmp_path/'b', tensors=state | dict(more=torch.ones(2)))), 'more is not a tensor of the network')
     says(lambda: load_network(forged(tmp_path/'c', tensors=state | {'stages.0.0.weight':torch.ones(2, 2)})), 'has the shape (2, 2)')
     (tmp_path/'c'/'model.safetensors').write_bytes(b'\xff'*100)
     says(lambda: load_network(tmp_path/'c'), 'is damaged')
