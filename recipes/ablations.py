@@ -16,9 +16,9 @@ from grdd_fastai.settings import exact_flags, from_flags
 from grdd_fastai.stage_two import get_preset
 
 
-def ablations(two):
-    "Rows that change one component of the settings `two` of stage two"
-    n = two.n_way*two.k_shot # N_S
+def ablations(two, n_classes):
+    "The rows around the settings `two` of stage two, for data of `n_classes` base classes"
+    n = min(two.n_way, n_classes) * two.k_shot # N_S, the number of support images in an episode
     weight = two.distill.kl_weight / (n if two.distill.reduction == 'mean' else 1) # weight of each group in the sum of Eq. 12
     whole = dict(decouple=False, reduction='sum')
     return {
