@@ -201,11 +201,11 @@ def like_data(net, data):
 
 def same_state(a, b): return all(torch.equal(a[k], b[k]) for k in a)
 
-def stage_one(data, aug=None, arch='convnet4', bs=60, **kwargs):
+def stage_one_learner(data, aug=None, arch='convnet4', bs=60, **kwargs):
     "A Learner of stage one on a tiny set, in float32"
     return global_learner(category_dls(data, bs=bs, aug=aug), arch, valid=VALID, **{**dict(amp=False), **kwargs})
 
-def stage_two(data, teacher=None, student=None, n_episodes=2, episodes_per_step=1, aug=None, **kwargs):
+def stage_two_learner(data, teacher=None, student=None, n_episodes=2, episodes_per_step=1, aug=None, **kwargs):
     "A Learner of stage two: episodes of 3 ways, 2 shots and 4 queries"
     dls = episodic_dls(data, 3, 2, 4, n_episodes, episodes_per_step, aug=aug)
     return meta_learner(dls, student or net(1), teacher, valid=VALID, **{**dict(amp=False), **kwargs})

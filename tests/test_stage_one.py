@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Grab, fit, stage_one
+from helpers import Grab, fit, stage_one_learner
 from naive import naive_cosine_logits, naive_stage_one_loss
 
 from grdd_fastai.data.blocks import category_dls
@@ -20,9 +20,9 @@ def test_rotate4_turns_each_image_counter_clockwise():
 @pytest.mark.parametrize('rotation_from', ['logits', 'probabilities'])
 def test_a_stage_one_step_is_equations_2_to_9(data, rotation_from):
     "Loss and SGD step with momentum and L2 decay, from the images alone, in plain torch"
-    learn = stage_one(data, rotation_from=rotation_from, cbs=Grab(), keep_best=False)
+    learn = stage_one_learner(data, rotation_from=rotation_from, cbs=Grab(), keep_best=False)
     fit(learn, 1, .05)
-    ref,y = stage_one(data, rotation_from=rotation_from).model.train(),[]
+    ref,y = stage_one_learner(data, rotation_from=rotation_from).model.train(),[]
     dl = category_dls(data, bs=60, aug=None).train
     y = [b.clone() for _,b in dl]
     opt = torch.optim.SGD(ref.parameters(), .05, momentum=.9, weight_decay=5e-4)
@@ -37,7 +37,7 @@ def test_a_stage_one_step_is_equations_2_to_9(data, rotation_from):
 
 def test_a_cosine_classifier_in_stage_one_by_hand(data):
     "Its loss from normalised features and weights; it trains, and the backbone is left without a classifier"
-    learn = stage_one(data, rotation=False, head='cosine', cbs=Grab(), keep_best=False)
+    learn = stage_one_learner(data, rotation=False, head='cosine', cbs=Grab(), keep_best=False)
     ref = copy.deepcopy(learn.model).train()
     fit(learn, 1, .05)
     h,(_,y),w = ref.backbone(learn.grab.x[0]),next(iter(category_dls(data, bs=60, aug=None).train)),ref.classifier.weight
@@ -53,16 +53,16 @@ def test_metrics_of_a_rotated_batch_are_of_its_own_images(data):
     def count(pred, y):
         seen.append((len(pred), len(y)))
         return 0.
-    fit(stage_one(data, metrics=count))
+    fit(stage_one_learner(data, metrics=count))
     assert set(seen) == {(60, 60)}
 
 def test_both_losses_are_logged(data):
-    learn = fit(stage_one(data, cbs=Grab()))
+    learn = fit(stage_one_learner(data, cbs=Grab()))
     row = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))
     assert (list(row) == ['train_loss','L_c','L_r','accuracy','time'][:4]
             and row['L_c'] + row['L_r'] == pytest.approx(np.mean(learn.grab.losses), rel=1e-5))
 
 def test_without_rotation_it_is_plain_cross_entropy(data):
-    learn = fit(stage_one(data, rotation=False, cbs=Grab()))
+    learn = fit(stage_one_learner(data, rotation=False, cbs=Grab()))
     assert (len(learn.grab.x[0]) == 60 and learn.model.rotation_head is None
             and list(learn.recorder.metric_names[1:3]) == ['train_loss','accuracy'])

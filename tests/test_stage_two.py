@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from fastai.callback.core import Callback
-from helpers import Grab, fit, like_data, net, same_state, stage_two
+from helpers import Grab, fit, like_data, net, same_state, stage_two_learner
 from naive import naive_stage_two_loss
 
 from grdd_fastai.core.errors import UserError
@@ -13,8 +13,7 @@ from grdd_fastai.data.blocks import category_dls, episodic_dls, plain_dl
 from grdd_fastai.data.cache import few_shot_data
 from grdd_fastai.fewshot.embed import embed
 from grdd_fastai.models.create import create_backbone
-from grdd_fastai.stage_two import PRESETS, meta_learner
-from grdd_fastai.stage_two import stage_two as stage_two_of
+from grdd_fastai.stage_two import PRESETS, meta_learner, stage_two
 
 
 @pytest.mark.parametrize('settings', [dict(), dict(T=4., gamma=.2, kl_weight=1., reduction='sum', teacher_view='clean'),
@@ -25,7 +24,7 @@ def test_a_stage_two_loss_is_equations_10_to_15(data, settings):
     "Loss of each step from the networks' features by loops; clean views are looked up in the packed images"
     features = settings.get('teacher_output', 'features') == 'features'
     teacher = like_data(net(5) if features else create_backbone('convnet4', 7, 16, 5), data)
-    learn = stage_two(data, teacher, episodes_per_step=2, n_episodes=4, aug='default', cbs=Grab(), keep_best=False,
+    learn = stage_two_learner(data, teacher, episodes_per_step=2, n_episodes=4, aug='default', cbs=Grab(), keep_best=False,
                       **settings)
     fit(learn, 1, 1e-2)
     s,(way,shot,query) = {**dict(T=.1, gamma=1., decouple=True, kl_weight=5., T_squared=False, reverse=False, reduction='mean',
@@ -42,13 +41,13 @@ def test_a_stage_two_loss_is_equations_10_to_15(data, settings):
         assert learn.grab.losses[step] == pytest.approx(want, rel=2e-3, abs=1e-5)
 
 def test_episodic_labels_alone_is_el(data):
-    learn = fit(stage_two(data, cbs=Grab()))
+    learn = fit(stage_two_learner(data, cbs=Grab()))
     assert list(learn.recorder.metric_names[1:3]) == ['train_loss','accuracy'] and not hasattr(learn, 'teacher')
 
 def test_teacher_is_frozen_outside_the_optimiser_and_given_back_as_it_was(data):
     teacher,student = net(5).train(),net(1)
     before,start = copy.deepcopy(teacher.state_dict()),copy.deepcopy(student.state_dict())
-    learn = stage_two(data, teacher, student, teacher_view='same')
+    learn = stage_two_learner(data, teacher, student, teacher_view='same')
     seen = []
     class Look(Callback):
         def after_loss(self): seen.append((teacher.training, any(p.requires_grad for p in teacher.parameters())))
@@ -60,13 +59,13 @@ def test_teacher_is_frozen_outside_the_optimiser_and_given_back_as_it_was(data):
     assert not mine & {id(p) for p in teacher.parameters()} and not same_state(start, learn.model.state_dict())
 
 def test_teacher_and_student_may_be_any_timm_model(data):
-    learn = stage_two(data, create_backbone('mobilenetv3_small_050', 5, 16), 'resnet10t')
+    learn = stage_two_learner(data, create_backbone('mobilenetv3_small_050', 5, 16), 'resnet10t')
     assert fit(learn).recorder.values[-1][-1] >= 0
 
-def test_stage_two_fits_one_cycle(data): fit(stage_two(data, net(5)), 1, 1e-2, 'fit_one_cycle')
+def test_stage_two_fits_one_cycle(data): fit(stage_two_learner(data, net(5)), 1, 1e-2, 'fit_one_cycle')
 
 def test_the_teachers_features_follow_the_data(data, csv_set, cache):
-    learn = fit(stage_two(data, net(5), teacher_view='clean'))
+    learn = fit(stage_two_learner(data, net(5), teacher_view='clean'))
     old = learn.teacher.known[0].clone()
     learn.dls = episodic_dls(few_shot_data(csv_set, px=24, cache=cache), 3, 2, 4, 2, aug=None)
     assert not torch.equal(fit(learn).teacher.known[0], old)
@@ -76,20 +75,20 @@ def test_features_that_are_known_change_nothing(data):
     s = PRESETS['paper'].but(n_way=3, n_query=4, n_episodes=2, epochs=1)
     teacher,losses = like_data(create_backbone('convnet4_128', 0, 16, 1), data),[]
     for known in (None, embed(teacher, plain_dl(data, 'train'))[0]):
-        learn,fit = stage_two_of(data, s, create_backbone('convnet4', 0, 16), teacher, known)
+        learn,fit = stage_two(data, s, create_backbone('convnet4', 0, 16), teacher, known)
         with learn.no_bar(), learn.no_logging(): fit(learn)
         losses.append(learn.recorder.values[-1][0])
     assert losses[0] == losses[1]
-    learn,fit = stage_two_of(data, s, create_backbone('convnet4', 0, 16), teacher, known[:5])
+    learn,fit = stage_two(data, s, create_backbone('convnet4', 0, 16), teacher, known[:5])
     with pytest.raises(ValueError, match='have 5 rows for 120 base images'), learn.no_bar(): fit(learn)
 
 def test_from_random_weights_the_student_is_its_architecture_alone(data):
     s = PRESETS['best'].but(n_way=3, n_query=4, n_episodes=2, epochs=1, init='random', seed=3)
-    learn,_ = stage_two_of(data, s, net(7), net(5))
+    learn,_ = stage_two(data, s, net(7), net(5))
     assert same_state(learn.model.state_dict(), create_backbone('convnet4', 0, 16, 3).state_dict())
 
 def test_an_unknown_keyword_is_an_error(data):
-    with pytest.raises(TypeError, match='decuple'): stage_two(data, net(5), decuple=True)
+    with pytest.raises(TypeError, match='decuple'): stage_two_learner(data, net(5), decuple=True)
 
 
 # ---- what cannot be ---------------------------------------------------------------------------------------------------
@@ -99,12 +98,12 @@ def test_stage_two_refuses_ordinary_batches(data):
 
 def test_a_teacher_without_classifier_has_no_predictions(data):
     with pytest.raises(ValueError, match='needs a teacher with its classifier'):
-        stage_two(data, net(5), teacher_output='logits')
-    with pytest.raises(ValueError, match='teacher_output is'): stage_two(data, net(5), teacher_output='softmax')
+        stage_two_learner(data, net(5), teacher_output='logits')
+    with pytest.raises(ValueError, match='teacher_output is'): stage_two_learner(data, net(5), teacher_output='softmax')
 
 @pytest.mark.parametrize('settings, says', [
     (dict(T=-1.), 'T is -1.0: it must be positive'), (dict(T=float('nan')), 'T is nan'), (dict(gamma=-1.), 'gamma is -1.0'),
     (dict(scale=0.), 'scale is 0.0'), (dict(kl_weight=-1.), 'kl_weight is -1.0'),
     (dict(reduction='max'), "reduction is 'max'")])
 def test_settings_of_stage_two_that_cannot_be(data, settings, says):
-    with pytest.raises(UserError, match=says): stage_two(data, net(5), **settings)
+    with pytest.raises(UserError, match=says): stage_two_learner(data, net(5), **settings)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers import fit, same_state, stage_one
+from helpers import fit, same_state, stage_one_learner
 from naive import BACKBONES, PUBLISHED, dropped_squares, kept_share, published_convnet4, published_resnet12_block
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
@@ -202,7 +202,7 @@ def test_dropblock_drops_whole_squares_and_keeps_the_mean():
     assert drop(torch.ones(2, 3, 1, 1)).isfinite().all() # a map smaller than a square
 
 def test_dropblock_counts_on_after_weights_are_loaded(data):
-    learn = stage_one(data, arch='resnet12', rotation=False, bs=60, keep_best=False)
+    learn = stage_one_learner(data, arch='resnet12', rotation=False, bs=60, keep_best=False)
     drop,start = learn.model.backbone.stages[3].drop,copy.deepcopy(learn.model.state_dict())
     fit(learn, 1, .01)
     assert drop.step.item() == 2

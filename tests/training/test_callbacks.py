@@ -4,7 +4,7 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation, GradientClip
-from helpers import Grab, fit, net, same_state, stage_one, stage_two
+from helpers import Grab, fit, net, same_state, stage_one_learner, stage_two_learner
 
 from grdd_fastai.core.device import autocast_dtype
 from grdd_fastai.models.create import create_backbone
@@ -20,7 +20,7 @@ def test_float16_gradients_are_scaled_and_the_steps_those_of_float32(data, half)
     seen = []
     class Look(Callback):
         def before_step(self): seen.append((self.learn.scaler.get_scale(), self.loss_grad.item()/self.learn.loss.item()))
-    a,b = (fit(stage_one(data, amp=amp, cbs=[Grab(), Look()] if amp else Grab(), keep_best=False), 2, .02) for amp in (True, False))
+    a,b = (fit(stage_one_learner(data, amp=amp, cbs=[Grab(), Look()] if amp else Grab(), keep_best=False), 2, .02) for amp in (True, False))
     assert seen and all(scale == factor_near(factor) for scale,factor in seen)
     assert a.grab.losses == pytest.approx(b.grab.losses, rel=2e-2) and a.grab.losses != b.grab.losses
     for p,q in zip(a.model.parameters(), b.model.parameters()): assert torch.allclose(p, q, atol=2e-2)
@@ -35,7 +35,7 @@ def test_a_step_whose_gradients_overflow_is_left_out(data, half):
         def after_loss(self):
             if self.iter == 1: self.learn.loss_grad = self.loss_grad*1e37
         def after_batch(self): scales.append(self.learn.scaler.get_scale())
-    learn = fit(stage_one(data, amp=True, rotation=False, bs=30, cbs=[Overflow(), Grab()], keep_best=False), 1, .02)
+    learn = fit(stage_one_learner(data, amp=True, rotation=False, bs=30, cbs=[Overflow(), Grab()], keep_best=False), 1, .02)
     w = learn.grab.weights
     params = [k for k,_ in learn.model.named_parameters()]
     assert scales[:3] == [65536., 32768., 32768.]
@@ -43,7 +43,7 @@ def test_a_step_whose_gradients_overflow_is_left_out(data, half):
 
 @pytest.mark.skipif(autocast_dtype(torch.device('cpu')) is None, reason='this CPU does not compute in bfloat16')
 def test_autocast_reaches_the_network_and_not_the_loss(data):
-    learn,seen = stage_one(data, amp=True),[]
+    learn,seen = stage_one_learner(data, amp=True),[]
     learn.model.backbone.stages[0][0].register_forward_hook(lambda m, i, o: seen.append(o.dtype))
     class Look(Callback):
         order = Autocast.order+5
@@ -73,8 +73,9 @@ def test_accumulated_gradients_are_those_of_one_large_batch(data, stage, clip):
     "All terms of the loss are scaled alike, and what is logged stays what it is"
     def learner(n, *cbs):
         cbs = [Gradients(), *cbs, *([GradientClip(clip)] if clip else [])]
-        if stage == 'one': return stage_one(data, arch=without_norm('convnet4'), bs=120//n, keep_best=False, cbs=cbs)
-        return stage_two(data, without_norm(net(2)), without_norm(net(1)), n_episodes=4, episodes_per_step=4//n, keep_best=False, cbs=cbs)
+        if stage == 'one': return stage_one_learner(data, arch=without_norm('convnet4'), bs=120//n, keep_best=False, cbs=cbs)
+        return stage_two_learner(data, without_norm(net(2)), without_norm(net(1)), n_episodes=4, episodes_per_step=4//n, keep_best=False,
+                                 cbs=cbs)
     images = 120 if stage == 'one' else 4*3*(2+4)
     whole,parts = fit(learner(1), 1, 1e-6),fit(learner(4, GradientAccumulation(images)), 1, 1e-6)
     assert len(whole.gradients.grads) == len(parts.gradients.grads) == 1
@@ -90,12 +91,12 @@ def test_accumulated_gradients_are_those_of_one_large_batch(data, stage, clip):
 def test_same_seed_same_weights_whatever_the_callers_random_state(data):
     def run(seed, caller):
         torch.manual_seed(caller)
-        return fit(stage_one(data, arch='resnet12', seed=seed, aug='default', bs=30, rotation=False), 1).model.state_dict()
+        return fit(stage_one_learner(data, arch='resnet12', seed=seed, aug='default', bs=30, rotation=False), 1).model.state_dict()
     a,b,c = run(0, 1),run(0, 2),run(1, 1)
     assert same_state(a, b) and not same_state(a, c)
 
 def test_a_second_fit_sees_new_augmentations(data):
-    learn = stage_one(data, aug='default', cbs=Grab(), keep_best=False, rotation=False)
+    learn = stage_one_learner(data, aug='default', cbs=Grab(), keep_best=False, rotation=False)
     fit(learn)
     first = learn.grab.x
     fit(learn)
@@ -103,6 +104,6 @@ def test_a_second_fit_sees_new_augmentations(data):
 
 def test_the_recorder_keeps_numbers(data):
     "A tensor a step, each in a place of its own, keeps the allocator from using the memory around it again"
-    learn = fit(stage_two(data, net(5), n_episodes=4))
+    learn = fit(stage_two_learner(data, net(5), n_episodes=4))
     assert len(learn.recorder.losses) == 4 and all(isinstance(v, float) for v in learn.recorder.losses)
     learn.recorder.plot_loss(with_valid=False)

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from fastai.callback.core import Callback, CancelFitException
-from helpers import fit, net, same_state, stage_one, stage_two
+from helpers import fit, net, same_state, stage_one_learner, stage_two_learner
 
 from grdd_fastai.core.errors import UserError
 
@@ -20,7 +20,7 @@ class Interrupt(Callback):
 
 
 def test_fit_one_cycle_lr_find_and_freeze_work(data):
-    learn = stage_one(data, keep_best=False)
+    learn = stage_one_learner(data, keep_best=False)
     before = copy.deepcopy(learn.model.state_dict())
     with learn.no_bar(): lr = learn.lr_find(num_it=10, show_plot=False).valley
     assert 0 < lr < 10 and same_state(before, learn.model.state_dict())
@@ -36,11 +36,11 @@ def test_fit_one_cycle_lr_find_and_freeze_work(data):
     assert max(learn.recorder.lrs) <= .1 and len(set(learn.recorder.lrs)) > 1
 
 def test_predictions_of_base_images_work(data):
-    learn = fit(stage_one(data))
+    learn = fit(stage_one_learner(data))
     with learn.no_bar(): p,y = learn.get_preds(dl=learn.dls.train.new(aug=None, shuffle=False, drop_last=False))
     assert p.shape == (120, 6) and torch.allclose(p.sum(1), torch.ones(120), atol=1e-4) and (y.numpy() == data.train.y).all()
 
-@pytest.mark.parametrize('stage', [lambda d: stage_one(d, amp=True), lambda d: stage_two(d, net(5), amp=True)])
+@pytest.mark.parametrize('stage', [lambda d: stage_one_learner(d, amp=True), lambda d: stage_two_learner(d, net(5), amp=True)])
 @pytest.mark.parametrize('cbs', [None, Stop()])
 def test_a_fit_leaves_no_trace(data, stage, cbs):
     learn = stage(data)
@@ -49,7 +49,7 @@ def test_a_fit_leaves_no_trace(data, stage, cbs):
     assert learn.loss_func is loss_func and list(learn.metrics) == metrics and torch.equal(rng, torch.get_rng_state())
     assert not learn.model._forward_hooks and not learn.model._forward_pre_hooks and not torch.is_autocast_enabled('cpu')
 
-@pytest.mark.parametrize('stage', [lambda d, t: stage_one(d, amp=True), lambda d, t: stage_two(d, t, amp=True)])
+@pytest.mark.parametrize('stage', [lambda d, t: stage_one_learner(d, amp=True), lambda d, t: stage_two_learner(d, t, amp=True)])
 def test_ctrl_c_leaves_no_trace_either(data, stage):
     teacher = net(5).train()
     learn,rng = stage(data, teacher),torch.get_rng_state()
@@ -65,10 +65,10 @@ def test_learners_use_no_name_of_their_learner_or_model(data):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         warnings.filterwarnings('ignore', category=UserWarning, message='.*lr_scheduler.*')
-        fit(stage_one(data)), fit(stage_two(data, net(5)))
+        fit(stage_one_learner(data)), fit(stage_two_learner(data, net(5)))
 
 def test_an_error_in_a_callback_stays_one_sentence(data):
-    learn = stage_one(data)
+    learn = stage_one_learner(data)
     def diverged(): raise UserError('one sentence')
     learn.few_shot_accuracy.measure = diverged
     with pytest.raises(UserError) as e: fit(learn)
@@ -77,14 +77,14 @@ def test_an_error_in_a_callback_stays_one_sentence(data):
 @pytest.mark.parametrize('arch', ['convnet4', pytest.param('resnet12', marks=pytest.mark.slow)])
 def test_a_compiled_network_takes_the_same_steps(data, arch):
     "By a backend that traces and runs as it is; the network is copied, saved and trained on as any other"
-    plain,compiled = (fit(stage_one(data, arch=arch, compile=c, rotation=False, bs=60, keep_best=False), 1, .01)
+    plain,compiled = (fit(stage_one_learner(data, arch=arch, compile=c, rotation=False, bs=60, keep_best=False), 1, .01)
                       for c in (False, dict(backend='eager')))
     assert compiled.model.backbone.stages._compiled_call_impl and not plain.model.backbone.stages._compiled_call_impl
     for (k,p),q in zip(plain.model.state_dict().items(), compiled.model.state_dict().values()): assert torch.allclose(p, q, atol=1e-5), k
-    if arch == 'convnet4': fit(stage_two(data, compiled.model.backbone, compiled.model.backbone, compile=dict(backend='eager')))
+    if arch == 'convnet4': fit(stage_two_learner(data, compiled.model.backbone, compiled.model.backbone, compile=dict(backend='eager')))
 
 def test_formats_can_be_turned_off(data):
-    a,b = (stage_one(data, channels_last=on) for on in (True, False))
+    a,b = (stage_one_learner(data, channels_last=on) for on in (True, False))
     weights = [learn.model.backbone.stages[1][0].weight for learn in (a, b)]
     assert weights[0].is_contiguous(memory_format=torch.channels_last) and not weights[1].is_contiguous(memory_format=torch.channels_last)
     for learn in (a, b): fit(learn, 1, .01)

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 from fastai.callback.core import Callback
-from helpers import VALID, Grab, fit, net, same_state, stage_one
+from helpers import VALID, Grab, fit, net, same_state, stage_one_learner
 
 from grdd_fastai.core.errors import UserError
 from grdd_fastai.data.blocks import episodic_dls, plain_dl
@@ -15,17 +15,17 @@ from grdd_fastai.training.validation import FewShotAccuracy
 
 
 def test_accuracy_shown_is_that_of_the_validation_classes(data):
-    learn = fit(stage_one(data, keep_best=False))
+    learn = fit(stage_one_learner(data, keep_best=False))
     h,y = embed(learn.model.backbone, plain_dl(data, 'val'))
     assert learn.recorder.values[-1][-1] == pytest.approx(evaluate(h, y, **VALID).accuracy)
 
 def test_validate_is_accuracy_on_the_validation_classes(data):
-    learn = stage_one(data)
+    learn = stage_one_learner(data)
     h,y = embed(learn.model.backbone, plain_dl(data, 'val'))
     assert learn.validate()[0] == pytest.approx(evaluate(h, y, **VALID).accuracy)
 
 def test_best_epoch_on_validation_is_kept(data):
-    learn,states,accs = stage_one(data),[],iter([30., 50., 40.])
+    learn,states,accs = stage_one_learner(data),[],iter([30., 50., 40.])
     learn.few_shot_accuracy.measure = lambda: SimpleNamespace(accuracy=next(accs))
     class Keep(Callback):
         order = 200
@@ -35,7 +35,7 @@ def test_best_epoch_on_validation_is_kept(data):
     assert same_state(learn.model.state_dict(), states[1]) and not same_state(states[1], states[2])
 
 def test_few_shot_accuracy_is_silent_in_lr_find(data):
-    learn,calls = stage_one(data),[]
+    learn,calls = stage_one_learner(data),[]
     learn.few_shot_accuracy.measure = lambda: calls.append(1)
     with learn.no_bar(): learn.lr_find(num_it=4, show_plot=False)
     assert not calls and isinstance(learn.few_shot_accuracy, FewShotAccuracy)
