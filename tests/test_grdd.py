@@ -198,7 +198,8 @@ def test_wrong_settings_are_one_sentence(csv_set, tmp_path):
     assert '20 images, too few for 1 support + 20 query' in wrong(tmp_path, data=str(csv_set), query=20)
     assert 'val split has 3 classes, too few for 5-way' in wrong(tmp_path, data=str(write_csv_set(tmp_path/'few', (6, 3, 6), 8)))
     for k,v,sentence in (('epochs',0,'--epochs is 0'), ('lr',float('nan'),'--lr is nan: it must be a finite number, positive'),
-                         ('lr',-1,'--lr is -1'), ('T',0,'--t is 0'), ('gamma',-1,'--gamma is -1'), ('seed',-1,'--seed is -1'), ('seed',2**64,'--seed is'),
+                         ('lr',-1,'--lr is -1'),
+                         ('T',0,'--t is 0'), ('gamma',-1,'--gamma is -1'), ('seed',-1,'--seed is -1'), ('seed',2**64,'--seed is'),
                          ('max_minutes',0,'--max-minutes is 0')):
         assert sentence in wrong(tmp_path, data=str(csv_set), **{k:v})
     assert 'inception_v3 does not take images of 32 px' in wrong(tmp_path, data=str(csv_set), teacher='inception_v3')
