@@ -213,7 +213,8 @@ class Checkpoint(Callback):
         self.skip = 0
         if not self.learn.skip_batches.n: return
         for cb in self.learn.cbs:
-            if isinstance(cb, LossTerm): cb.totals = {k:[torch.tensor(t), n] for k,(t,n) in self.totals[cb.name].items()}
+            # numbers, which go to any device
+            if isinstance(cb, LossTerm): cb.totals = {k:[t, n] for k,(t,n) in self.totals[cb.name].items()}
 
     def after_batch(self):
         if not self.training or self.iter < self.learn.skip_batches.n or self.iter + 1 == self.n_iter: return

@@ -1,14 +1,17 @@
 """Mixed precision, seeds, the terms of a loss, and what a recorder holds on to."""
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation, GradientClip
 from helpers import Grab, fit, net, same_state, stage_one_learner, stage_two_learner
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from grdd_fastai.core.device import autocast_dtype
 from grdd_fastai.models.create import create_backbone
-from grdd_fastai.training.callbacks import Autocast
+from grdd_fastai.training.callbacks import Autocast, LossTerm
 
 # ---- mixed precision --------------------------------------------------------------------------------------------------
 
@@ -107,3 +110,14 @@ def test_the_recorder_keeps_numbers(data):
     learn = fit(stage_two_learner(data, net(5), n_episodes=4))
     assert len(learn.recorder.losses) == 4 and all(isinstance(v, float) for v in learn.recorder.losses)
     learn.recorder.plot_loss(with_valid=False)
+
+def test_totals_that_a_checkpoint_brings_back_go_to_the_gpu():
+    "By fake tensors, which need no GPU: what was counted before the stop is a number, the next loss is on the GPU"
+    class Term(LossTerm):
+        parts = ('L_x',)
+    with FakeTensorMode():
+        term = Term()
+        term.learn = SimpleNamespace(loss_grad=torch.zeros((), device='cuda'))
+        term.totals = dict(L_x=[1.5, 2])
+        term.set_loss(torch.zeros((), device='cuda'), L_x=torch.ones((), device='cuda'))
+        assert term.totals['L_x'][0].device.type == 'cuda' and term.totals['L_x'][1] == 3
