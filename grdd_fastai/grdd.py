@@ -13,8 +13,8 @@ from .runs.checkpoint import Stopped
 from .runs.options import ComputeOptions, DataOptions
 from .runs.run import Run, default_out
 from .settings import at_least, between, checked, from_flags, positive, with_flags
-from .stage_one import StageOne, stage_one
-from .stage_two import PRESETS, check_teacher_output, get_preset, stage_two
+from .stage_one import StageOne, TeacherEpochs, stage_one
+from .stage_two import PRESETS, Preset, check_teacher_output, get_preset, stage_two
 
 __all__ = ['grdd']
 
@@ -76,9 +76,9 @@ def grdd(
     teacher:str=None, # network of the global learner phi, a timm model (resnet12; demo: convnet4)
     student:str=None, # network of the meta-learner psi, a timm model (resnet12; demo: convnet4)
     one=None, # the given settings of `StageOne`
-    teacher_epochs:Annotated[int, "epochs of the teacher's stage one (as --epochs)", between(1, 10**6)]=None,
+    teacher_epochs:TeacherEpochs=None,
     independent_teacher:bool=False, # train the teacher apart where it has the student's architecture
-    preset:str='best', # preset of stage two's settings: best, muon or paper, see docs/method.md
+    preset:Preset='best',
     two=None, # the given settings of `StageTwo`
     test_episodes:Annotated[int, 'episodes of the novel classes (10000; demo: 2000)', between(1, 10**8)]=None,
     classifiers:str='cosine', # classifiers that score the novel classes, separated by commas; `accuracy` and `gain` are the first one's

@@ -64,6 +64,8 @@ PRESETS = dict( # docs/method.md says what each setting is and what was measured
                    distill=Distill(T=4., gamma=0.2, kl_weight=1., reduction='sum', teacher_view='clean')))
 LABELS_ALONE = dict(best=dict(lr=1e-2), muon=dict(lr=3e-3)) # what CL+EL does best with, where that differs
 
+Preset = Annotated[str, "preset of stage two's settings: best, muon or paper, see docs/method.md"] # the type of a program's parameter
+
 
 def get_preset(name:str, labels_alone:bool=False) -> StageTwo:
     "The settings of stage two by the name of a preset, for GRDD or for CL+EL (`labels_alone`)"

@@ -13,7 +13,7 @@ from grdd_fastai.experiments.plots import plot_rows, save_figure
 from grdd_fastai.experiments.table import CL, EL, GR, table
 from grdd_fastai.runs.options import DataOptions
 from grdd_fastai.settings import exact_flags, from_flags
-from grdd_fastai.stage_two import get_preset
+from grdd_fastai.stage_two import Preset, get_preset
 
 
 def ablations(two, n_classes):
@@ -34,7 +34,7 @@ def ablations(two, n_classes):
 @exact_flags
 @delegates(table, but=['name', 'all_rows'])
 def main(
-    preset:str='best', # preset of stage two's settings: best, muon or paper, see docs/method.md
+    preset:Preset='best',
     **kwargs
 ):
     "Figure 4: the components of GRDD"

@@ -21,8 +21,8 @@ from ..runs.options import DataOptions
 from ..runs.provenance import command, device_name, git_commit, versions
 from ..runs.run import default_out
 from ..settings import between, checked, from_flags, positive, with_flags
-from ..stage_one import StageOne
-from ..stage_two import PRESETS, check_teacher_output, get_preset
+from ..stage_one import StageOne, TeacherEpochs
+from ..stage_two import PRESETS, Preset, check_teacher_output, get_preset
 from .store import EPISODE, SPLITS, NetworkStore
 
 __all__ = ['CL', 'EL', 'GR', 'Table', 'table']
@@ -75,8 +75,8 @@ def table(
     student:str=None, # small network, a timm model (convnet4)
     teacher:str=None, # large network, a timm model (resnet12; demo: convnet4_128)
     one=None, # the given settings of `StageOne`
-    teacher_epochs:Annotated[int, "epochs of the teacher's stage one (as --epochs)", between(1, 10**6)]=None,
-    preset:str='best', # preset of stage two's settings: best, muon or paper, see docs/method.md
+    teacher_epochs:TeacherEpochs=None,
+    preset:Preset='best',
     two=None, # the given settings of `StageTwo`
     test_episodes:Annotated[int, 'number of episodes to score (10000; demo: 1000)', between(1, 10**8)]=None,
     max_minutes:Annotated[float, 'minutes after which the program stops with everything saved; the same command goes on', positive]=None,
