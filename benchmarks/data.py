@@ -18,7 +18,7 @@ from grdd_fastai.data.blocks import category_dls, episodic_dls
 
 
 def per_image(dl, least=1.):
-    "Seconds per image, over as many epochs as fill `least` seconds"
+    "Seconds per image, measured over so many epochs that they take at least `least` seconds"
     n = 0
     begun = time.perf_counter()
     while not n or time.perf_counter() - begun < least:

@@ -38,7 +38,7 @@ OWN = dict(TIM_GD=('tim_gd', 100), TIM_ADM=('tim_adm', 500))
 
 
 def made_up(n_classes=20, per_class=600, D=256, seed=0):
-    "Unit features (N, D) of classes that overlap, and the classes (N)"
+    "Features of length one (N, D), in classes that overlap, and the class of each (N)"
     g = torch.Generator().manual_seed(seed)
     y = torch.arange(n_classes).repeat_interleave(per_class)
     h = (torch.randn(n_classes, D, generator=g)[y] + 3*torch.randn(len(y), D, generator=g) + 1).relu()

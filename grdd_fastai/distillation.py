@@ -7,7 +7,6 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from fastai.data.transforms import Normalize
 
 from .core.device import amp
 from .core.distributed import backbone_of
@@ -17,6 +16,7 @@ from .losses import kl_relatedness, relatedness
 from .models.create import features
 from .settings import Settings, at_least, declared, flag, one_of, positive, recorded, with_settings
 from .training.callbacks import LossTerm, UndoAfterFit, amp_dtype
+from .training.learner import normalisation
 
 __all__ = ['Distill', 'Teacher', 'DistillationTerm', 'RelatednessKL']
 
@@ -130,7 +130,9 @@ class Teacher(UndoAfterFit):
         self.were,self.converters = [],[] # a Learner that is exported holds no functions
 
 
-def as_list(o): return [] if o is None else list(o) if isinstance(o, list | tuple) else [o]
+def as_list(o):
+    "The list or tuple `o` as a list; None gives an empty list, any other object a list of one"
+    return [] if o is None else list(o) if isinstance(o, list | tuple) else [o]
 
 def image_converter(net, dls, side):
     """A function of the images of `dls`, (B, 3, side, side), that gives them as `net` wants them
@@ -139,7 +141,7 @@ def image_converter(net, dls, side):
     """
     cfg = getattr(net, 'pretrained_cfg', None) or {}
     wanted = cfg['input_size'][-1] if 'input_size' in cfg else side
-    own = next((f for f in dls.train.after_batch.fs if isinstance(f, Normalize)), None)
+    own = normalisation(dls)
     normalise = None
     if own and 'mean' in cfg and 'std' in cfg:
         mean,std = (torch.tensor(cfg[k], device=own.mean.device).view(1, -1, 1, 1) for k in ('mean', 'std'))

@@ -68,7 +68,7 @@ DEMO = dict(teacher='convnet4', student='convnet4', one=StageOne(epochs=2), two=
 def grdd(
     way:Annotated[int, 'C, classes per episode', at_least(2)]=5,
     shot:Annotated[int, 'K, support images per class', at_least(1)]=1,
-    px:int=32, # side of the images; the demo's are 32
+    px:int=32, # side of the images in pixels; the demo always uses 32
     name:str='grdd', # name of the recipe, which names the folder if no --out is given
     query:Annotated[int, 'query images per class and episode of the novel classes', between(1, 10**6)]=15,
     files=None, # the given `DataOptions`

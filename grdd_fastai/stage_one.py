@@ -62,7 +62,7 @@ class StageOne(Settings):
         if useless and not self.rotation: raise UserError(f'{useless} has no effect without rotation: leave one of them out')
 
 
-# the type of a program's parameter
+# type of the parameter `teacher_epochs` of a program, with its help and its bound
 TeacherEpochs = Annotated[int, "epochs of the teacher's stage one (as --epochs)", between(1, 10**6)]
 OF_DATA_AND_FIT = ('arch', 'epochs', 'schedule', 'lr', 'opt', 'bs', 'jitter', 'augment') # all other settings are the Learner's
 

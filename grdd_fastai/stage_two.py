@@ -16,7 +16,7 @@ from .data.augment import AUGMENTATIONS, train_augmentation
 from .data.blocks import episodic_dls
 from .data.cache import FewShotData
 from .data.episodes import EpisodicDL
-from .distillation import Distill, distillation
+from .distillation import Distill, as_list, distillation
 from .losses import EpisodicLoss
 from .models.create import create_backbone
 from .settings import Settings, at_least, between, flag, one_of, positive, recorded, with_settings
@@ -64,7 +64,8 @@ PRESETS = dict( # docs/method.md says what each setting is and what was measured
                    distill=Distill(T=4., gamma=0.2, kl_weight=1., reduction='sum', teacher_view='clean')))
 LABELS_ALONE = dict(best=dict(lr=1e-2), muon=dict(lr=3e-3)) # what CL+EL does best with, where that differs
 
-Preset = Annotated[str, "preset of stage two's settings: best, muon or paper, see docs/method.md"] # the type of a program's parameter
+# type of the parameter `preset` of a program, with its help
+Preset = Annotated[str, "preset of stage two's settings: best, muon or paper, see docs/method.md"]
 
 
 def get_preset(name:str, labels_alone:bool=False) -> StageTwo:
@@ -144,7 +145,7 @@ def meta_learner(
         raise UserError('a setting of the distillation is given without a teacher: give teacher=, or neither for episodic labels alone')
     terms = []
     if teacher is not None:
-        teachers = [backbone_of(t) if isinstance(t, Learner) else t for t in (teacher if isinstance(teacher, list | tuple) else [teacher])]
+        teachers = [backbone_of(t) if isinstance(t, Learner) else t for t in as_list(teacher)]
         terms = [*distillation(teachers, s.distill, teacher_features), ShowL_rt()]
     gamma = s.distill.gamma if terms else 1.
     return few_shot_learner(dls, model, EpisodicLoss(e.n_way, e.k_shot, e.n_query, s.scale, s.mean, gamma), terms, seed=s.seed,

@@ -115,7 +115,7 @@ STAGE_ONE = { # row -> changes of ONE for CL alone; rows with rotation train a q
 
 
 def sized(two, images):
-    "The settings `two` with the number of episodes per epoch that trains on `images` images in all"
+    "A copy of the settings `two` with so many episodes per epoch that the training sees `images` images"
     per_episode = two['n_way'] * (two['k_shot'] + two['n_query'])
     return two | dict(n_episodes=max(1, round(images/two['epochs']/per_episode)))
 

@@ -66,20 +66,23 @@ def two_nets(tmp_path_factory, faint_data):
     return out
 
 @pytest.fixture(scope='session')
-def undisturbed(csv_set, cache, tmp_path_factory):
-    "What a run that nothing stops comes to"
-    out = tmp_path_factory.mktemp('undisturbed')/'run'
+def finished_run(csv_set, cache, tmp_path_factory):
+    "The folder of a run that was never stopped; no test changes it"
+    out = tmp_path_factory.mktemp('finished')/'run'
     recipe('cifarfs_5w1s')(out=str(out), **settings(csv_set, cache))
-    want = leavings(out)
+    return out
+
+@pytest.fixture(scope='session')
+def undisturbed(finished_run):
+    "The results of a run that was never stopped, as `leavings` gives them"
+    want = leavings(finished_run)
     assert set(want[0]) == {f'{s}.{x}' for s in STAGES for x in ('safetensors','json')} | {f'history_{s}.csv' for s in STAGES}
     return want
 
 @pytest.fixture(scope='session')
-def finished(csv_set, cache, tmp_path_factory):
-    "The files of a finished run, to be laid out anew"
-    out = tmp_path_factory.mktemp('finished')/'run'
-    recipe('cifarfs_5w1s')(out=str(out), **settings(csv_set, cache))
-    return {f.name:f.read_bytes() for f in out.iterdir()}
+def finished(finished_run):
+    "The files of a finished run, from which a test makes a folder of its own"
+    return {f.name:f.read_bytes() for f in finished_run.iterdir()}
 
 @pytest.fixture
 def small(faint, cache): return TABLE | dict(data=str(faint), cache=str(cache))

@@ -182,7 +182,7 @@ def episodes(E=3, C=4, K=2, Q=5, D=6, seed=0, noise=.8):
     return s,s_y,q,q_y
 
 def logits(name, s, s_y, q, **settings):
-    "Of a classifier by name, from and to arrays"
+    "The logits of the classifier with this name; arguments and result are arrays"
     t = lambda a: torch.as_tensor(a).float() if a.dtype.kind == 'f' else torch.as_tensor(a)
     return CLASSIFIERS[name](t(s), t(s_y), t(q), **settings).numpy()
 
@@ -194,7 +194,7 @@ VALID = dict(n_way=3, k_shot=1, n_query=5, n_episodes=20)
 def net(seed, **kwargs): return create_backbone('convnet4', 0, 16, seed, **kwargs)
 
 def like_data(net, data):
-    "A network that wants images as the data's DataLoaders make them"
+    "The network `net`, configured for images as the DataLoaders of `data` make them"
     mean,std = data.stats
     net.pretrained_cfg = net.pretrained_cfg | dict(input_size=(3, data.px, data.px), mean=tuple(mean), std=tuple(std))
     return net
@@ -262,12 +262,12 @@ def settings(csv_set, cache, **kwargs):
     return {**THREE, 'data':str(csv_set), 'cache':str(cache), **kwargs}
 
 def stopped(csv_set, cache, out, sessions=1):
-    "The folder of a run that was stopped after its first step, or after as many steps as there are sessions"
+    "The folder of a run that was stopped and resumed so that it has taken `sessions` steps"
     for _ in range(sessions): recipe('cifarfs_5w1s')(out=str(out), resume=True, max_minutes=1e-9, **settings(csv_set, cache))
     return out
 
 def leavings(out):
-    "What a run comes to: names and bytes of its weights, cards and histories, and its result but for the time"
+    "The results of a run: names and bytes of its weights, cards and histories, and its result without the time"
     result = json.loads((out/'result.json').read_text())
     files = {p.name:p.read_bytes() for p in out.iterdir() if p.suffix in ('.safetensors','.csv') or p.stem in STAGES}
     return files,{k:v for k,v in result.items() if k != 'seconds'}

@@ -122,7 +122,7 @@ BACKBONES = dict(
 PUBLISHED = dict(convnet4=.113, convnet4_128=.261, convnet4_256=.464, convnet4_r2d2=2.6, resnet12=12.42, resnet12_512=8.0) # millions
 
 def published_convnet4(net, x):
-    "In the published order: convolution, BatchNorm, ReLU, pool"
+    "The forward pass of ConvNet-4 in the published order: convolution, BatchNorm, ReLU, pool"
     for i,stage in enumerate(net.stages):
         x = torch.relu(stage[1](stage[0](x)))
         if i < 3: x = F.max_pool2d(x, 2)
@@ -164,7 +164,7 @@ def nearest_neighbour(s, y, q): return np.array([[max(cos([x], s[y == c])[0]) fo
 
 def shots(y): return len(y) / (y.max()+1)
 def rectified(s, y, q):
-    "Support and shifted queries in the class they are nearest to by cosine, the mean of each times its softmax over the classes"
+    "BD-CSPN: each class's weighted mean of its support and of the shifted queries nearest to it by cosine; the weights are softmax values"
     p,moved = means(s, y),q + s.mean(0) - q.mean(0)
     images = [*s, *moved]
     C = [cos([x], p)[0] for x in images]

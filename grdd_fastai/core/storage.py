@@ -24,7 +24,7 @@ __all__ = ['Busy', 'user_path', 'atomic_write', 'write_json', 'read_bytes', 'rea
 
 
 MAX_BYTES = 2**28 # the most bytes of a file that is read as a whole
-MAX_SIDE = 1024 # the most pixels on a side of packed images, and of the images that a network may ask for
+MAX_SIDE = 1024 # largest side, in pixels, of packed images and of the images that a network may ask for
 NOFOLLOW,NONBLOCK = getattr(os, 'O_NOFOLLOW', 0),getattr(os, 'O_NONBLOCK', 0) # Windows has neither flag
 HALF_WRITTEN = re.compile(r'\..+\.[0-9a-f]{16}\.part', re.DOTALL) # matches the names that `part_name` makes
 

@@ -74,7 +74,7 @@ def few_shot_data(
     px:int=32, # side of the packed images in pixels, from 1 to 1024
     cache:str|Path|None=None, # folder for the packed images; None: `default_cache()`
     seed:int=0, # seed that splits a folder of class folders and draws the demo
-    allow_large:bool=False, # whether images of 89 to 179 megapixels are decoded too
+    allow_large:bool=False, # also decode images of 89 to 179 megapixels
 ) -> FewShotData:
     """Pack `data` if it is new or has changed (CSVs or images), and return it as a `FewShotData`
 

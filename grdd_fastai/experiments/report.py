@@ -81,7 +81,7 @@ def records(folder):
 def over_seeds(values, sign=''): return f'{statistics.mean(values):{sign}.2f} (sd {statistics.stdev(values):.2f})'
 
 def accuracy(seeds, shot):
-    "Cell of the accuracy of a row, given its records by seed; empty if the shot was not scored"
+    "Table cell with the accuracy of a row, from its records of all seeds; empty if the shot was not scored"
     scores = [r['scores'][shot] for r in seeds if shot in r['scores']]
     if len(scores) > 1: return over_seeds([o['accuracy'] for o in scores])
     return accuracy_text(scores[0]) if scores else ''

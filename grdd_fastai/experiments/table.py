@@ -157,13 +157,14 @@ def train(store, row, roles, seed, stage_two, start):
     "The `Trained` networks of a row: `net` and, for stage two, its `student` of stage one (with the seed `start`) and its `teacher`"
     def one(role, seed): return store.stage_one_net(roles[role].but(**row.get('stage_one', {}) | dict(seed=seed)))
     psi,phi = row['psi'],row.get('phi')
+    if 'stage_two' in row:
+        two = stage_two[not phi].but(**row['stage_two'] | dict(seed=seed))
+        if phi: check_teacher_output(roles[phi], two) # before anything is trained for the row
     student = one(psi, start)
     if 'stage_two' not in row: return dict(net=student)
     teacher = None
     if phi and roles[phi] == roles[psi]: teacher = one(phi, start + 1) if row.get('independent') else student
     elif phi: teacher = one(phi, 0) # all seeds have the same teacher
-    two = stage_two[not phi].but(**row['stage_two'] | dict(seed=seed))
-    if phi: check_teacher_output(roles[phi], two)
     return dict(student=student, teacher=teacher, net=store.stage_two_net(student, teacher, two))
 
 

@@ -39,7 +39,7 @@ class FewShotClassifier:
         # side of the network's images in pixels; None: as in its `pretrained_cfg`, where our Learners note that of their data
         px:int|None=None,
         stats:Sequence|None=None, # (mean, std) to normalise images with; None: as in its `pretrained_cfg`
-        allow_large:bool=False, # whether images of 89 to 179 megapixels are decoded too
+        allow_large:bool=False, # also decode images of 89 to 179 megapixels
         **settings # settings of the classifier
     ):
         if isinstance(network, Learner): network = backbone_of(network)

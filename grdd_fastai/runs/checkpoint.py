@@ -249,7 +249,7 @@ class SkipBatches(Callback):
     n = 0
     def before_batch(self):
         if self.iter >= self.n: return
-        self.learn.yb = () # so that the Recorder counts no images
+        self.learn.yb = () # without labels, the Recorder counts no images
         raise CancelBatchException()
 
 

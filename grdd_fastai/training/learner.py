@@ -53,10 +53,14 @@ class FewShotLearner(Learner):
             self._with_events(self._do_epoch, 'epoch', CancelEpochException)
 
 
+def normalisation(dls):
+    "The `Normalize` transform of the batches of `dls`, or None"
+    return next((f for f in dls.train.after_batch.fs if isinstance(f, Normalize)), None)
+
 def image_config(dls):
     "The size of the images of `dls` and, if they are normalised, their mean and std, in the form of timm's `pretrained_cfg`"
     cfg = dict(input_size=tuple(dls.one_batch()[0].shape[1:]), crop_pct=1.)
-    norm = next((f for f in dls.train.after_batch.fs if isinstance(f, Normalize)), None)
+    norm = normalisation(dls)
     if norm is None: return cfg
     return cfg | {k:tuple(v.flatten().tolist()) for k,v in dict(mean=norm.mean, std=norm.std).items()}
 

@@ -67,7 +67,7 @@ def test_embedding_and_episodes_are_shared_and_gathered(both):
     assert (a['accuracies'] != torch.from_numpy(evaluate(a['h'], a['y'], **WORDS).episodes)).sum() == 0 # the very episodes of one process
 
 def test_two_processes_reach_the_accuracy_of_one(both):
-    "Trained and scored in two, within the interval of one"
+    "The accuracy of two processes lies within the confidence interval of one process"
     alone,a,_ = both
     assert (abs(a['accuracies'].mean() - alone['accuracies'].mean()) <= mean_ci95(alone['accuracies'])[1]
             and 0 < alone['accuracies'].mean() < 100)
