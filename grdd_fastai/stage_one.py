@@ -12,6 +12,7 @@ from fastai.torch_core import params
 from fastcore.foundation import L
 from torch import nn
 
+from .core.device import cpu_seed
 from .core.distributed import backbone_of
 from .core.errors import UserError
 from .data.augment import AUGMENTATIONS, train_augmentation
@@ -92,8 +93,7 @@ def global_learner(
         raise UserError(f'the backbone is a {type(arch).__name__}: give the name of a timm model, or one')
     if s.pretrained and not isinstance(arch, str): raise UserError('pretrained has no effect on a network that is there: give its name')
     backbone = create_backbone(arch, dls.c, dls.one_batch()[0].shape[-1], s.seed, s.pretrained) if isinstance(arch, str) else arch
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(s.seed)
+    with cpu_seed(s.seed):
         model = GlobalNet(backbone, s.rotation, s.rotation_from, s.head)
     terms = [Rotation(s.rotation_weight)] if s.rotation else []
     return few_shot_learner(dls, model, CrossEntropyLossFlat(label_smoothing=s.smoothing), terms, seed=s.seed, splitter=body_and_head,

@@ -1,4 +1,4 @@
-"""Settings of the device: mixed precision, reuse of freed memory, deterministic kernels."""
+"""Settings of the device: precision, reuse of freed memory, deterministic kernels, random numbers."""
 import contextlib
 import ctypes
 import os
@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import torch
 
-__all__ = ['keep_freed_memory', 'amp', 'autocast_dtype', 'deterministic']
+__all__ = ['keep_freed_memory', 'amp', 'autocast_dtype', 'deterministic', 'ieee_float32', 'cpu_seed']
 
 
 M_TRIM_THRESHOLD,M_MMAP_THRESHOLD = -1,-3 # names and numbers from <malloc.h>
@@ -64,3 +64,28 @@ def deterministic(on=True):
     finally:
         torch.use_deterministic_algorithms(deterministic_before)
         torch.backends.cudnn.benchmark = benchmark_before
+
+
+@contextlib.contextmanager
+def ieee_float32():
+    """Compute float32 in full precision on every device, also convolutions on NVIDIA GPUs from Ampere on
+
+    By default these use TF32, which keeps 10 bits of the fraction instead of 23.
+    """
+    cudnn,matmul = torch.backends.cudnn,torch.backends.cuda.matmul
+    if hasattr(cudnn, 'conv'): flags = [(cudnn.conv, 'fp32_precision', 'ieee'), (matmul, 'fp32_precision', 'ieee')]
+    else: flags = [(cudnn, 'allow_tf32', False), (matmul, 'allow_tf32', False)] # torch before 2.9
+    before = [getattr(where, name) for where,name,_ in flags]
+    for where,name,full in flags: setattr(where, name, full)
+    try: yield
+    finally:
+        for (where,name,_),old in zip(flags, before): setattr(where, name, old)
+
+
+@contextlib.contextmanager
+def cpu_seed(seed):
+    "Seed the random numbers of the CPU inside the context; afterwards they go on as before, and those of a GPU are never touched"
+    before = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try: yield
+    finally: torch.set_rng_state(before)

@@ -1,6 +1,7 @@
 """Packed splits as fastai items, and a DataLoader whose order and augmentation depend only on the seed."""
 import random
 from functools import cached_property
+from weakref import WeakValueDictionary
 
 import fastai.vision.data  # noqa: F401  (registers show_batch for images)
 import numpy as np
@@ -9,6 +10,7 @@ from fastai.data.core import TfmdDL
 from fastai.data.transforms import Category
 from fastai.torch_core import TensorCategory, TensorImage
 from fasttransform import DisplayedTransform
+from torch.utils.data import get_worker_info
 
 from ..core.errors import UserError
 from .augment import seeded
@@ -22,19 +24,33 @@ class PackedImage(DisplayedTransform):
     "Row number, or rows of one split -> uint8 image(s) (..., 3, H, W); the rows of `splits` are numbered one split after the other"
     def __init__(self, *splits):
         self.images = [s.images for s in splits]
+        self.resident = None # the images on a device, where `hold` has put them
         self.starts = np.cumsum([0] + [len(s) for s in splits]) # first row of each split
     def encodes(self, rows):
         rows = np.asarray(rows)
         i = np.searchsorted(self.starts, rows.flat[0], 'right') - 1
-        images = self.images[i]
+        # processes that load batches cannot use the memory of a GPU
+        images = (self.images if self.resident is None or get_worker_info() else self.resident)[i]
         rows = rows - self.starts[i]
         x = (images[torch.as_tensor(rows, device=images.device)] if isinstance(images, torch.Tensor)
              else torch.from_numpy(np.array(images[rows])))
         return TensorImage(x.movedim(-1, -3))
     def hold(self, device, room):
-        "Move the images to `device` and keep them there, if all of them together need at most `room` bytes"
-        if sum(im.nbytes for im in self.images) <= room:
-            self.images = [torch.as_tensor(np.asarray(im) if isinstance(im, np.ndarray) else im, device=device) for im in self.images]
+        "Copy the images to `device` and keep them there, if all of them need at most `room` bytes; loaders of the same images share them"
+        if self.resident is None and sum(im.nbytes for im in self.images) <= room:
+            self.resident = [resident_copy(im, device) for im in self.images]
+    def __getstate__(self): return self.__dict__ | dict(resident=None) # a copy or a saved loader makes its own
+
+RESIDENT = WeakValueDictionary() # (id of the images, device) -> the copy on the device that all loaders of this process share
+
+def resident_copy(images, device):
+    "The tensor on `device` of `images`, an array or a tensor, which is copied only once as long as a loader holds the copy"
+    key = id(images),str(device) # whoever holds the copy holds the images too, so that no other object has their id
+    if key not in RESIDENT:
+        copy = torch.from_numpy(np.array(images)) if isinstance(images, np.ndarray) else images
+        RESIDENT[key] = copy = copy.to(device)
+        return copy
+    return RESIDENT[key]
 
 class PackedLabel(DisplayedTransform):
     "Row number(s) -> class code(s); the classes of the first split have the lowest codes and `c` is their number"

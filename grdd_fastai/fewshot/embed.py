@@ -2,13 +2,14 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 from fastai.data.load import DataLoader
 
-from ..core.device import amp
+from ..core.device import amp, ieee_float32
 from ..core.distributed import all_sum, rank_world
 from ..core.errors import UserError
 from ..core.storage import default_cache, digest, filled_array, load_array, locked, sweep, user_path
@@ -32,12 +33,14 @@ def cached_features(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Features (N, D), or (views, N, D) with `views`, in float32, and classes (N) of a split
 
-    They are computed once and then read from a memory-mapped file, whose name depends on weights, data and settings. UserError if the
+    They are computed once and then read from a memory-mapped file, whose name depends on weights, data, settings and
+    kind of device. UserError if the
     cache folder cannot be written.
     """
     if stats is None: _,*stats = input_config(net)
     dl = plain_dl(data, split, stats=stats, aug=train_augmentation(data.px, jitter) if views else None, seed=seed)
-    meta = dict(weights=digest(net.state_dict()), net=type(net).__name__, data=data.fingerprint, split=split, stats=stats)
+    meta = dict(weights=digest(net.state_dict()), net=type(net).__name__, data=data.fingerprint, split=split, stats=stats,
+                precision='ieee float32', device=torch.device(dl.device).type)
     if views: meta |= dict(views=views, jitter=jitter, augment='batch', seed=seed)
     key = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()[:16]
     path = user_path(cache or default_cache(), '--cache')/'features'/f'{key}.npy'
@@ -61,7 +64,7 @@ def cached_features(
 def embed(
     model:torch.nn.Module, # timm model or other module; its training mode is not changed
     dl:DataLoader, # DataLoader of (images, labels), such as `plain_dl(data, 'test')`
-    dtype:torch.dtype|None=None, # dtype for autocast; None: float32 without autocast
+    dtype:torch.dtype|None=None, # dtype for autocast; None: full float32 (`ieee_float32`)
     out:np.ndarray|None=None, # array (N, D) for the features, for example memory-mapped; None: a new tensor on the model's device
     distributed:bool=False, # in a distributed run, each process embeds a part and all get the whole
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,7 +79,7 @@ def embed(
     if n > 1: dl = dl.new(share=(rank, n), bs=min(dl.bs, -(-N//n))) # each process gets at least one image
     at = rank*dl.bs if n > 1 else 0
     try:
-        with amp(device, dtype):
+        with amp(device, dtype), ieee_float32() if dtype is None else nullcontext():
             for x,y_b in dl:
                 h_b = features(model, x.as_subclass(torch.Tensor).to(device))
                 if h is None: h = torch.zeros(N, *h_b.shape[1:], device=device) # made at once, so that parts need no copy

@@ -9,11 +9,13 @@ import pandas as pd
 import timm
 import torch
 from fastai.learner import Learner
+from fastai.torch_core import default_device
 from PIL import Image
 from torch import nn
 
+from ..core.device import ieee_float32
 from ..core.distributed import backbone_of
-from ..core.errors import UserError
+from ..core.errors import UserError, first_line
 from ..core.storage import MAX_SIDE, read_bytes, user_path
 from ..data.archives import IMAGES, Folder
 from ..data.images import open_image, upright_rgb
@@ -39,11 +41,15 @@ class FewShotClassifier:
         # side of the network's images in pixels; None: as in its `pretrained_cfg`, where our Learners note that of their data
         px:int|None=None,
         stats:Sequence|None=None, # (mean, std) to normalise images with; None: as in its `pretrained_cfg`
+        # where the network computes; None: where it lies, or for a name or path the fastest device there is
+        device:str|torch.device|None=None,
         allow_large:bool=False, # also decode images of 89 to 179 megapixels
         **settings # settings of the classifier
     ):
         if isinstance(network, Learner): network = backbone_of(network)
-        self.net = (network if isinstance(network, nn.Module) else load_network(network)).eval()
+        loaded = isinstance(network, nn.Module)
+        self.net = (network if loaded else load_network(network)).eval()
+        if device is not None or not loaded: self.net.to(as_device(device))
         self.allow_large = allow_large
         if not isinstance(bs, int) or bs < 1: raise UserError(f'bs is {bs!r}: it must be at least 1')
         if px is not None and (not isinstance(px, int) or isinstance(px, bool) or not 1 <= px <= MAX_SIDE):
@@ -77,7 +83,7 @@ class FewShotClassifier:
         except TypeError: raise UserError(f'a {type(images).__name__} is no image: give an image or a list of images') from None
         if not images: raise UserError('no image is given: give at least one')
         def batch(at): return torch.stack([self.transform(load_image(im, self.allow_large)) for im in images[at:at+self.bs]])
-        return torch.cat([features(self.net, batch(at).to(device)).float() for at in range(0, len(images), self.bs)])
+        with ieee_float32(): return torch.cat([features(self.net, batch(at).to(device)).float() for at in range(0, len(images), self.bs)])
 
     def fit(self, images:Iterable, labels:Iterable) -> 'FewShotClassifier':
         "Keep the features of a few `images` of each class with their `labels` (text or numbers), and return self"
@@ -109,6 +115,13 @@ class FewShotClassifier:
         "A list with the class of each image"
         return self.logits(images).idxmax(axis=1).tolist()
 
+
+def as_device(device):
+    "The torch device that `device` names, or the fastest one for None; UserError if there is no such device here"
+    if device is None: return default_device()
+    try: return torch.empty(0, device=device).device
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as e:
+        raise UserError(f'the device {device!r} cannot be used ({first_line(e)}): give cpu, cuda or mps, whichever is here') from None
 
 def pair_of(stats):
     "(mean, std) of three numbers each; UserError for anything else"

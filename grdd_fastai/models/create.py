@@ -5,6 +5,7 @@ import math
 import timm
 import torch
 
+from ..core.device import cpu_seed
 from ..core.errors import UserError, first_line
 from ..core.storage import MAX_SIDE
 
@@ -53,13 +54,11 @@ def create_backbone(
                         'give the name of an architecture, or of weights that can') from None
 
 def _build(arch, num_classes, px, seed, **kwargs):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with cpu_seed(seed):
         try: return timm.create_model(arch, num_classes=num_classes, img_size=px, **kwargs)
         except TypeError as e:
             if 'img_size' not in str(e): raise
-        torch.manual_seed(seed)
-        return timm.create_model(arch, num_classes=num_classes, **kwargs)
+    with cpu_seed(seed): return timm.create_model(arch, num_classes=num_classes, **kwargs)
 
 def check_input_config(px, mean, std, crop_pct=1., interpolation='bicubic'):
     "The entries of `pretrained_cfg` about images, as a dict: size, mean, std, crop and interpolation; ValueError for an impossible value"

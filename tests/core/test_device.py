@@ -2,10 +2,29 @@
 import pytest
 import torch
 
-from grdd_fastai.core.device import autocast_dtype
+from grdd_fastai.core.device import autocast_dtype, cpu_seed, ieee_float32
 
 
 @pytest.mark.parametrize('supported, dtype', [(True, torch.bfloat16), (False, torch.float16)])
 def test_a_gpu_without_bfloat16_gets_float16(monkeypatch, supported, dtype):
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: supported)
     assert autocast_dtype(torch.device('cuda')) is dtype and autocast_dtype(torch.device('meta')) is None
+
+def test_full_float32_is_set_inside_and_restored_after_an_error():
+    cudnn,matmul = torch.backends.cudnn,torch.backends.cuda.matmul
+    before = cudnn.allow_tf32,matmul.allow_tf32
+    assert before[0] # torch lets convolutions use TF32
+    with pytest.raises(ValueError), ieee_float32():
+        assert not matmul.allow_tf32
+        assert cudnn.conv.fp32_precision == 'ieee' if hasattr(cudnn, 'conv') else not cudnn.allow_tf32
+        raise ValueError
+    assert (cudnn.allow_tf32, matmul.allow_tf32) == before
+
+def test_the_seed_of_the_cpu_is_that_of_torch_and_touches_no_gpu(monkeypatch):
+    torch.manual_seed(3)
+    seeded,after = torch.rand(4),torch.rand(4)
+    torch.manual_seed(3)
+    torch.rand(4)
+    monkeypatch.setattr(torch.cuda, 'manual_seed_all', lambda seed: pytest.fail('the GPU was seeded'))
+    with cpu_seed(3): assert torch.equal(torch.rand(4), seeded)
+    assert torch.equal(torch.rand(4), after)

@@ -45,13 +45,22 @@ def test_images_that_fit_lie_on_the_device(data):
     images = held.train.packed
     n_bytes = 240*16*16*3
     images.hold(torch.device('cpu'), n_bytes - 1)
-    assert isinstance(images.images[0], np.memmap)
+    assert images.resident is None
     images.hold(torch.device('cpu'), n_bytes)
-    assert all(isinstance(o, torch.Tensor) and o.dtype == torch.uint8 for o in images.images)
+    assert all(isinstance(o, torch.Tensor) and o.dtype == torch.uint8 for o in images.resident)
     assert equal(batches(dls), batches(held)) and torch.equal(held.valid.one_batch()[0], dls.valid.one_batch()[0])
     by_albumentations = category_dls(data, bs=40, aug=A.Compose([A.HorizontalFlip(p=.5)]))
     by_albumentations.train.packed.hold(torch.device('cpu'), n_bytes)
     assert equal(batches(by_albumentations), batches(category_dls(data, bs=40, aug=A.Compose([A.HorizontalFlip(p=.5)]))))
+
+def test_loaders_share_one_copy_on_the_device_and_their_workers_do_without_it(data, monkeypatch):
+    a,b = category_dls(data, bs=40).train,episodic_dls(data).train
+    for dl in (a, b): dl.packed.hold(torch.device('cpu'), 2**30)
+    assert a.packed.resident[0] is b.packed.resident[0]
+    held = a.packed(np.arange(5))
+    monkeypatch.setattr('grdd_fastai.data.loaders.get_worker_info', lambda: object()) # as in a process that loads batches
+    monkeypatch.setattr(a.packed, 'resident', [None]*len(a.packed.resident)) # whose memory a worker cannot read
+    assert torch.equal(a.packed(np.arange(5)), held)
 
 @pytest.mark.parametrize('n', [2, 3])
 def test_the_shares_of_a_step_are_its_batch(data, n):
