@@ -25,8 +25,19 @@ def orthogonalized(G):
     X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for a,b,c in COEFFICIENTS:
         A = X @ X.mT
-        X = a*X + (b*A + c*A@A) @ X
+        if X.ndim == 3: X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a) # the line below in two kernels
+        else: X = a*X + (b*A + c*A@A) @ X
     return (X.mT if tall else X).to(G.dtype)
+
+
+def alike(ps):
+    """Lists of those parameters whose matrices are computed together
+
+    On a GPU they are those of one shape, because starting a product takes it as long as computing it. On a CPU each is alone, because
+    large products are slower there in a stack.
+    """
+    if all(p.device.type == 'cpu' for p in ps): return [[p] for p in ps]
+    return [[p for p in ps if p.shape == shape] for shape in dict.fromkeys(p.shape for p in ps)]
 
 
 class Muon(torch.optim.Optimizer):
@@ -42,23 +53,37 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure=None):
         with torch.enable_grad(): loss = closure() if closure else None
         for group in self.param_groups:
-            for p in group['params']:
-                if p.grad is None: continue
-                step = self.step_matrix if p.ndim > 1 else self.step_vector
-                step(p, self.state[p], **group)
+            params = [p for p in group['params'] if p.grad is not None]
+            self.step_matrices([p for p in params if p.ndim > 1], **group)
+            self.step_vectors([p for p in params if p.ndim < 2], **group)
         return loss
 
-    def step_matrix(self, p, state, lr, weight_decay, momentum, **_):
-        if not state: state['grad_avg'] = torch.zeros_like(p)
-        G = state['grad_avg'].lerp_(p.grad, 1 - momentum).flatten(1)
-        p.mul_(1 - lr*weight_decay).sub_(orthogonalized(G).view(p.shape), alpha=lr * 0.2*max(G.shape)**0.5)
+    def step_matrices(self, ps, lr, weight_decay, momentum, **_):
+        for same in alike(ps):
+            for p in same:
+                if not self.state[p]: self.state[p]['grad_avg'] = torch.zeros_like(p)
+            avgs = [self.state[p]['grad_avg'] for p in same]
+            torch._foreach_lerp_(avgs, [p.grad for p in same], 1 - momentum)
+            Gs = [G.flatten(1) for G in avgs]
+            steps = [orthogonalized(Gs[0])] if Gs[0].device.type == 'cpu' and len(Gs) == 1 else orthogonalized(torch.stack(Gs))
+            torch._foreach_mul_(same, 1 - lr*weight_decay)
+            torch._foreach_sub_(same, [step.view(p.shape) for step,p in zip(steps, same)], alpha=lr * 0.2*max(Gs[0].shape)**0.5)
 
-    def step_vector(self, p, state, lr, beta2, eps, beta1=0.9, **_):
-        if not state: state.update(grad_avg=torch.zeros_like(p), sqr_avg=torch.zeros_like(p), step=torch.zeros(()))
-        t = state['step'].add_(1).item()
-        mean = state['grad_avg'].lerp_(p.grad, 1 - beta1) / (1 - beta1**t)
-        sqr = state['sqr_avg'].lerp_(p.grad.square(), 1 - beta2) / (1 - beta2**t)
-        p.sub_(mean / (sqr.sqrt() + eps), alpha=lr)
+    def step_vectors(self, ps, lr, beta2, eps, beta1=0.9, **_):
+        if not ps: return
+        for p in ps:
+            if not self.state[p]: self.state[p].update(grad_avg=torch.zeros_like(p), sqr_avg=torch.zeros_like(p), step=torch.zeros(()))
+        means,sqrs,counts = ([self.state[p][k] for p in ps] for k in ('grad_avg', 'sqr_avg', 'step'))
+        grads = [p.grad for p in ps]
+        torch._foreach_lerp_(means, grads, 1 - beta1)
+        torch._foreach_lerp_(sqrs, torch._foreach_mul(grads, grads), 1 - beta2)
+        t = [count.add_(1).item() for count in counts] # the counts lie on the CPU
+        sizes = torch._foreach_div(sqrs, [1 - beta2**n for n in t])
+        torch._foreach_sqrt_(sizes)
+        torch._foreach_add_(sizes, eps)
+        steps = torch._foreach_div(means, [1 - beta1**n for n in t])
+        torch._foreach_div_(steps, sizes)
+        torch._foreach_sub_(ps, steps, alpha=lr)
 
 
 FUSED = ('cpu', 'cuda', 'mps') # devices with a fused SGD
