@@ -73,13 +73,15 @@ def ieee_float32():
     By default these use TF32, which keeps 10 bits of the fraction instead of 23.
     """
     cudnn,matmul = torch.backends.cudnn,torch.backends.cuda.matmul
-    if hasattr(cudnn, 'conv'): flags = [(cudnn.conv, 'fp32_precision', 'ieee'), (matmul, 'fp32_precision', 'ieee')]
-    else: flags = [(cudnn, 'allow_tf32', False), (matmul, 'allow_tf32', False)] # torch before 2.9
-    before = [getattr(where, name) for where,name,_ in flags]
-    for where,name,full in flags: setattr(where, name, full)
+    name,full,flags = 'allow_tf32',False,[cudnn, matmul]
+    try: before = [getattr(f, name) for f in flags]
+    except RuntimeError: # the caller has set torch's newer flags, and torch refuses to mix them with these
+        name,full,flags = 'fp32_precision','ieee',[cudnn.conv, matmul]
+        before = [getattr(f, name) for f in flags]
+    for f in flags: setattr(f, name, full)
     try: yield
     finally:
-        for (where,name,_),old in zip(flags, before): setattr(where, name, old)
+        for f,old in zip(flags, before): setattr(f, name, old)
 
 
 @contextlib.contextmanager

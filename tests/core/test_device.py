@@ -1,4 +1,7 @@
 """What a device computes in."""
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -15,8 +18,7 @@ def test_full_float32_is_set_inside_and_restored_after_an_error():
     before = cudnn.allow_tf32,matmul.allow_tf32
     assert before[0] # torch lets convolutions use TF32
     with pytest.raises(ValueError), ieee_float32():
-        assert not matmul.allow_tf32
-        assert cudnn.conv.fp32_precision == 'ieee' if hasattr(cudnn, 'conv') else not cudnn.allow_tf32
+        assert not matmul.allow_tf32 and not cudnn.allow_tf32
         raise ValueError
     assert (cudnn.allow_tf32, matmul.allow_tf32) == before
 
@@ -28,3 +30,19 @@ def test_the_seed_of_the_cpu_is_that_of_torch_and_touches_no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'manual_seed_all', lambda seed: pytest.fail('the GPU was seeded'))
     with cpu_seed(3): assert torch.equal(torch.rand(4), seeded)
     assert torch.equal(torch.rand(4), after)
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, 'conv'), reason='torch before 2.9 has no flags for each kind of layer')
+def test_full_float32_beside_the_newer_flags():
+    "In a process of its own, because torch never lets a process go back to the older flags"
+    code = """
+import torch
+from grdd_fastai.core.device import ieee_float32
+conv = torch.backends.cudnn.conv
+conv.fp32_precision = 'ieee'
+torch.backends.cudnn.rnn.fp32_precision = 'tf32'
+with ieee_float32(): pass
+conv.fp32_precision,torch.backends.cudnn.rnn.fp32_precision = 'tf32','ieee'
+with ieee_float32(): assert conv.fp32_precision == 'ieee'
+assert conv.fp32_precision == 'tf32'
+"""
+    subprocess.run([sys.executable, '-c', code], check=True)
