@@ -1,4 +1,4 @@
-"""Settings of the device: precision, reuse of freed memory, deterministic kernels, random numbers."""
+"""Settings of the device: precision, memory, deterministic kernels and random numbers."""
 import contextlib
 import ctypes
 import os
@@ -75,7 +75,7 @@ def ieee_float32():
     cudnn,matmul = torch.backends.cudnn,torch.backends.cuda.matmul
     name,full,flags = 'allow_tf32',False,[cudnn, matmul]
     try: before = [getattr(f, name) for f in flags]
-    except RuntimeError: # the caller has set torch's newer flags, and torch refuses to mix them with these
+    except RuntimeError: # torch does not read these flags after the caller has set the newer ones
         name,full,flags = 'fp32_precision','ieee',[cudnn.conv, matmul]
         before = [getattr(f, name) for f in flags]
     for f in flags: setattr(f, name, full)
@@ -86,7 +86,7 @@ def ieee_float32():
 
 @contextlib.contextmanager
 def cpu_seed(seed):
-    "Seed the random numbers of the CPU inside the context; afterwards they go on as before, and those of a GPU are never touched"
+    "A context with the CPU's random generator seeded; its state is restored at the end, and the generators of GPUs are not changed"
     before = torch.get_rng_state()
     torch.default_generator.manual_seed(seed)
     try: yield

@@ -24,33 +24,33 @@ class PackedImage(DisplayedTransform):
     "Row number, or rows of one split -> uint8 image(s) (..., 3, H, W); the rows of `splits` are numbered one split after the other"
     def __init__(self, *splits):
         self.images = [s.images for s in splits]
-        self.resident = None # the images on a device, where `hold` has put them
+        self.resident = None # copies of the images on a device, made by `hold`
         self.starts = np.cumsum([0] + [len(s) for s in splits]) # first row of each split
     def encodes(self, rows):
         rows = np.asarray(rows)
         i = np.searchsorted(self.starts, rows.flat[0], 'right') - 1
-        # processes that load batches cannot use the memory of a GPU
+        # worker processes cannot read GPU memory
         images = (self.images if self.resident is None or get_worker_info() else self.resident)[i]
         rows = rows - self.starts[i]
         x = (images[torch.as_tensor(rows, device=images.device)] if isinstance(images, torch.Tensor)
              else torch.from_numpy(np.array(images[rows])))
         return TensorImage(x.movedim(-1, -3))
     def hold(self, device, room):
-        "Copy the images to `device` and keep them there, if all of them need at most `room` bytes; loaders of the same images share them"
+        "Keep a copy of the images on `device` if they need at most `room` bytes in total; loaders of the same images share the copy"
         if self.resident is None and sum(im.nbytes for im in self.images) <= room:
             self.resident = [resident_copy(im, device) for im in self.images]
-    def __getstate__(self): return self.__dict__ | dict(resident=None) # a copy or a saved loader makes its own
+    def __getstate__(self): return self.__dict__ | dict(resident=None) # a copied or pickled loader makes its own copy of the images
 
-RESIDENT = WeakValueDictionary() # (id of the images, device) -> the copy on the device that all loaders of this process share
+RESIDENT = WeakValueDictionary() # (id of the images, device) -> their copy on the device, shared by all loaders of this process
 
 def resident_copy(images, device):
-    "The tensor on `device` of `images`, an array or a tensor, which is copied only once as long as a loader holds the copy"
-    key = id(images),str(device) # whoever holds the copy holds the images too, so that no other object has their id
-    if key not in RESIDENT:
-        copy = torch.from_numpy(np.array(images)) if isinstance(images, np.ndarray) else images
-        RESIDENT[key] = copy = copy.to(device)
-        return copy
-    return RESIDENT[key]
+    "A copy on `device` of `images` (an array or a tensor); while a loader uses the copy, every other loader gets the same one"
+    key = id(images),str(device) # a loader with a copy also holds the images, so their id stays unique
+    copy = RESIDENT.get(key)
+    if copy is None:
+        copy = (torch.from_numpy(np.array(images)) if isinstance(images, np.ndarray) else images).to(device)
+        RESIDENT[key] = copy
+    return copy
 
 class PackedLabel(DisplayedTransform):
     "Row number(s) -> class code(s); the classes of the first split have the lowest codes and `c` is their number"

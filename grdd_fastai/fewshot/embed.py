@@ -33,9 +33,8 @@ def cached_features(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Features (N, D), or (views, N, D) with `views`, in float32, and classes (N) of a split
 
-    They are computed once and then read from a memory-mapped file, whose name depends on weights, data, settings and
-    kind of device. UserError if the
-    cache folder cannot be written.
+    They are computed once and then read from a memory-mapped file, whose name depends on weights, data, settings and the
+    kind of device. UserError if the cache folder cannot be written.
     """
     if stats is None: _,*stats = input_config(net)
     dl = plain_dl(data, split, stats=stats, aug=train_augmentation(data.px, jitter) if views else None, seed=seed)
@@ -64,7 +63,7 @@ def cached_features(
 def embed(
     model:torch.nn.Module, # timm model or other module; its training mode is not changed
     dl:DataLoader, # DataLoader of (images, labels), such as `plain_dl(data, 'test')`
-    dtype:torch.dtype|None=None, # dtype for autocast; None: full float32 (`ieee_float32`)
+    dtype:torch.dtype|None=None, # dtype for autocast; None: float32 in full precision (`ieee_float32`)
     out:np.ndarray|None=None, # array (N, D) for the features, for example memory-mapped; None: a new tensor on the model's device
     distributed:bool=False, # in a distributed run, each process embeds a part and all get the whole
 ) -> tuple[torch.Tensor, torch.Tensor]:

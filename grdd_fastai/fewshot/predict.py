@@ -41,15 +41,15 @@ class FewShotClassifier:
         # side of the network's images in pixels; None: as in its `pretrained_cfg`, where our Learners note that of their data
         px:int|None=None,
         stats:Sequence|None=None, # (mean, std) to normalise images with; None: as in its `pretrained_cfg`
-        # where the network computes; None: where it lies, or for a name or path the fastest device there is
+        # device of the network; None: the device of a network that is given, and the fastest device for one that is loaded by name or path
         device:str|torch.device|None=None,
         allow_large:bool=False, # also decode images of 89 to 179 megapixels
         **settings # settings of the classifier
     ):
         if isinstance(network, Learner): network = backbone_of(network)
-        loaded = isinstance(network, nn.Module)
-        self.net = (network if loaded else load_network(network)).eval()
-        if device is not None or not loaded: self.net.to(as_device(device))
+        given = isinstance(network, nn.Module)
+        self.net = (network if given else load_network(network)).eval()
+        if device is not None or not given: self.net.to(as_device(device))
         self.allow_large = allow_large
         if not isinstance(bs, int) or bs < 1: raise UserError(f'bs is {bs!r}: it must be at least 1')
         if px is not None and (not isinstance(px, int) or isinstance(px, bool) or not 1 <= px <= MAX_SIDE):
@@ -117,7 +117,7 @@ class FewShotClassifier:
 
 
 def as_device(device):
-    "The torch device that `device` names, or the fastest one for None; UserError if there is no such device here"
+    "The torch device named `device`, or fastai's default device for None; UserError if this machine does not have it"
     if device is None: return default_device()
     try: return torch.empty(0, device=device).device
     except (RuntimeError, TypeError, AssertionError, NotImplementedError) as e:

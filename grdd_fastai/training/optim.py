@@ -25,7 +25,7 @@ def orthogonalized(G):
     X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for a,b,c in COEFFICIENTS:
         A = X @ X.mT
-        if X.ndim == 3: X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a) # the line below in two kernels
+        if X.ndim == 3: X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a) # the formula below in two kernels
         else: X = a*X + (b*A + c*A@A) @ X
     return (X.mT if tall else X).to(G.dtype)
 
@@ -33,8 +33,8 @@ def orthogonalized(G):
 def alike(ps):
     """Lists of those parameters whose matrices are computed together
 
-    On a GPU they are those of one shape, because starting a product takes it as long as computing it. On a CPU each is alone, because
-    large products are slower there in a stack.
+    On a GPU they are those of one shape, because launching a kernel takes as long as a small product. On a CPU each matrix is
+    alone, because stacks of large matrices are slower there.
     """
     if all(p.device.type == 'cpu' for p in ps): return [[p] for p in ps]
     return [[p for p in ps if p.shape == shape] for shape in dict.fromkeys(p.shape for p in ps)]

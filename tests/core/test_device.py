@@ -16,7 +16,7 @@ def test_a_gpu_without_bfloat16_gets_float16(monkeypatch, supported, dtype):
 def test_full_float32_is_set_inside_and_restored_after_an_error():
     cudnn,matmul = torch.backends.cudnn,torch.backends.cuda.matmul
     before = cudnn.allow_tf32,matmul.allow_tf32
-    assert before[0] # torch lets convolutions use TF32
+    assert before[0] # torch's default
     with pytest.raises(ValueError), ieee_float32():
         assert not matmul.allow_tf32 and not cudnn.allow_tf32
         raise ValueError
@@ -33,7 +33,7 @@ def test_the_seed_of_the_cpu_is_that_of_torch_and_touches_no_gpu(monkeypatch):
 
 @pytest.mark.skipif(not hasattr(torch.backends.cudnn, 'conv'), reason='torch before 2.9 has no flags for each kind of layer')
 def test_full_float32_beside_the_newer_flags():
-    "In a process of its own, because torch never lets a process go back to the older flags"
+    "This runs in a new process, because a process that has set the newer flags cannot use the older ones again"
     code = """
 import torch
 from grdd_fastai.core.device import ieee_float32

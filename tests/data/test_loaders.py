@@ -58,8 +58,8 @@ def test_loaders_share_one_copy_on_the_device_and_their_workers_do_without_it(da
     for dl in (a, b): dl.packed.hold(torch.device('cpu'), 2**30)
     assert a.packed.resident[0] is b.packed.resident[0]
     held = a.packed(np.arange(5))
-    monkeypatch.setattr('grdd_fastai.data.loaders.get_worker_info', lambda: object()) # as in a process that loads batches
-    monkeypatch.setattr(a.packed, 'resident', [None]*len(a.packed.resident)) # whose memory a worker cannot read
+    monkeypatch.setattr('grdd_fastai.data.loaders.get_worker_info', lambda: object()) # as in a worker process
+    monkeypatch.setattr(a.packed, 'resident', [None]*len(a.packed.resident)) # a worker must not read the copy
     assert torch.equal(a.packed(np.arange(5)), held)
 
 @pytest.mark.parametrize('n', [2, 3])

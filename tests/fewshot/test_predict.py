@@ -125,3 +125,8 @@ def test_settings_of_the_classifier_are_checked_at_once(net):
 def test_a_classifier_of_ones_own_on_photos(logits):
     images = [np.full((9, 9, 3), v, np.uint8) for v in (0, 240)]
     says(lambda: FewShotClassifier(create_backbone('convnet4', 0), logits).fit(images, ['a', 'b']).predict(images), 'the classifier gives')
+
+def test_the_device_can_be_chosen():
+    net = create_backbone('convnet4', 0, 16)
+    assert next(FewShotClassifier(net, device='cpu').net.parameters()).device.type == 'cpu'
+    says(lambda: FewShotClassifier(net, device='nonsense'), "the device 'nonsense'", 'cpu')

@@ -65,7 +65,7 @@ def test_the_layout_in_memory_changes_nothing():
     assert torch.allclose(a, b, atol=1e-6)
 
 def steps_of(net, n=6):
-    "The parameters after `n` steps under seeded gradients"
+    "The parameters of `net` after `n` steps of Muon with seeded random gradients"
     opt = Muon(net.parameters(), lr=.02, weight_decay=.1)
     torch.manual_seed(1)
     for _ in range(n):
@@ -74,9 +74,9 @@ def steps_of(net, n=6):
     return list(net.parameters())
 
 def test_matrices_in_a_stack_take_the_steps_that_they_take_alone(monkeypatch):
-    "A GPU computes matrices of one shape together; the stack and the single product may round differently"
+    "On a GPU matrices of one shape are computed as a stack, which may round differently"
     alone = steps_of(create_backbone('convnet4', 5))
-    monkeypatch.setattr('grdd_fastai.training.optim.autocast_dtype', lambda device: None) # float32, in which the two agree closely
+    monkeypatch.setattr('grdd_fastai.training.optim.autocast_dtype', lambda device: None) # compute in float32, where rounding is small
     exact = steps_of(create_backbone('convnet4', 5))
     together = lambda ps: [[p for p in ps if p.shape == s] for s in {p.shape:0 for p in ps}]
     monkeypatch.setattr('grdd_fastai.training.optim.alike', together)
@@ -84,7 +84,7 @@ def test_matrices_in_a_stack_take_the_steps_that_they_take_alone(monkeypatch):
         assert torch.allclose(a, b, atol=1e-6) and torch.allclose(b, c, atol=.05)
 
 def kernels(net, device):
-    "Operations that a step of Muon starts on `device`, a device other than the CPU"
+    "The number of operations that torch dispatches in a step of Muon on `device`"
     class Count(TorchDispatchMode):
         n = 0
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -99,5 +99,5 @@ def kernels(net, device):
     return count.n
 
 def test_a_gpu_starts_few_kernels_a_step():
-    "Muon alone started 1,275 for this network, its forward and backward passes 309"
+    "The forward and backward passes of this network launch 309 kernels"
     assert kernels(create_backbone('resnet12_320', 0), 'meta') < 500
