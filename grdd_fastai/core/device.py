@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import torch
 
-__all__ = ['keep_freed_memory', 'amp', 'autocast_dtype', 'deterministic', 'ieee_float32', 'cpu_seed']
+__all__ = ['keep_freed_memory', 'amp', 'autocast_dtype', 'deterministic', 'fastest_convolutions', 'ieee_float32', 'cpu_seed', 'LateNumber']
 
 
 M_TRIM_THRESHOLD,M_MMAP_THRESHOLD = -1,-3 # names and numbers from <malloc.h>
@@ -67,6 +67,18 @@ def deterministic(on=True):
 
 
 @contextlib.contextmanager
+def fastest_convolutions():
+    """Let cuDNN time its convolutions for each new shape and use the fastest one, which pays where shapes stay the same
+
+    With deterministic kernels it does nothing, because the choice may differ from run to run.
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before or not torch.are_deterministic_algorithms_enabled()
+    try: yield
+    finally: torch.backends.cudnn.benchmark = before
+
+
+@contextlib.contextmanager
 def ieee_float32():
     """Compute float32 in full precision on every device, also convolutions on NVIDIA GPUs from Ampere on
 
@@ -91,3 +103,30 @@ def cpu_seed(seed):
     torch.default_generator.manual_seed(seed)
     try: yield
     finally: torch.set_rng_state(before)
+
+
+class LateNumber:
+    """A number that is computed on the device and read by the host: an NVIDIA GPU's is read later, so that the host need not wait for it
+
+    Reading a GPU's number at once would wait until the GPU has done all its work, and then the GPU would wait for the host.
+    """
+    def __init__(self):
+        self.sent = None # the number on its way
+        self.event = None
+    @staticmethod
+    def is_late(scalar):
+        "Whether `scalar` should be read a step after it was sent"
+        return scalar.device.type == 'cuda'
+    def send(self, scalar):
+        "Start to copy a tensor of one number to the host; the copy before it must have been received"
+        if self.is_late(scalar):
+            if self.event is None: self.host,self.event = torch.empty((), dtype=scalar.dtype, pin_memory=True),torch.cuda.Event()
+            self.sent = self.host.copy_(scalar, non_blocking=True)
+            self.event.record()
+        else: self.sent = scalar
+    def receive(self):
+        "The number that was sent, as a float; None if none is on its way"
+        if self.sent is None: return None
+        if self.event is not None: self.event.synchronize()
+        number,self.sent = self.sent.item(),None
+        return number

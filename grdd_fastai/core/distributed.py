@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
@@ -71,12 +72,18 @@ def from_rank_zero(f):
     if box[1]: raise box[1]
     return box[0]
 
-def all_max(code, key=None):
-    "The largest of the whole numbers `code` of all processes, compared by `key`"
-    if rank_world()[1] == 1: return code
-    codes = [None]*rank_world()[1]
-    dist.all_gather_object(codes, code, group=_words())
-    return max(codes, key=key)
+class LateMax:
+    "The largest of whole numbers, 0 or more, that all processes give: `start` does not wait for the others, `result` does"
+    def __init__(self): self.work = None
+    def start(self, number):
+        self.numbers = torch.tensor([number])
+        self.work = dist.all_reduce(self.numbers, dist.ReduceOp.MAX, group=_words(), async_op=True)
+    def result(self):
+        "The largest of the numbers that were started last; 0 if there are none"
+        if self.work is None: return 0
+        self.work.wait()
+        self.work = None
+        return int(self.numbers)
 
 def all_gather(items):
     "The lists of all processes, joined in the order of ranks"

@@ -69,11 +69,22 @@ class BatchAugmentation:
 
     def __call__(self, images:torch.Tensor, seed:int, epoch:int, rows:np.ndarray) -> torch.Tensor:
         "Return the augmented uint8 images of `images` (B, 3, H, W), which are the images of `rows`"
+        return self.apply(images, *(t.to(images.device) for t in self.numbers(seed, epoch, rows)))
+
+    def numbers(self, seed:int, epoch:int, rows:np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """The random numbers of `rows`, one row each, which `apply` takes: those of many batches can be drawn at once
+
+        The first tensor (B, 6) holds where the crop begins from the top and from the left, whether the image is flipped, and the order of
+        brightness (0), contrast (1) and saturation (2). The second one (B, 3) holds their factors in this order.
+        """
         u = uniforms(seed, epoch, rows, 7)
         order = ORDERS[(u[:, 6] * len(ORDERS)).astype(int)]
         factors = np.take_along_axis(LOWEST + (HIGHEST - LOWEST)*u[:, 3:6], order, 1)
         places = np.concatenate([(u[:, :2] * (2*self.pad + 1)).astype(int), u[:, 2:3] < 0.5, order], 1)
-        places,factors = (torch.from_numpy(a).to(images.device) for a in (places, factors.astype(np.float32)))
+        return torch.from_numpy(places),torch.from_numpy(factors.astype(np.float32))
+
+    def apply(self, images:torch.Tensor, places:torch.Tensor, factors:torch.Tensor) -> torch.Tensor:
+        "Augment uint8 images (B, 3, H, W) by the `numbers` of their rows, which lie on the device of the images"
         images = crop_and_flip(images, *places[:, :3].T, self.pad)
         return jitter(images, factors, places[:, 3:]) if self.jitter else images
 

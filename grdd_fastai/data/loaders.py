@@ -26,26 +26,35 @@ class PackedImage(DisplayedTransform):
         self.images = [s.images for s in splits]
         self.resident = None # copies of the images on a device, made by `hold`
         self.starts = np.cumsum([0] + [len(s) for s in splits]) # first row of each split
-    def encodes(self, rows):
-        rows = np.asarray(rows)
+    def encodes(self, rows): return self.read(*self.located(np.asarray(rows)))
+    def located(self, rows):
+        "(images, rows): the stored images (N, H, W, 3) of the split in which all `rows` lie, and the rows' numbers there"
         i = np.searchsorted(self.starts, rows.flat[0], 'right') - 1
         # worker processes cannot read GPU memory
         images = (self.images if self.resident is None or get_worker_info() else self.resident)[i]
-        rows = rows - self.starts[i]
+        return images,rows - self.starts[i]
+    @staticmethod
+    def read(images, rows):
+        "The images of `rows`, an array or a tensor on the device of `images`"
         x = (images[torch.as_tensor(rows, device=images.device)] if isinstance(images, torch.Tensor)
              else torch.from_numpy(np.array(images[rows])))
         return TensorImage(x.movedim(-1, -3))
     def hold(self, device, room):
-        "Keep a copy of the images on `device` if they need at most `room` bytes in total; loaders of the same images share the copy"
-        if self.resident is None and sum(im.nbytes for im in self.images) <= room:
+        """Keep a copy of the images on `device` if they need at most `room` bytes in total
+
+        Loaders of the same images share the copy, so that images which are there already need no room.
+        """
+        if self.resident is None and sum(im.nbytes for im in self.images if resident_key(im, device) not in RESIDENT) <= room:
             self.resident = [resident_copy(im, device) for im in self.images]
     def __getstate__(self): return self.__dict__ | dict(resident=None) # a copied or pickled loader makes its own copy of the images
 
 RESIDENT = WeakValueDictionary() # (id of the images, device) -> their copy on the device, shared by all loaders of this process
 
+def resident_key(images, device): return id(images),str(device) # a loader with a copy also holds the images, so their id stays unique
+
 def resident_copy(images, device):
     "A copy on `device` of `images` (an array or a tensor); while a loader uses the copy, every other loader gets the same one"
-    key = id(images),str(device) # a loader with a copy also holds the images, so their id stays unique
+    key = resident_key(images, device)
     copy = RESIDENT.get(key)
     if copy is None:
         copy = (torch.from_numpy(np.array(images)) if isinstance(images, np.ndarray) else images).to(device)
@@ -64,6 +73,8 @@ class PackedLabel(DisplayedTransform):
 
 
 # ---- loaders ----------------------------------------------------------------------------------------------------------
+
+BLOCK = 2**14 # images whose rows, labels and random numbers go to the device at once
 
 class SeededDL(TfmdDL):
     """A `TfmdDL` whose order and augmentation depend only on `seed`, epoch and row, for any number of workers
@@ -134,12 +145,41 @@ class SeededDL(TfmdDL):
         if world == 1: return super().__len__()
         return self.n//(world*self.bs) if self.drop_last else len(range(rank*self.bs, self.n, world*self.bs))
 
+    def create_batches(self, samps):
+        if self.by_blocks:
+            idxs = np.fromiter(samps, np.int64)
+            end = len(idxs)//self.bs*self.bs if self.drop_last else len(idxs)
+            step = max(1, BLOCK//self.bs)*self.bs
+            for at in range(0, end, step): yield from self.batches_of(self.rows[idxs[at:min(at + step, end)]])
+        else: yield from super().create_batches(samps)
+
+    @property
+    def by_blocks(self):
+        "Whether what many batches need can be made at once: the images are packed, and batches are made on the loader's device"
+        return self.packed and self.on_device and not self.prebatched and len(self.dataset.tls[0].tfms.fs) == 1
+
+    def batches_of(self, rows):
+        "The batches of consecutive `rows`; all that does not depend on pixels is made and sent to the device before the first one"
+        images,places = self.packed.located(rows)
+        if isinstance(images, torch.Tensor): places = torch.from_numpy(places).to(images.device)
+        y = self.dataset.tls[1].tfms(rows).to(self.device)
+        drawn = hasattr(self.augment, 'numbers')
+        numbers = [t.to(self.device) for t in self.augment.numbers(self.seed, max(self.epoch, 0), rows)] if drawn else []
+        for at in range(0, len(rows), self.bs):
+            part = slice(at, at + self.bs)
+            x = self.packed.read(images, places[part]).to(self.device, non_blocking=True)
+            yield self.augmented(x, rows[part], [t[part] for t in numbers]),y[part]
+
+    def augmented(self, x, rows, numbers=()):
+        "The images `x` of `rows`, augmented; `numbers` are those that the augmentation drew for these rows, if it drew them before"
+        if not self.augment: return x
+        x = x.as_subclass(torch.Tensor)
+        return TensorImage(self.augment.apply(x, *numbers) if numbers else self.augment(x, self.seed, max(self.epoch, 0), rows))
+
     def do_item(self, i): return (i or 0) if self.packed else super().do_item(i)
     def do_batch(self, b):
         if not self.packed: return super().do_batch(b)
         rows = self.rows[np.asarray(b)]
         x,y = (tl.tfms(rows) for tl in self.dataset.tls)
-        if self.augment:
-            if self.on_device: x = x.to(self.device)
-            x = TensorImage(self.augment(x.as_subclass(torch.Tensor), self.seed, max(self.epoch, 0), rows))
-        return x,y
+        if self.on_device: x = x.to(self.device)
+        return self.augmented(x, rows),y

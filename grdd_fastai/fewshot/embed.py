@@ -82,9 +82,9 @@ def embed(
             for x,y_b in dl:
                 h_b = features(model, x.as_subclass(torch.Tensor).to(device))
                 if h is None: h = torch.zeros(N, *h_b.shape[1:], device=device) # made at once, so that parts need no copy
-                if y is None: y = torch.zeros(N, dtype=torch.int64)
+                if y is None: y = torch.zeros(N, dtype=torch.int64, device=device)
                 h[at:at+len(h_b)] = h_b
-                y[at:at+len(h_b)] = y_b.as_subclass(torch.Tensor)
+                y[at:at+len(h_b)] = y_b.as_subclass(torch.Tensor).to(device)
                 at += len(h_b) + (n-1)*dl.bs if n > 1 else len(h_b)
     finally: model.train(was_training)
-    return (all_sum(h),all_sum(y.to(device))) if n > 1 else (h,y.to(device))
+    return (all_sum(h),all_sum(y)) if n > 1 else (h,y)

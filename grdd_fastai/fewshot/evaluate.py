@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from ..core.device import ieee_float32
 from ..core.distributed import all_gather, rank_world
 from ..core.errors import UserError, first_line
 from ..data.episodes import BLOCK, QUERY_SAMPLERS
@@ -111,7 +112,8 @@ def evaluate(
             z_s,z_q = (b.index_select(0, rows.flatten()).view(*rows.shape, -1) for b,rows in ((support_features, s), (h, q)))
             first = block*BLOCK + at
             for k,f in classifiers.items():
-                right = checked_logits(names[k], f, z_s, s_y, z_q).argmax(-1) == q_y
+                with ieee_float32(): logits = checked_logits(names[k], f, z_s, s_y, z_q)
+                right = logits.argmax(-1) == q_y
                 accs[k][first:first+len(s)] = 100 * right.float().mean(1).cpu().numpy()
     if n > 1: accs = {k:sum(all_gather([a])) for k,a in accs.items()} # each episode is zero in all processes but one
     classes = hashlib.sha256(y.numpy().tobytes()).hexdigest()[:8]

@@ -1,23 +1,26 @@
 """Checkpoints of a fit: what a `FewShotLearner` needs to go on bit for bit as if it had never stopped."""
+import math
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from fastai.callback.core import Callback, CancelBatchException
 from fastcore.foundation import L
 
-from ..core.distributed import all_max, unwrapped
+from ..core.device import LateNumber
+from ..core.distributed import LateMax, from_rank_zero, rank_world, unwrapped
 from ..core.errors import UserError, first_line
 from ..core.storage import check_state, load_state, load_tensors, save_tensors
-from ..training.callbacks import LossTerm
+from ..training.callbacks import LossTerm, UndoAfterFit
 
 __all__ = ['Stopped', 'Deadline', 'learner_state', 'load_learner_state', 'load_checkpoint', 'previous_path', 'Checkpoint', 'SkipBatches',
            'StopOnNaN']
 
 
-MINUTES = 5 # minutes between checkpoints inside an epoch
+MINUTES = 2 # minutes between checkpoints
 FORMAT = 1 # format of the tensors and meta of a checkpoint; a checkpoint that names no format has format 1
 
 
@@ -41,6 +44,7 @@ class Deadline:
         self.end = None if max_minutes is None else time.monotonic() + 60*max_minutes
         self.signal = None # number of the signal that arrived
         self.fitting = False # True during a fit, which saves before it stops
+        self.agreed = LateMax()
     def __enter__(self):
         main = threading.current_thread() is threading.main_thread() # only the main thread may set signal handlers
         self.old = {s:signal.signal(s, self.caught) for s in (signal.SIGINT, signal.SIGTERM)} if main else {}
@@ -56,15 +60,23 @@ class Deadline:
         "The reason for this process to stop as a `Stopped`, or None"
         return self.why(self.code())
     def code(self):
-        "The reason to stop as a number: the signal, -1 if the time is used up, 0 for no reason"
-        return self.signal or -1*(self.end is not None and time.monotonic() >= self.end)
+        "The reason to stop as a number: that of the signal, 1 if the time is used up, 0 for no reason"
+        return self.signal or int(self.end is not None and time.monotonic() >= self.end)
     def why(self, code):
         "`Stopped` for a `code`, None for 0"
-        if code > 0: return self.signalled(code)
-        return Stopped('the time is used up', 0) if code < 0 else None
-    def check(self):
-        "The reason to stop now as a `Stopped`, or None; if one of several processes has to stop, all processes stop"
-        return self.why(all_max(self.code(), key=abs))
+        if code > 1: return self.signalled(code)
+        return Stopped('the time is used up', 0) if code else None
+    def check(self, late=False):
+        """The reason to stop now as a `Stopped`, or None; if one of several processes has to stop, all processes stop
+
+        With `late`, several processes stop one such call later, and none of them waits for the others.
+        """
+        code = self.code()
+        if rank_world()[1] > 1:
+            before = self.agreed.result()
+            self.agreed.start(code)
+            code = before if late else self.agreed.result()
+        return self.why(code)
 
 
 # ---- a Learner's state as tensors and JSON ----------------------------------------------------------------------------
@@ -108,7 +120,7 @@ def load_learner_state(learn, tensors, meta, where='the checkpoint'):
         p = params[int(i)]
         if v.ndim and v.shape != p.shape: # a fused optimiser would read past the end of the tensor
             raise UserError(f'{where} holds {k} of shape {tuple(v.shape)}, not {tuple(p.shape)}: give --out another folder')
-        if v.shape == p.shape: v = torch.empty_like(p).copy_(v) # in the memory layout of the parameter
+        if v.ndim and v.shape == p.shape: v = torch.empty_like(p).copy_(v) # in the memory layout of the parameter
         state.setdefault(int(i), {})[name] = v
     for k,v in meta['opt'].items():
         i,name = k.split('/')
@@ -144,14 +156,18 @@ def previous_path(path):
     return Path(path).with_suffix('.previous')
 
 
-class Checkpoint(Callback):
-    "Save the fit to `path` after each epoch, every `minutes`, and when `deadline` says stop; go on from `resume`"
+class Checkpoint(UndoAfterFit):
+    """Save the fit to `path` every `minutes` and when `deadline` says stop; go on from `resume`
+
+    The state is copied between two steps. A thread writes it while training goes on, never two at once. Of several processes only the
+    first one saves. UserError if a checkpoint cannot be written or holds NaN; the one before it is kept.
+    """
     order = 70 # after all other callbacks, when the state is complete
     def __init__(self,
         path, # file of the checkpoint; the checkpoint before it is kept beside it
         about, # function that returns a dict (stage, seconds, ...) for the checkpoint
         deadline, # `Deadline`
-        minutes=None, # minutes between checkpoints inside an epoch (`MINUTES`)
+        minutes=None, # minutes between checkpoints (`MINUTES`)
         resume=None, # (tensors, meta) of `load_checkpoint`
     ):
         self.path = Path(path)
@@ -162,6 +178,8 @@ class Checkpoint(Callback):
 
     def before_fit(self):
         self.saved = time.monotonic()
+        self.pool = ThreadPoolExecutor(1)
+        self.writing = None # the last checkpoint that the thread was given to write
         self.skip = 0
         if not self.state: return
         tensors,meta = self.state
@@ -218,28 +236,50 @@ class Checkpoint(Callback):
 
     def after_batch(self):
         if not self.training or self.iter < self.learn.skip_batches.n or self.iter + 1 == self.n_iter: return
-        stop = self.deadline.check()
-        if stop or time.monotonic() - self.saved >= 60*self.minutes: self.save(self.epoch, self.iter + 1)
-        if stop: self.stop(stop, self.epoch, self.iter + 1)
+        if stop := self.deadline.check(late=True): self.stop(stop, self.epoch, self.iter + 1)
+        self.save_in_time(self.epoch, self.iter + 1)
 
     def after_epoch(self):
-        self.save(self.epoch + 1, 0)
         if self.epoch + 1 < self.n_epoch and (stop := self.deadline.check()): self.stop(stop, self.epoch + 1, 0)
+        self.save_in_time(self.epoch + 1, 0)
+
+    def after_fit(self): self.pool.shutdown() # waits for the thread
 
     def stop(self, stop, epoch, step):
+        "Save the state and raise `stop`; of several processes, none goes on before the first one has saved"
+        def save():
+            self.finish_writing()
+            self.write(*self.snapshot(epoch, step))
+        from_rank_zero(save)
         stop.where = f' from epoch {epoch}, step {step} on, of {self.n_epoch} epochs'
         raise stop
 
-    def save(self, epoch, step):
+    def save_in_time(self, epoch, step):
+        "Give the thread the state to write if it is time and the thread is free"
+        if rank_world()[0] > 0 or (self.writing and not self.writing.done()): return
+        self.finish_writing()
+        if time.monotonic() - self.saved < 60*self.minutes: return
+        self.saved = time.monotonic()
+        self.writing = self.pool.submit(self.write, *self.snapshot(epoch, step))
+
+    def finish_writing(self):
+        "Wait for the thread, and raise the error that it met"
+        writing,self.writing = self.writing,None
+        if writing: writing.result()
+
+    def snapshot(self, epoch, step):
+        "A copy of the fit's state: tensors on the CPU, and meta"
         tensors,meta = learner_state(self.learn)
-        about = self.about()
+        tensors = {k:v.detach().to('cpu', copy=True) for k,v in tensors.items()}
+        return tensors,self.about() | meta | dict(format=FORMAT, epoch=epoch, step=step)
+
+    def write(self, tensors, meta):
         bad = next((k for k,v in tensors.items() if not torch.isfinite(v).all()), None)
         if bad:
-            raise UserError(f'{about["stage"]}, epoch {epoch}, step {step}: {bad} holds NaN or infinite values: lower the '
+            raise UserError(f'{meta["stage"]}, epoch {meta["epoch"]}, step {meta["step"]}: {bad} holds NaN or infinite values: lower the '
                             'learning rate; the last good checkpoint is kept')
         if self.path.exists(): self.path.replace(previous_path(self.path))
-        save_tensors(self.path, tensors, about | meta | dict(format=FORMAT, epoch=epoch, step=step))
-        self.saved = time.monotonic()
+        save_tensors(self.path, tensors, meta)
 
 
 class SkipBatches(Callback):
@@ -254,11 +294,19 @@ class SkipBatches(Callback):
 
 
 class StopOnNaN(Callback):
-    "Raise UserError, with the stage, the epoch and the step, if the loss is NaN or infinite"
-    order = 65
+    """Raise UserError, with the stage, the epoch and the step, if the loss is NaN or infinite
+
+    On a GPU the loss of a step is looked at after the next step (`LightRecorder`), because looking at once would make the GPU wait.
+    """
+    order = 65 # before `Checkpoint`
     run_valid = False
     def __init__(self, stage): self.stage = stage
     def after_loss(self):
-        if torch.isfinite(self.learn.loss): return
-        raise UserError(f'{self.stage}, epoch {self.epoch}, step {self.iter}: the loss is {float(self.learn.loss)}: '
+        if not LateNumber.is_late(self.learn.loss): self.check(self.epoch, self.iter, float(self.learn.loss))
+    def after_batch(self):
+        if self.learn.light_recorder.arrived: self.check(*self.learn.light_recorder.arrived)
+    def after_train(self): self.after_batch()
+    def check(self, epoch, step, loss):
+        if math.isfinite(loss): return
+        raise UserError(f'{self.stage}, epoch {epoch}, step {step}: the loss is {loss}: '
                         'lower the learning rate; the last good checkpoint is kept')

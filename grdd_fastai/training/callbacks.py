@@ -3,12 +3,12 @@ import torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientAccumulation
-from fastai.learner import Recorder, ValueMetric
+from fastai.learner import AvgSmoothLoss, Recorder, ValueMetric
 
-from ..core.device import amp, autocast_dtype
+from ..core.device import LateNumber, amp, autocast_dtype
 from ..core.distributed import rank_world
 
-__all__ = ['UndoAfterFit', 'Autocast', 'amp_dtype', 'Seeded', 'LightRecorder', 'ShowsMetrics', 'LossTerm']
+__all__ = ['UndoAfterFit', 'Autocast', 'amp_dtype', 'Seeded', 'SmoothLoss', 'LightRecorder', 'ShowsMetrics', 'LossTerm']
 
 
 class UndoAfterFit(Callback):
@@ -70,16 +70,38 @@ class Seeded(UndoAfterFit):
         if self.cuda_states: torch.cuda.set_rng_state_all(self.cuda_states)
 
 
-class LightRecorder(Callback):
-    """Replace the loss tensor that the Recorder keeps for each step by a number
+class SmoothLoss(AvgSmoothLoss):
+    "fastai's smoothed loss, kept on the loss's device and, of several processes, of this one alone"
+    def accumulate(self, learn):
+        self.count += 1
+        loss = learn.loss.detach().mean()
+        self.val = torch.lerp(loss, self.val.to(loss.device), self.beta)
 
-    The memory around a small tensor cannot be used again as long as the tensor is kept.
+
+class LightRecorder(Callback):
+    """Turn the losses that the Recorder keeps of each step into numbers, without waiting for a GPU
+
+    The memory around a small tensor cannot be used again as long as the tensor is kept. A GPU's number arrives a step later, also in the
+    progress bar. `arrived` is the last number with its epoch and step.
     """
     order = Recorder.order + 1
     run_valid = False
+    def before_fit(self): self.late,self.sent,self.arrived = LateNumber(),None,None
     def after_batch(self):
+        if len(self.yb) == 0: return # the Recorder leaves out such a batch too
+        self.receive()
         losses = self.recorder.losses
-        if losses and isinstance(losses[-1], torch.Tensor): losses[-1] = losses[-1].item()
+        self.late.send(losses[-1])
+        self.sent = self.epoch,self.iter,len(losses) - 1
+        if self.late.is_late(losses[-1]): self.learn.smooth_loss = torch.tensor(self.arrived[-1] if self.arrived else float('nan'))
+        else: self.receive()
+    def after_train(self): self.receive()
+    def receive(self):
+        number = self.late.receive()
+        if number is None: return
+        epoch,step,i = self.sent
+        self.recorder.losses[i] = number
+        self.arrived = epoch,step,number
 
 
 class ShowsMetrics(UndoAfterFit):

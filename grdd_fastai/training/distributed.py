@@ -76,9 +76,10 @@ class Distributed(UndoAfterFit):
             raise UserError(f'not one step for {n} processes: give fewer processes, a smaller batch or more episodes')
         self.norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)] if self.sync_bn else []
         for m in self.norms: m.forward = partial(shared_batch_norm, m)
-        self.learn.model = DistributedDataParallel(self.model, broadcast_buffers=not self.sync_bn)
+        self.learn.model = DistributedDataParallel(self.model, broadcast_buffers=False) # training does not read them
     def after_train(self):
-        "Broadcast buffers so that every process validates the same network"
+        "Give every process the first one's running statistics, so that all validate the same network; with `sync_bn` they are equal"
+        if self.sync_bn: return
         for b in self.model.module.buffers(): dist.broadcast(b, 0)
     def after_fit(self):
         for m in self.norms: del m.forward

@@ -10,10 +10,10 @@ from fastai.data.transforms import Normalize
 from fastai.learner import Learner
 from fastcore.foundation import L
 
-from ..core.device import keep_freed_memory
+from ..core.device import fastest_convolutions, keep_freed_memory
 from ..core.distributed import rank_world
 from ..core.errors import UserError
-from .callbacks import Autocast, LightRecorder, Seeded, UndoAfterFit
+from .callbacks import Autocast, LightRecorder, Seeded, SmoothLoss, UndoAfterFit
 from .distributed import Distributed
 from .optim import sgd
 from .validation import FewShotAccuracy, KeepBest
@@ -28,7 +28,8 @@ class FewShotLearner(Learner):
     """
     first_epoch = 0
     def fit(self, *args, **kwargs):
-        try: super().fit(*args, **kwargs)
+        try:
+            with fastest_convolutions(): super().fit(*args, **kwargs)
         except BaseException: # fastai calls after_fit for its own Cancel exceptions only
             for cb in self.cbs.filter(lambda cb: isinstance(cb, UndoAfterFit)):
                 with suppress(AttributeError): cb.after_fit() # a callback whose before_fit was not reached has nothing to undo
@@ -100,6 +101,7 @@ def few_shot_learner(
     cbs = [Seeded(seed), LightRecorder(), *([Autocast()] if amp else []), *stage_cbs, FewShotAccuracy(**valid),
            *([KeepBest()] if keep_best else []), *L(cbs)]
     learn = FewShotLearner(dls, model, loss_func=loss_func, opt_func=opt_func, wd=wd, cbs=cbs, **kwargs)
+    learn.recorder.smooth_loss = SmoothLoss(learn.recorder.smooth_loss.beta)
     learn.recorder.train_metrics = True
     learn.recorder.valid_metrics = False # there is no validation loss
     return learn

@@ -17,14 +17,18 @@ WORKER = f'''
 import sys, torch
 sys.path[:0] = {[str(ROOT), str(ROOT/'tests')]!r}
 from pathlib import Path
-from grdd_fastai.core.distributed import all_max, processes, rank_world, from_rank_zero
+from grdd_fastai.core.distributed import LateMax, processes, rank_world, from_rank_zero
 from grdd_fastai.core.errors import UserError
 from grdd_fastai.data.cache import few_shot_data
 from helpers import norm_gradients, steps
 folder,cache,out = sys.argv[1:]
 with processes():
     rank = rank_world()[0]
-    assert from_rank_zero(lambda: rank) == 0 and all_max(rank) == 1 and all_max(-rank, key=abs) == -1
+    largest = LateMax()
+    assert from_rank_zero(lambda: rank) == 0 and largest.result() == 0
+    for number,expected in ((rank, 1), (5 - rank, 5)):
+        largest.start(number)
+        assert largest.result() == expected
     def fail(): raise UserError('rank 0 says no')
     try: from_rank_zero(fail); raise AssertionError
     except UserError as e: assert str(e) == 'rank 0 says no'
