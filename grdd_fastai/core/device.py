@@ -7,7 +7,8 @@ from functools import lru_cache
 
 import torch
 
-__all__ = ['keep_freed_memory', 'amp', 'autocast_dtype', 'deterministic', 'fastest_convolutions', 'ieee_float32', 'cpu_seed', 'LateNumber']
+__all__ = ['keep_freed_memory', 'free_memory', 'amp', 'autocast_dtype', 'deterministic', 'fastest_convolutions', 'ieee_float32',
+           'cpu_seed', 'LateNumber']
 
 
 M_TRIM_THRESHOLD,M_MMAP_THRESHOLD = -1,-3 # names and numbers from <malloc.h>
@@ -23,6 +24,11 @@ def keep_freed_memory():
     if not sys.platform.startswith('linux'): return False
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) # musl has no mallopt
     return bool(mallopt and mallopt(M_MMAP_THRESHOLD, 1 << 30) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def free_memory(device):
+    "Free bytes of an NVIDIA GPU; None for other devices, whose memory is the host's"
+    return torch.cuda.mem_get_info(device)[0] if device.type == 'cuda' else None
 
 
 def amp(device, dtype):

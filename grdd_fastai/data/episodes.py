@@ -94,7 +94,8 @@ class EpisodicDL(SeededDL):
 def floyd(n, m, draw):
     """Draw m different numbers from range(n) by Floyd's algorithm, for each element of the array `n`: (..., m)
 
-    `draw(j, bound)` gives the j-th random number of each element, from range(bound). All sets have the same probability, all orders have not.
+    `draw(j, bound)` gives the j-th random number of each element, from range(bound). All sets have the same
+    probability, but not all orders.
     """
     chosen = np.full((*n.shape, m), -1)
     for j in range(m):

@@ -12,6 +12,7 @@ from fastai.torch_core import TensorCategory, TensorImage
 from fasttransform import DisplayedTransform
 from torch.utils.data import get_worker_info
 
+from ..core.device import free_memory
 from ..core.errors import UserError
 from .augment import seeded
 
@@ -124,8 +125,8 @@ class SeededDL(TfmdDL):
 
     def before_iter(self):
         super().before_iter()
-        if self.packed and self.on_device and self.device.type == 'cuda':
-            self.packed.hold(self.device, torch.cuda.mem_get_info(self.device)[0]//4)
+        room = free_memory(self.device) if self.packed and self.on_device else None
+        if room is not None: self.packed.hold(self.device, room//4)
 
     @property
     def on_device(self):
@@ -155,8 +156,9 @@ class SeededDL(TfmdDL):
 
     @property
     def by_blocks(self):
-        "Whether what many batches need can be made at once: the images are packed, and batches are made on the loader's device"
-        return self.packed and self.on_device and not self.prebatched and len(self.dataset.tls[0].tfms.fs) == 1
+        "Whether what many batches need can be made at once: images are packed and no more, and batches are made on the loader's device"
+        if self.prebatched or not (self.packed and self.on_device): return False
+        return all(f is self.packed or f.name == 'noop' for f in self.dataset.tls[0].tfms.fs) # a DataBlock adds noop
 
     def batches_of(self, rows):
         "The batches of consecutive `rows`; all that does not depend on pixels is made and sent to the device before the first one"

@@ -238,7 +238,7 @@ def benchmark_tables(path):
     r = json.loads(path.read_text())
     kinds = defaultdict(list) # names of the entries -> lines
     for line in r['lines']: kinds[tuple(line)].append(line)
-    def cell(v): return f'{v:,}' if isinstance(v, (int, float)) and not isinstance(v, bool) else str(v)
+    def cell(v): return f'{v:,}' if isinstance(v, (int, float)) and not isinstance(v, bool) else '' if v is None else str(v)
     parts = [markdown_table(names, [map(cell, line.values()) for line in lines]) for names,lines in kinds.items()]
     floor = next((line['gflop_per_image'] for line in r['lines'] if (line['name'], line.get('px')) == ('resnet12', 32)), None)
     if floor:

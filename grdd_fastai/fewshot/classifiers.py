@@ -121,7 +121,11 @@ def with_base_mean(names, base_features):
 
 # ---- shared functions -------------------------------------------------------------------------------------------------
 
-def one_hot(y, like): return F.one_hot(y).to(like.dtype)
+def n_classes(support_y):
+    "Number of classes of the support, whose labels are 0..C-1; a GPU has to be waited for"
+    return int(support_y.max()) + 1
+
+def one_hot(y, like): return F.one_hot(y, n_classes(y)).to(like.dtype)
 
 def nan_without_support(Y):
     "(E, 1, C): NaN for a class without support images, else 0; `Y` is larger than 0 where an image (E, NS, C) is in a class"

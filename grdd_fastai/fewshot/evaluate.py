@@ -44,10 +44,10 @@ def is_missing(o):
     "Whether `o` is None, NaN or pandas' NA"
     return o is None or (missing := pd.isna(o)) is True or (isinstance(missing, np.bool_) and bool(missing))
 
-def checked_logits(name, f, support, support_y, query):
-    "The logits (E, NQ, C) of the classifier `f`; UserError if their type or shape is wrong or they are not finite"
+def checked_logits(name, f, support, support_y, query, n_way):
+    "The logits (E, NQ, C) of the classifier `f` for C = `n_way` classes; UserError if their type or shape is wrong or they are not finite"
     logits = f(support, support_y, query)
-    shape = (*query.shape[:2], int(support_y.max()) + 1)
+    shape = (*query.shape[:2], n_way)
     if not isinstance(logits, torch.Tensor) or logits.shape != shape:
         found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise UserError(f'{name} gives {found}: '
@@ -112,7 +112,7 @@ def evaluate(
             z_s,z_q = (b.index_select(0, rows.flatten()).view(*rows.shape, -1) for b,rows in ((support_features, s), (h, q)))
             first = block*BLOCK + at
             for k,f in classifiers.items():
-                with ieee_float32(): logits = checked_logits(names[k], f, z_s, s_y, z_q)
+                with ieee_float32(): logits = checked_logits(names[k], f, z_s, s_y, z_q, n_way)
                 right = logits.argmax(-1) == q_y
                 accs[k][first:first+len(s)] = 100 * right.float().mean(1).cpu().numpy()
     if n > 1: accs = {k:sum(all_gather([a])) for k,a in accs.items()} # each episode is zero in all processes but one

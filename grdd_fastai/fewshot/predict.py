@@ -108,7 +108,8 @@ class FewShotClassifier:
         "The logits as a DataFrame with a row for each image and a column for each class"
         if self.vocab is None: raise UserError('there are no classes yet: call fit with a few images of each first')
         f = partial(self.classifier, **self.settings)
-        out = checked_logits('the classifier', f, self.support[None], self.support_y[None], check_scale(self.embed(images))[None])[0]
+        out = checked_logits('the classifier', f, self.support[None], self.support_y[None], check_scale(self.embed(images))[None],
+                             len(self.vocab))[0]
         return pd.DataFrame(out.cpu().numpy(), columns=self.vocab)
 
     def predict(self, images:Iterable|str|Path|Image.Image|np.ndarray) -> list:

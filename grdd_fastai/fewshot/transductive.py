@@ -6,7 +6,7 @@ use, where the gain from this assumption is lost.
 import torch
 import torch.nn.functional as F
 
-from .classifiers import cosines, one_hot, prototypes, register_classifier, squared_distances
+from .classifiers import cosines, n_classes, one_hot, prototypes, register_classifier, squared_distances
 
 __all__ = ['tim_gd', 'alpha_tim', 'tim_adm', 'bd_cspn', 'laplacian_shot', 'pt_map', 'soft_kmeans']
 
@@ -107,7 +107,7 @@ def rectified_prototypes(support, support_y, query, scale):
 
 def by_shot(support, support_y, few, some, many):
     "Value of a setting by the mean number of support images per class: `few` for 1, `some` for 2 to 4, `many` from 5"
-    shots = support.shape[1] / (int(support_y.max()) + 1)
+    shots = support.shape[1] / n_classes(support_y)
     return few if shots < 2 else some if shots < 5 else many
 
 @register_classifier('bd_cspn', transductive=True)
