@@ -5,12 +5,15 @@ import os
 import random
 import re
 import signal
+import threading
 import time
 
 import pytest
 import torch
-from helpers import child, leavings, posix, recipe, says, settings, stopped
+from fastai.callback.core import Callback
+from helpers import child, fit, leavings, posix, recipe, says, settings, stage_one_learner, stopped
 
+from grdd_fastai.core.device import LateNumber
 from grdd_fastai.core.errors import UserError
 from grdd_fastai.core.storage import load_tensors, save_tensors
 from grdd_fastai.runs import checkpoint
@@ -90,6 +93,111 @@ def test_a_full_disk_in_a_run_keeps_the_last_checkpoint(csv_set, cache, tmp_path
 def test_a_loss_that_is_not_finite_stops_with_epoch_and_step(csv_set, cache, tmp_path):
     with pytest.raises(UserError, match=r'student_cl, epoch \d+, step \d+: .*lower the learning rate'):
         recipe('cifarfs_5w1s')(out=str(tmp_path/'run'), **settings(csv_set, cache, lr=1e30, epochs=3))
+
+
+# ---- when and by whom a checkpoint is written -------------------------------------------------------------------------
+
+class Slow:
+    "`save_tensors` that waits for `gate` before it writes, and keeps what it was given"
+    def __init__(self): self.gate,self.begun,self.written,self.most = threading.Event(),[],[],0
+    def __call__(self, path, tensors, meta):
+        self.begun.append(threading.current_thread())
+        self.most = max(self.most, len(self.begun) - len(self.written))
+        assert self.gate.wait(60)
+        save_tensors(path, tensors, meta)
+        self.written.append(meta)
+
+class Each(Callback):
+    "Call `f` after each step"
+    order = 71 # after `Checkpoint`
+    run_valid = False
+    def __init__(self, f): self.f = f
+    def after_batch(self): self.f(self.epoch, self.iter)
+
+def trained(data, path, minutes=0, each=lambda epoch, step: None, cbs=()):
+    "A Learner after two epochs of four steps with a checkpoint at `path`"
+    learn = stage_one_learner(data, bs=30)
+    learn.add_cbs([checkpoint.SkipBatches(), checkpoint.StopOnNaN('net'), Each(each), *cbs,
+                   checkpoint.Checkpoint(path, lambda: dict(stage='net'), checkpoint.Deadline(), minutes)])
+    return fit(learn, 2, .01)
+
+def test_training_goes_on_while_one_checkpoint_is_written(data, tmp_path, monkeypatch):
+    "Every step is due. The first one is written until the fifth step is done; what it holds is the state of the first step"
+    slow,states,path = Slow(),[],tmp_path/'checkpoint.safetensors'
+    monkeypatch.setattr(checkpoint, 'save_tensors', slow)
+    def each(epoch, step):
+        states.append((epoch, step + 1))
+        if len(states) == 5: slow.gate.set()
+    trained(data, path, each=each)
+    assert slow.most == 1 and slow.begun[0] is not threading.main_thread() and len(states) == 8
+    places = [(meta['epoch'], meta['step']) for meta in slow.written]
+    assert places[0] == (0, 1) and places[1] > (1, 0) and places == sorted(places)
+    assert load_tensors(path)[1]['step'] == slow.written[-1]['step'] # the fit ended after the last one was written
+
+def test_a_checkpoint_holds_the_step_at_which_it_was_due(data, tmp_path, monkeypatch):
+    "Training changes the weights while the thread waits"
+    slow,weights,given = Slow(),[],{}
+    def save(path, tensors, meta):
+        slow(path, tensors, meta)
+        given.setdefault('first', tensors)
+    monkeypatch.setattr(checkpoint, 'save_tensors', save)
+    class Weights(Callback):
+        order = 71 # after `Checkpoint`
+        run_valid = False
+        def after_batch(self):
+            weights.append(self.model.backbone.stages[0][0].weight.detach().clone())
+            if len(weights) == 8: slow.gate.set()
+    trained(data, tmp_path/'checkpoint', cbs=[Weights()])
+    found = given['first']['model/backbone.stages.0.0.weight']
+    assert torch.equal(found, weights[0]) and not torch.equal(found, weights[-1])
+
+@pytest.mark.parametrize('minutes, expected', [(5, [(1, 2)]), (2.5, [(1, 0), (2, 0)])])
+def test_checkpoints_come_by_time_and_not_by_epochs(data, tmp_path, monkeypatch, minutes, expected):
+    "A step takes a minute, and each epoch has four"
+    clock,places = [0.],[]
+    monkeypatch.setattr(checkpoint.time, 'monotonic', lambda: clock[0])
+    monkeypatch.setattr(checkpoint, 'save_tensors', lambda path, tensors, meta: places.append((meta['epoch'], meta['step'])))
+    def each(epoch, step): clock[0] += 60
+    trained(data, tmp_path/'checkpoint', minutes=minutes, each=each)
+    assert places == expected
+
+def test_only_the_first_of_several_processes_writes(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, 'rank_world', lambda: (1, 1))
+    trained(data, tmp_path/'checkpoint')
+    assert not list(tmp_path.iterdir())
+
+def test_an_error_of_the_thread_ends_the_fit(data, tmp_path, monkeypatch):
+    def full(path, tensors, meta): raise UserError(f'{path} cannot be written (No space left on device)')
+    monkeypatch.setattr(checkpoint, 'save_tensors', full)
+    with pytest.raises(UserError, match='No space left on device'): trained(data, tmp_path/'checkpoint')
+
+def test_weights_that_are_not_finite_replace_no_checkpoint(data, tmp_path):
+    "The loss is still finite: a weight that no image uses"
+    path = tmp_path/'checkpoint.safetensors'
+    class Spoil(Callback):
+        run_valid = False
+        order = 60
+        def after_batch(self):
+            if (self.epoch, self.iter) == (1, 1): self.model.backbone.stages[0][1].running_mean[0] = float('nan')
+    with pytest.raises(UserError, match=r'net, epoch 1, step [23]: model/backbone.stages.0.1.running_mean holds NaN'):
+        trained(data, path, cbs=[Spoil()])
+    tensors,meta = load_tensors(path)
+    assert all(torch.isfinite(v).all() for v in tensors.values()) and (meta['epoch'], meta['step']) <= (1, 1)
+
+@pytest.mark.parametrize('late', [False, True])
+def test_a_loss_that_is_not_finite_is_reported_with_its_own_step(data, tmp_path, monkeypatch, late):
+    "Also where the number arrives a step late, as on a GPU, and when it is the epoch's last"
+    monkeypatch.setattr(LateNumber, 'is_late', staticmethod(lambda scalar: late))
+    monkeypatch.setattr(LateNumber, 'send', lambda self, scalar: setattr(self, 'sent', scalar.clone()))
+    for at in ((0, 2), (1, 3)):
+        class Break(Callback):
+            order = 60 # after the terms of the loss
+            run_valid = False
+            def after_loss(self):
+                if (self.epoch, self.iter) == at: self.learn.loss = self.learn.loss*float('nan')  # noqa: B023
+        learn = stage_one_learner(data, bs=30)
+        learn.add_cbs([checkpoint.SkipBatches(), Break(), checkpoint.StopOnNaN('net')])
+        with pytest.raises(UserError, match=rf'net, epoch {at[0]}, step {at[1]}: the loss is nan'): fit(learn, 2, .01)
 
 
 # ---- damaged and forged checkpoints -----------------------------------------------------------------------------------

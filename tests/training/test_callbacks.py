@@ -6,10 +6,11 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation, GradientClip
+from fastai.learner import AvgSmoothLoss
 from helpers import Grab, fit, net, same_state, stage_one_learner, stage_two_learner
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from grdd_fastai.core.device import autocast_dtype
+from grdd_fastai.core.device import LateNumber, autocast_dtype
 from grdd_fastai.models.create import create_backbone
 from grdd_fastai.training.callbacks import Autocast, LossTerm
 
@@ -110,6 +111,35 @@ def test_the_recorder_keeps_numbers(data):
     learn = fit(stage_two_learner(data, net(5), n_episodes=4))
     assert len(learn.recorder.losses) == 4 and all(isinstance(v, float) for v in learn.recorder.losses)
     learn.recorder.plot_loss(with_valid=False)
+
+def test_numbers_that_arrive_a_step_late_are_the_same(data, monkeypatch):
+    "As from a GPU: no step reads its own loss, and the progress bar shows the one before"
+    plain = fit(stage_two_learner(data, net(5), n_episodes=4), 2)
+    monkeypatch.setattr(LateNumber, 'is_late', staticmethod(lambda scalar: True))
+    monkeypatch.setattr(LateNumber, 'send', lambda self, scalar: setattr(self, 'sent', scalar.clone()))
+    shown = []
+    class Bar(Callback):
+        order = 60 # as fastai's ProgressCallback
+        run_valid = False
+        def after_batch(self): shown.append(self.smooth_loss.item())
+    late = stage_two_learner(data, net(5), n_episodes=4)
+    late.add_cb(Bar())
+    fit(late, 2)
+    assert late.recorder.losses == plain.recorder.losses and len(shown) == 8
+    assert np.isnan(shown[0]) and shown[1:] == pytest.approx(plain.recorder.losses[:-1])
+
+def test_the_smoothed_loss_is_fastais(data):
+    "fastai's own class on the same losses"
+    theirs,losses = AvgSmoothLoss(),[]
+    class Theirs(Callback):
+        run_valid = False
+        def before_fit(self): theirs.reset()
+        def after_batch(self):
+            theirs.accumulate(self.learn)
+            losses.append(theirs.value.item())
+    learn = stage_one_learner(data)
+    learn.add_cb(Theirs())
+    assert fit(learn).recorder.losses == losses
 
 def test_totals_that_a_checkpoint_brings_back_go_to_the_gpu():
     "By fake tensors, which need no GPU: what was counted before the stop is a number, the next loss is on the GPU"

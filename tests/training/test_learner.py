@@ -83,6 +83,21 @@ def test_a_compiled_network_takes_the_same_steps(data, arch):
     for (k,p),q in zip(plain.model.state_dict().items(), compiled.model.state_dict().values()): assert torch.allclose(p, q, atol=1e-5), k
     if arch == 'convnet4': fit(stage_two_learner(data, compiled.model.backbone, compiled.model.backbone, compile=dict(backend='eager')))
 
+@pytest.mark.parametrize('arch', ['convnet4', 'resnet12_320'])
+def test_a_network_is_compiled_once(data, arch):
+    "A graph for each part of the network in training and in evaluation, none of them broken, and none made again in the second epoch"
+    torch._dynamo.reset()
+    graphs = []
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+    learn = stage_one_learner(data, arch=arch, compile=dict(backend=backend, fullgraph=True), rotation=False, bs=60, keep_best=False)
+    fit(learn, 1, .01)
+    first = len(graphs)
+    fit(learn, 2, .01)
+    parts = len(list(learn.model.backbone.children()))
+    assert 0 < first <= 2*parts and len(graphs) == first
+
 def test_formats_can_be_turned_off(data):
     a,b = (stage_one_learner(data, channels_last=on) for on in (True, False))
     weights = [learn.model.backbone.stages[1][0].weight for learn in (a, b)]
