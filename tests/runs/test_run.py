@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import SMALL, files_of, laid_out, leavings, mutations, no_hang, posix, recipe, refused, says, settings, stopped, write_csv_set
+from helpers import SMALL, files_of, laid_out, mutations, no_hang, posix, recipe, refused, says, settings, stopped, write_csv_set
 
 from grdd_fastai.core import storage
 from grdd_fastai.core.errors import UserError
@@ -149,8 +149,3 @@ def test_a_folder_that_is_deleted_hides_no_error(csv_set, cache, tmp_path, monke
 def test_deterministic_is_for_the_run_alone(csv_set, cache, tmp_path, undisturbed):
     r = recipe('cifarfs_5w1s')(out=str(tmp_path/'run'), deterministic=True, **settings(csv_set, cache))
     assert not torch.are_deterministic_algorithms_enabled() and r['accuracy'] == undisturbed[1]['accuracy']
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
-def test_on_a_gpu_deterministic_runs_repeat_to_the_bit(csv_set, cache, tmp_path):
-    for n in 'ab': recipe('cifarfs_5w1s')(out=str(tmp_path/n), deterministic=True, **settings(csv_set, cache))
-    assert leavings(tmp_path/'a') == leavings(tmp_path/'b')
