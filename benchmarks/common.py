@@ -1,13 +1,18 @@
-"""What the benchmarks share: made-up data of any size, clocks, and lines that are printed and kept"""
+"""What the benchmarks share: made-up data of any size, clocks, processes, and lines that are printed and kept"""
 import json
+import multiprocessing
 import statistics
 import time
+import traceback
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 import pandas as pd
 import torch
 
+from grdd_fastai.core.errors import first_line
 from grdd_fastai.core.storage import write_json
 from grdd_fastai.data.cache import Split
 from grdd_fastai.runs.provenance import command, device_name, git_commit, now, versions
@@ -46,6 +51,19 @@ def medians(repeats, *fs):
     times = [[seconds(f) for f in fs] for _ in range(repeats)]
     return list(map(statistics.median, zip(*times)))
 
+def attempt(f, *args):
+    "What `f(*args)` returns, the entries of a line; if it fails, the entry `error`"
+    try: return f(*args)
+    except Exception as e:
+        traceback.print_exc()
+        return dict(error=f'{type(e).__name__}: {first_line(e)}')
+
+def in_own_process(f, *args):
+    "`attempt` in a new process, where a GPU has no memory in use, no compiled kernels and no earlier error"
+    with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
+        try: return pool.submit(attempt, f, *args).result()
+        except BrokenProcessPool as e: return dict(error=f'{type(e).__name__}: {first_line(e)}')
+
 
 def easyfsl_loader(data, way, shot, query, n):
     "easyfsl's DataLoader of `n` episodes of one of its data sets, as its tutorials make it"
@@ -66,3 +84,4 @@ class MadeUp:
         for split,n,c in (('train', n_images, n_classes), ('val', n_other, 16), ('test', n_other, 20)):
             labels = pd.DataFrame(dict(filename=[str(i) for i in range(n)], label=[f'{split}{i*c//n:05d}' for i in range(n)]))
             setattr(self, split, Split(split, rng.integers(0, 256, (n, px, px, 3), dtype=np.uint8), labels))
+    def __repr__(self): return f'made-up images of {self.px} px'

@@ -38,7 +38,10 @@ TWO = PRESETS['best'].but(epochs=1, lr=1e-3)
 
 
 class Turns(Callback):
-    "Time a few steps of the fit and a few of `other` in turns of at least `least` seconds; the fit ends after `repeats` turns of each"
+    """Time a few steps of the fit and a few of `other` in turns of about `least` seconds; the fit ends after `repeats` turns of each
+
+    All turns are of one epoch. Where its steps are fast and few, the turns are shorter.
+    """
     order = 1000
     run_valid = False
     def __init__(self, other, repeats, least=1.):
@@ -55,7 +58,7 @@ class Turns(Callback):
         self.steps += 1
         if self.iter < 2: self.begun = now # the first steps warm up
         elif self.turn is None: # the third step decides how many steps a turn has
-            self.turn = max(1, round(self.least/(now - self.begun)))
+            self.turn = max(1, min(round(self.least/(now - self.begun)), (self.n_iter - 3)//self.repeats))
             self.other(self.turn)
             self.steps = 0
             self.begun = wait(torch.device(self.dls.device))
@@ -103,8 +106,8 @@ def batch_of(stage, arch, px, device, limit):
     while images(n)*per_image > limit and n > 2: n //= 2
     return n,images(n)
 
-def learner(stage, arch, px, n, steps, compile, view):
-    "The recipe's (Learner, fit) on made-up data, with `n` images (stage one) or classes (stage two) per step"
+def learner(stage, arch, px, n, steps, compile=False, view='clean'):
+    "The recipe's (Learner, fit) on made-up data, with `n` images (stage one) or classes (stage two) per step, and `steps` steps per epoch"
     kwargs = dict(compile=compile, valid=dict(n_way=5, k_shot=1, n_query=5, n_episodes=10), keep_best=False)
     if stage == 'one':
         return stage_one(MadeUp(px, max(N_CLASSES, n*steps), N_CLASSES), ONE.but(arch=arch, bs=n), **kwargs)
@@ -112,6 +115,29 @@ def learner(stage, arch, px, n, steps, compile, view):
     net = create_backbone(arch, 0, px)
     known = torch.randn(len(data.train), net.num_features) if view == 'clean' else None
     return stage_two(data, TWO.but(n_way=n, n_episodes=steps, teacher_view=view), net, create_backbone(arch, 0, px, 1), known, **kwargs)
+
+def in_turns(stage, arch, px, other, repeats, step, least=1., compile=False, view='clean'):
+    """Median seconds of a step of the recipe and of the other side, which take turns, and the images of a step
+
+    `other` gets the number of images or classes that a step loads and of images that its network sees, and returns the other side's steps.
+    """
+    device = torch.device(default_device())
+    n,images = batch_of(stage, arch, px, device, step)
+    learn,fit = learner(stage, arch, px, n, 4 + (repeats + 1)*200, compile, view)
+    turns = Turns(other(n, images), repeats, least)
+    learn.add_cb(turns)
+    with learn.no_bar(), learn.no_logging(): fit(learn)
+    return statistics.median(turns.mine),statistics.median(turns.others),images
+
+def beside_bare(stage, arch, px, repeats, step, compile=False, view='clean'):
+    "The recipe's step beside a bare one, as the entries of a line"
+    device = torch.device(default_device())
+    mine,others,images = in_turns(stage, arch, px, lambda n, images: bare(arch, px, images, device, compile), repeats, step,
+                                  compile=compile, view=view)
+    flops = gflop_per_image(arch, px)
+    return dict(ratio=round(others/mine, 3), recipe_ms=round(1e3*mine, 2), bare_ms=round(1e3*others, 2), images=images,
+                gflop_per_image=round(flops, 3), gflop_per_second=round(flops*images/mine),
+                precision=str(autocast_dtype(device) or torch.float32).removeprefix('torch.'), compile=compile, repeats=repeats)
 
 
 # ---- plain fastai -----------------------------------------------------------------------------------------------------
@@ -196,30 +222,18 @@ def main(
     out:str=None, # JSON file for the lines with device, versions and commit
 ):
     "Time training steps"
-    device = torch.device(default_device())
-    def measure(stage, arch, px, other, least, view='clean'):
-        n,images = batch_of(stage, arch, px, device, step)
-        learn,fit = learner(stage, arch, px, n, 4 + (repeats + 1)*200, compile, view)
-        turns = Turns(other(n, images), repeats, least)
-        learn.add_cb(turns)
-        with learn.no_bar(), learn.no_logging(): fit(learn)
-        return statistics.median(turns.mine),statistics.median(turns.others),images
+    device = default_device().type
     for arch in archs.split(','):
         for px in map(int, sides.split(',')):
             for stage in ('one', 'two'):
-                mine,others,images = measure(stage, arch, px, lambda n, images: bare(arch, px, images, device, compile), 1.)  # noqa: B023
-                flops = gflop_per_image(arch, px)
-                print_line(name=arch, stage=stage, px=px, device=device.type, ratio=round(others/mine, 3), recipe_ms=round(1e3*mine, 1),
-                    bare_ms=round(1e3*others, 1), images=images,
-                    gflop_per_image=round(flops, 3), gflop_per_second=round(flops*images/mine),
-                    precision=str(autocast_dtype(device) or torch.float32).removeprefix('torch.'), compile=compile, repeats=repeats)
-            if px == 32: # `mine` is stage two's
-                looking,others,images = measure(
-                    'two', arch, px, lambda n, images: bare(arch, px, images, device, compile), 1., 'same')  # noqa: B023
-                print_line(name=f'teacher {arch}', stage='two', px=px, device=device.type, features_known_ms=round(1e3*mine, 1),
-                    forward_on_the_batch_ms=round(1e3*looking, 1), images=images, repeats=repeats)
-    if device.type == 'cpu':
-        mine,others,images = measure('one', 'convnet4', 32, lambda n, images: other_process(32, n, 64*n), 2.)
+                found = beside_bare(stage, arch, px, repeats, step, compile)
+                print_line(name=arch, stage=stage, px=px, device=device, **found)
+            if px == 32: # `found` is stage two's
+                looking = beside_bare('two', arch, px, repeats, step, compile, 'same')
+                print_line(name=f'teacher {arch}', stage='two', px=px, device=device, features_known_ms=found['recipe_ms'],
+                    forward_on_the_batch_ms=looking['recipe_ms'], images=found['images'], repeats=repeats)
+    if device == 'cpu':
+        mine,others,images = in_turns('one', 'convnet4', 32, lambda n, images: other_process(32, n, 64*n), repeats, step, 2.)
         print_line(name='convnet4 beside plain fastai', stage='one', px=32, device='cpu', speedup=round(others/mine, 2),
             recipe_images_per_second=round(images/mine), plain_images_per_second=round(images/others), repeats=repeats)
     write(out)

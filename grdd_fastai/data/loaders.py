@@ -82,8 +82,8 @@ class SeededDL(TfmdDL):
 
     `epoch` counts the iterations that have begun; our Learners set it. Packed splits are read a whole batch at a time, and any other fastai
     dataset item by item. `aug` augments packed images: it is an albumentations `Compose`, or a function of (uint8 images, seed, epoch,
-    rows) such as `BatchAugmentation`, which runs on the loader's device if there are no workers. One with the methods `numbers` and `apply`,
-    as `BatchAugmentation` has them, draws the random numbers of many batches at once. Images that fit into a quarter of a GPU's free
+    rows) such as `BatchAugmentation`, which runs on the loader's device if there are no workers. One with methods `numbers` and `apply`, as
+    `BatchAugmentation` has them, draws the random numbers of many batches at once. Images that fit into a quarter of a GPU's free
     memory stay there. `share` is (rank, world): of each world * bs items, this loader gives the bs items of its rank. UserError for
     arguments that are out of range.
     """
