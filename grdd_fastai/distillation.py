@@ -5,16 +5,18 @@ A term of your own is a subclass of `DistillationTerm`: see docs/extending.md.
 from dataclasses import dataclass
 from typing import Annotated
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from .core.device import amp
 from .core.distributed import backbone_of
 from .core.errors import UserError
-from .fewshot.embed import embed
-from .losses import kl_relatedness, relatedness
+from .data.loaders import view_of
+from .fewshot.embed import ViewFeatures, embed
+from .losses import kl_relatedness, of_all_pairs, relatedness
 from .models.create import features
-from .settings import Settings, at_least, declared, flag, one_of, positive, recorded, with_settings
+from .settings import Settings, at_least, between, declared, flag, one_of, positive, recorded, with_settings
 from .training.callbacks import LossTerm, UndoAfterFit, amp_dtype
 from .training.learner import normalisation
 
@@ -33,13 +35,26 @@ class Distill(Settings):
     reverse: Annotated[bool, 'KL(student || teacher) instead of the default KL(teacher || student)'] = False
     reduction: Annotated[str, "how the KL of an episode's groups are reduced: mean, or sum (Eq. 12)", one_of('mean', 'sum')] = 'mean'
     center: Annotated[bool, "subtract each episode's mean feature before the cosines"] = False
-    teacher_view: Annotated[str, 'images that the teacher sees: the same augmented ones as the student, or clean ones, embedded once',
-                            one_of('same', 'clean')] = 'same'
+    pairs: Annotated[str, 'images that are compared: episode, the support images of an episode with its queries; or all, each image of a '
+                     'batch with all others', one_of('episode', 'all'), recorded(absent='episode')] = 'episode'
+    teacher_view: Annotated[str, "images that the teacher sees: same, the student's augmented ones; clean, images as they are, embedded "
+                            'once; or views, a number of augmented views of each image, embedded once, which the student sees too',
+                            one_of('same', 'clean', 'views')] = 'same'
+    views: Annotated[int, 'augmented views of each image with teacher_view views', between(1, 10**4), recorded(absent=20)] = 20
     teacher_output: Annotated[str, "the teacher's output whose cosines are compared: features (Eq. 10), logits or probabilities",
                               one_of('features', 'logits', 'probabilities'), recorded(absent='features')] = 'features'
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.views != declared(Distill)['views'].default and self.teacher_view != 'views':
+            raise UserError(f"views has no effect with teacher_view={self.teacher_view!r}: leave it out, or give teacher_view='views'")
+    @property
+    def n_views(self):
+        "Augmented views of each image, or None without such a number"
+        return self.views if self.teacher_view == 'views' else None
 
-OF_RELATEDNESS = ('T', 'kl_weight', 'decouple', 'T_squared', 'reverse', 'reduction', 'center') # the settings of `RelatednessKL`
+
+OF_RELATEDNESS = ('T', 'kl_weight', 'decouple', 'T_squared', 'reverse', 'reduction', 'center', 'pairs') # the settings of `RelatednessKL`
 
 
 def distillation(teacher, s, teacher_features=None):
@@ -59,10 +74,12 @@ class Teacher(UndoAfterFit):
     order,run_valid = LossTerm.order - 1,False
     def __init__(self,
         networks:torch.nn.Module|list, # a timm model or module, or a list of them
-        view:str='same', # 'same': the augmented images that the student sees; 'clean': images as they are, embedded once
+        # 'same': the augmented images that the student sees; 'clean': images as they are, embedded once; 'views': views of the images,
+        # whose features are given
+        view:str='same',
         output:str='features', # 'features', 'logits' or 'probabilities'
-        # features (N, D) of the clean base images, or a list of them, where they are known already
-        teacher_features:torch.Tensor|list|None=None,
+        # features (N, D) of the clean base images where they are known already, or the `ViewFeatures` of views; a list for several networks
+        teacher_features:torch.Tensor|ViewFeatures|list|None=None,
     ):
         for k,v in dict(teacher_view=view, teacher_output=output).items(): declared(Distill)[k].checked(v)
         self.networks,self.view,self.output = as_list(networks),view,output
@@ -73,7 +90,12 @@ class Teacher(UndoAfterFit):
                 raise UserError(f'the teacher is a {type(net).__name__}: give a network, such as create_backbone or load_network makes')
             if output != 'features' and not getattr(net, 'num_classes', 0):
                 raise UserError(f"teacher_output={output!r} needs a teacher with its classifier: train it with head='linear'")
-        if self.known and view != 'clean':
+        of_views = [isinstance(h, ViewFeatures) for h in self.known]
+        if self.known and view == 'views' and not all(of_views):
+            raise UserError("the teacher's features are not those of views: make them with view_features")
+        if self.known and view != 'views' and any(of_views):
+            raise UserError("the teacher's features are of views: give teacher_view='views' with them")
+        if self.known and view == 'same':
             raise UserError("the teacher's features are of clean images: give teacher_view='clean' with them")
         if self.known and len(self.known) != len(self.networks):
             raise UserError(f'{len(self.known)} sets of features for {len(self.networks)} teachers: give one for each')
@@ -85,6 +107,7 @@ class Teacher(UndoAfterFit):
         self.converters = [image_converter(net, self.dls, side) for net in self.networks]
         self.rows_epoch = None
         if self.view == 'clean': self.embed_clean()
+        if self.view == 'views': self.check_views()
 
     def embed_clean(self):
         "Features of all clean base images, unless they are known"
@@ -98,6 +121,17 @@ class Teacher(UndoAfterFit):
         for h in self.known:
             if len(h) != n: raise UserError(f"the teacher's features have {len(h)} rows for {n} base images: give a row for each")
 
+    def check_views(self):
+        "UserError unless the loader gives the views whose features are known"
+        train = self.dls.train
+        if not self.known: raise UserError("teacher_view='views' needs the teacher's features: give teacher_features=view_features(...)")
+        for h in self.known:
+            if h.views != train.views or not train.aug:
+                raise UserError(f"the teacher's features are of {h.views} augmented views and the loader gives {train.views or 'others'}: "
+                                f'make dls with episodic_dls(..., views={h.views})')
+            if len(h) != len(train.dataset):
+                raise UserError(f"the teacher's features have {len(h)} rows for {len(train.dataset)} base images: give a row for each")
+
     def before_batch(self): self.of_batch = None
 
     def features(self):
@@ -107,7 +141,7 @@ class Teacher(UndoAfterFit):
 
     @torch.no_grad()
     def compute(self):
-        hs = self.of_clean_images() if self.view == 'clean' else self.of_same_images()
+        hs = dict(same=self.of_same_images, clean=self.of_clean_images, views=self.of_views)[self.view]()
         if self.output == 'features': return hs
         ps = [net.get_classifier()(h.float()) for net,h in zip(self.networks, hs)]
         return [p.softmax(1) for p in ps] if self.output == 'probabilities' else ps
@@ -117,11 +151,20 @@ class Teacher(UndoAfterFit):
             return [features(net, f(self.xb[0])) for net,f in zip(self.networks, self.converters)]
 
     def of_clean_images(self):
+        rows = self.rows_of_batch()
+        return [h[rows] for h in self.known]
+
+    def of_views(self):
+        rows = self.rows_of_batch()
+        return [h.of(view_of(rows, self.dl.epoch, h.views), rows).to(self.dls.device, non_blocking=True) for h in self.known]
+
+    def rows_of_batch(self):
+        "The rows of the batch's images: a tensor on the device of known features of clean images, or an array for those of views"
         if self.rows_epoch != self.dl.epoch: # draw the epoch's rows once more
             self.rows_epoch = self.dl.epoch
-            self.rows = torch.as_tensor(self.dl.get_idxs(), device=self.known[0].device)
-        rows = self.rows[self.iter*self.dl.bs:][:len(self.xb[0])]
-        return [h[rows] for h in self.known]
+            self.rows = np.asarray(self.dl.get_idxs())
+            if self.view == 'clean': self.rows = torch.as_tensor(self.rows, device=self.known[0].device)
+        return self.rows[self.iter*self.dl.bs:][:len(self.xb[0])]
 
     def after_fit(self):
         for net,training,grads in self.were:
@@ -197,8 +240,11 @@ class RelatednessKL(DistillationTerm):
     def __init__(self, s):
         self.s = s
         super().__init__(s.kl_weight * (s.T**2 if s.T_squared else 1))
+    def relatedness(self, h):
+        "The relatedness of the images that are compared, whose features are h (B, D)"
+        if self.s.pairs == 'all': return of_all_pairs(h, self.s.center)
+        return relatedness(*self.learn.loss_func.split(h), center=self.s.center)
     def loss(self, student:torch.Tensor, teachers:list) -> torch.Tensor:
-        split = self.learn.loss_func.split
-        R_e = relatedness(*split(student), center=self.s.center)
-        R_g = torch.stack([relatedness(*split(h), center=self.s.center) for h in teachers]).mean(0)
+        R_e = self.relatedness(student)
+        R_g = torch.stack([self.relatedness(h) for h in teachers]).mean(0)
         return kl_relatedness(R_e, R_g, self.s.T, self.s.decouple, self.s.reverse, self.s.reduction)

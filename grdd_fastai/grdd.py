@@ -6,7 +6,7 @@ from .core.distributed import log, processes
 from .data.blocks import plain_dl
 from .data.episodes import check_episode
 from .fewshot.classifiers import split_names, with_base_mean
-from .fewshot.embed import cached_features, embed
+from .fewshot.embed import embed
 from .fewshot.evaluate import evaluate
 from .models.create import check_backbone, create_backbone, pretrained_tag
 from .runs.checkpoint import Stopped
@@ -14,7 +14,7 @@ from .runs.options import ComputeOptions, DataOptions
 from .runs.run import Run, default_out
 from .settings import at_least, between, checked, from_flags, positive, with_flags
 from .stage_one import StageOne, TeacherEpochs, stage_one
-from .stage_two import PRESETS, Preset, check_teacher_output, get_preset, stage_two
+from .stage_two import PRESETS, Preset, check_teacher_output, get_preset, known_features, stage_two
 
 __all__ = ['grdd']
 
@@ -36,8 +36,7 @@ def method(
     teacher = student_cl if phi is None else run.train('teacher', *stage_one(data, phi, valid=episode, **compute), phi.arch)[0]
 
     # stage two, the meta-learner (Eq. 10-15): the student's relatedness on episodes of base classes follows the frozen teacher's
-    clean = two.distill.teacher_view == 'clean'
-    teacher_features = cached_features(teacher, data, 'train', stats=data.stats, cache=run.cache)[0] if clean else None
+    teacher_features = None if run.is_done('student_grdd') else known_features(teacher, data, two, run.cache, run.stop_if_due)
     meta = stage_two(data, two, student_cl, teacher, teacher_features, valid=episode, **compute)
     student,val = run.train('student_grdd', *meta, psi.arch)
 

@@ -13,7 +13,8 @@ from torch import nn
 
 from .core.errors import UserError
 
-__all__ = ['full_precision', 'relatedness', 'log_relatedness', 'kl_relatedness', 'class_relatedness', 'regularizer', 'EpisodicLoss']
+__all__ = ['full_precision', 'relatedness', 'of_all_pairs', 'log_relatedness', 'kl_relatedness', 'class_relatedness', 'regularizer',
+           'EpisodicLoss']
 
 
 R = TypeVar('R')
@@ -39,6 +40,16 @@ def relatedness(
         mean = torch.cat([support, query], 1).mean(1, keepdim=True)
         support,query = support - mean,query - mean
     return F.normalize(support, dim=-1) @ F.normalize(query, dim=-1).transpose(-1, -2)
+
+
+def of_all_pairs(h:torch.Tensor, center:bool=False) -> torch.Tensor:
+    """Relatedness (1, B, B-1) of each image of a batch with all others, from features h (B, D)
+
+    Every image is a support image, and all others are its queries. This is not in the paper, whose Eq. 10 divides the images.
+    """
+    R = relatedness(h[None], h[None], center)
+    B = len(h)
+    return R.flatten(1)[:, 1:].view(1, B - 1, B + 1)[..., :-1].reshape(1, B, B - 1) # without the diagonal
 
 
 @full_precision

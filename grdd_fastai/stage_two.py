@@ -2,6 +2,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -17,6 +18,7 @@ from .data.blocks import episodic_dls
 from .data.cache import FewShotData
 from .data.episodes import EpisodicDL
 from .distillation import Distill, as_list, distillation
+from .fewshot.embed import ViewFeatures, cached_features, view_features
 from .losses import EpisodicLoss
 from .models.create import create_backbone
 from .settings import Settings, at_least, between, flag, one_of, positive, recorded, with_settings
@@ -25,7 +27,7 @@ from .training.learner import check_dls, few_shot_learner
 from .training.optim import OPTIMISERS
 from .training.schedules import SCHEDULES, fit_function
 
-__all__ = ['StageTwo', 'PRESETS', 'get_preset', 'stage_two', 'meta_learner']
+__all__ = ['StageTwo', 'PRESETS', 'get_preset', 'known_features', 'stage_two', 'meta_learner']
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +82,21 @@ def check_teacher_output(phi, two):
         raise UserError(f"teacher_output={two.distill.teacher_output!r} needs a teacher with its classifier: train it with head='linear'")
 
 
+def known_features(
+    teacher:nn.Module, # the trained global learner
+    data:FewShotData, # FewShotData
+    s:StageTwo, # the settings
+    cache:str|Path|None=None, # folder for the features; None: `default_cache()`
+    between:Callable|None=None, # see `view_features`
+) -> torch.Tensor|ViewFeatures|None:
+    "The teacher's features of the base images as far as the settings allow to know them before the training; they are computed once"
+    if s.distill.teacher_view == 'clean': return cached_features(teacher, data, 'train', stats=data.stats, cache=cache)[0]
+    if s.distill.teacher_view == 'views':
+        if s.augment != 'batch': raise UserError(f"teacher_view='views' needs the augmentation of batches: leave out augment={s.augment!r}")
+        return view_features(teacher, data, s.distill.n_views, s.jitter, data.stats, cache, between)
+    return None
+
+
 # all other settings are the Learner's
 OF_DATA_AND_FIT = ('n_way', 'k_shot', 'n_query', 'n_episodes', 'episodes_per_step', 'epochs', 'schedule', 'lr', 'opt', 'init', 'jitter',
                    'augment')
@@ -90,7 +107,7 @@ def stage_two(
     s:StageTwo, # the settings
     student:nn.Module, # the network of stage one to start from; with `s.init='random'` its architecture alone
     teacher:nn.Module|list|None=None, # the frozen teacher, or a list of several; None trains on episodic labels alone (CL+EL)
-    teacher_features:torch.Tensor|list|None=None, # the teacher's features of the clean base images (N, D), where they are known
+    teacher_features:torch.Tensor|ViewFeatures|list|None=None, # what `known_features` gives for the teacher
     **kwargs # of `meta_learner`
 ) -> tuple[Learner, Callable]:
     """(Learner, fit) of stage two: `fit(learn)` trains `learn.model`
@@ -102,7 +119,8 @@ def stage_two(
     n_way = min(s.n_way, len(n_images))
     n_query = max(1, min(s.n_query, n_images.min() - s.k_shot))
     dls = episodic_dls(data, n_way, s.k_shot, n_query, s.n_episodes, s.episodes_per_step,
-                       aug=train_augmentation(data.px, s.jitter, s.augment), seed=s.seed)
+                       aug=train_augmentation(data.px, s.jitter, s.augment), seed=s.seed,
+                       views=s.distill.n_views if teacher is not None and s.distill else None)
     if isinstance(student, Learner): student = backbone_of(student)
     if s.init == 'random':
         arch = (getattr(student, 'pretrained_cfg', None) or {}).get('architecture')
@@ -124,7 +142,8 @@ def meta_learner(
     # the trained global learner phi, or a list of several; None trains on episodic labels alone (CL+EL)
     teacher:nn.Module|Learner|list|None=None,
     s=None, # the settings of `StageTwo` and `Distill` that concern the loss
-    teacher_features:torch.Tensor|list|None=None, # features (N, D) that the teacher has of the clean base images, where they are known
+    # features (N, D) that the teacher has of the clean base images, where they are known, or `view_features` for teacher_view='views'
+    teacher_features:torch.Tensor|ViewFeatures|list|None=None,
     valid:dict|None=None, # episodes of the validation classes: n_way=5, k_shot as in training, n_query=15, n_episodes=1000, seed=0
     **kwargs # of `few_shot_learner`, such as amp, keep_best and cbs, and of fastai's `Learner`
 ) -> Learner:

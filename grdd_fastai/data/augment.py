@@ -50,10 +50,13 @@ def _mix(x):
     return x ^ (x >> np.uint64(31))
 
 def uniforms(seed, epoch, rows, n):
-    "Draw `n` numbers from [0, 1) for each row as an array (B, n), which depends on the seed, the epoch and the row alone"
-    keys = np.array([seed, epoch], np.uint64)
+    """Draw `n` numbers from [0, 1) for each row as an array (B, n), which depends on the seed, the epoch and the row alone
+
+    `epoch` is one for all rows, or an array (B) with one for each.
+    """
     with np.errstate(over='ignore'):
-        key = _mix(np.asarray(rows, np.uint64) + _mix(keys[1:] + _mix(keys[:1] + np.uint64(1))))
+        of_seed = _mix(np.array([seed], np.uint64) + np.uint64(1))
+        key = _mix(np.asarray(rows, np.uint64) + _mix(np.asarray(epoch, np.uint64) + of_seed))
         x = _mix(key[:, None] + np.arange(1, n+1, dtype=np.uint64) * np.uint64(0x9e3779b97f4a7c15))
     return (x >> np.uint64(11)) * 2.**-53
 
@@ -67,11 +70,11 @@ class BatchAugmentation:
         self.pad = pad
         self.jitter = jitter
 
-    def __call__(self, images:torch.Tensor, seed:int, epoch:int, rows:np.ndarray) -> torch.Tensor:
+    def __call__(self, images:torch.Tensor, seed:int, epoch:int|np.ndarray, rows:np.ndarray) -> torch.Tensor:
         "Return the augmented uint8 images of `images` (B, 3, H, W), which are the images of `rows`"
         return self.apply(images, *(t.to(images.device) for t in self.numbers(seed, epoch, rows)))
 
-    def numbers(self, seed:int, epoch:int, rows:np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    def numbers(self, seed:int, epoch:int|np.ndarray, rows:np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """The random numbers of `rows`, one row each, which `apply` takes: those of many batches can be drawn at once
 
         The first tensor (B, 6) holds where the crop begins from the top and from the left, whether the image is flipped, and the order of
@@ -128,7 +131,9 @@ class SeededAugmentation:
 
     def __call__(self, images, seed, epoch, rows):
         "Return the augmented uint8 images of `images` (B, 3, H, W), which are the images of `rows`"
-        out = np.stack([self.one(im, seed, epoch, row) for im,row in zip(images.movedim(1, -1).cpu().numpy(), rows)])
+        epochs = np.broadcast_to(epoch, len(rows))
+        images = images.movedim(1, -1).cpu().numpy()
+        out = np.stack([self.one(im, seed, int(e), row) for im,e,row in zip(images, epochs, rows, strict=True)])
         return torch.from_numpy(out).movedim(-1, 1)
 
     def one(self, image, seed, epoch, row):

@@ -36,9 +36,9 @@ def episode_block(data:FewShotData, n_way:int=5, k_shot:int=1, n_query:int=15, n
     return category_block(data, partial(EpisodicDL, n_way=n_way, k_shot=k_shot, n_query=n_query, n_episodes=n_episodes,
                                         episodes_per_step=episodes_per_step))
 
-def _dataloaders(block, data, aug, **kwargs):
+def _dataloaders(block, data, aug, views=None, **kwargs):
     aug = train_augmentation(data.px) if isinstance(aug, str) and aug == 'default' else aug
-    return block.dataloaders(data, dl_kwargs=[dict(aug=aug), dict(aug=None)], **kwargs)
+    return block.dataloaders(data, dl_kwargs=[dict(aug=aug, views=views), dict(aug=None, views=None)], **kwargs)
 
 def default_bs(data:FewShotData) -> int:
     "Images per batch of stage one: 64, or 1% of fewer than 6,400 base images, at least 16, since a small set needs many steps"
@@ -67,13 +67,14 @@ def episodic_dls(
     # 'default': `train_augmentation`; or an albumentations Compose for uint8 images, a function (see `SeededDL`) or None
     aug:Callable|str|None='default',
     seed:int=0, # seed of the episodes and the augmentation
+    views:int|None=None, # number of different augmented views of an image (see `SeededDL`); None: new ones in each epoch
     num_workers:int=0, # worker processes; packed images need none
     **kwargs # further arguments of `DataBlock.dataloaders`
 ) -> DataLoaders:
     "DataLoaders of stage two: episodes of base classes to train on, and the validation classes; UserError if the data cannot fill them"
     check_episode(data.train, n_way, k_shot, n_query)
     block = episode_block(data, n_way, k_shot, n_query, n_episodes, episodes_per_step)
-    return _dataloaders(block, data, aug, num_workers=num_workers, seed=seed, **kwargs)
+    return _dataloaders(block, data, aug, views, num_workers=num_workers, seed=seed, **kwargs)
 
 def plain_dl(
     data:FewShotData, # FewShotData

@@ -16,7 +16,7 @@ from ..core.device import free_memory
 from ..core.errors import UserError
 from .augment import seeded
 
-__all__ = ['PackedImage', 'PackedLabel', 'SeededDL']
+__all__ = ['PackedImage', 'PackedLabel', 'view_of', 'SeededDL']
 
 
 # ---- packed splits as fastai items ------------------------------------------------------------------------------------
@@ -77,6 +77,12 @@ class PackedLabel(DisplayedTransform):
 
 BLOCK = 2**14 # images whose rows, labels and random numbers go to the device at once
 
+VIEWS_SEED = 0 # of all views, so that trainings of all seeds see the same ones
+
+def view_of(rows, epoch, views):
+    "The view, 0..`views`-1, that each of `rows` has in an epoch: an image has all its views one epoch after the other"
+    return (np.asarray(rows) + epoch) % views
+
 class SeededDL(TfmdDL):
     """A `TfmdDL` whose order and augmentation depend only on `seed`, epoch and row, for any number of workers
 
@@ -84,22 +90,25 @@ class SeededDL(TfmdDL):
     dataset item by item. `aug` augments packed images: it is an albumentations `Compose`, or a function of (uint8 images, seed, epoch,
     rows) such as `BatchAugmentation`, which runs on the loader's device if there are no workers. One with methods `numbers` and `apply`, as
     `BatchAugmentation` has them, draws the random numbers of many batches at once. Images that fit into a quarter of a GPU's free
-    memory stay there. `share` is (rank, world): of each world * bs items, this loader gives the bs items of its rank. UserError for
-    arguments that are out of range.
+    memory stay there. With `views`, an image has this number of different augmented views and no more, so that what a network makes of
+    them can be computed once; `aug` then gets an array with the view of each row as its epoch (`view_of`). `share` is (rank, world): of
+    each world * bs items, this loader gives the bs items of its rank. UserError for arguments that are out of range.
     """
-    def __init__(self, dataset, bs=64, seed=0, aug=None, share=(0, 1), **kwargs):
+    def __init__(self, dataset, bs=64, seed=0, aug=None, share=(0, 1), views=None, **kwargs):
         if not isinstance(bs, int | np.integer | type(None)) or (bs is not None and bs < 1):
             raise UserError(f'a batch of {bs!r} images: it must be at least 1')
         if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63:
             raise UserError(f'the seed is {seed!r}: give a whole number, 0 or more')
         if aug is not None and not callable(aug): raise UserError(f'aug is {aug!r}: give an albumentations Compose, a function or None')
-        self.seed,self.aug,self.share = seed,aug,share
+        if views is not None and not (isinstance(views, int | np.integer) and views > 0):
+            raise UserError(f'views is {views!r}: give a whole number, at least 1')
+        self.seed,self.aug,self.share,self.views = seed,aug,share,views
         self.epoch = -1
         self.augment = seeded(aug)
         super().__init__(dataset, bs=bs, **kwargs)
 
     def new(self, dataset=None, cls=None, **kwargs):
-        return super().new(dataset, cls, **{**dict(seed=self.seed, aug=self.aug, share=self.share), **kwargs})
+        return super().new(dataset, cls, **{**dict(seed=self.seed, aug=self.aug, share=self.share, views=self.views), **kwargs})
 
     def for_rank(self, rank, world):
         "The loader of process `rank` of `world`: an equal part of each step"
@@ -107,7 +116,7 @@ class SeededDL(TfmdDL):
 
     def plain(self, bs=256):
         "A loader that gives every item once, in order and not augmented"
-        return self.new(cls=SeededDL, aug=None, bs=bs, shuffle=False, drop_last=False)
+        return self.new(cls=SeededDL, aug=None, views=None, bs=bs, shuffle=False, drop_last=False)
 
     @cached_property
     def packed(self):
@@ -167,7 +176,7 @@ class SeededDL(TfmdDL):
         if isinstance(images, torch.Tensor): places = torch.from_numpy(places).to(images.device)
         y = self.dataset.tls[1].tfms(rows).to(self.device)
         drawn = hasattr(self.augment, 'numbers')
-        numbers = [t.to(self.device) for t in self.augment.numbers(self.seed, max(self.epoch, 0), rows)] if drawn else []
+        numbers = [t.to(self.device) for t in self.augment.numbers(*self.draw_of(rows), rows)] if drawn else []
         for at in range(0, len(rows), self.bs):
             part = slice(at, at + self.bs)
             x = self.packed.read(images, places[part]).to(self.device, non_blocking=True)
@@ -177,7 +186,12 @@ class SeededDL(TfmdDL):
         "The images `x` of `rows`, augmented; `numbers` are those that the augmentation drew for these rows, if it drew them before"
         if not self.augment: return x
         x = x.as_subclass(torch.Tensor)
-        return TensorImage(self.augment.apply(x, *numbers) if numbers else self.augment(x, self.seed, max(self.epoch, 0), rows))
+        return TensorImage(self.augment.apply(x, *numbers) if numbers else self.augment(x, *self.draw_of(rows), rows))
+
+    def draw_of(self, rows):
+        "The seed and the epoch, or the views, that decide the augmentation of `rows`"
+        epoch = max(self.epoch, 0)
+        return (self.seed, epoch) if self.views is None else (VIEWS_SEED, view_of(rows, epoch, self.views))
 
     def do_item(self, i): return (i or 0) if self.packed else super().do_item(i)
     def do_batch(self, b):

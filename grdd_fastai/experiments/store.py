@@ -13,13 +13,13 @@ from ..core.distributed import log, rank_world
 from ..core.errors import UserError
 from ..core.storage import load_tensors, locked, read_json, save_tensors
 from ..data.blocks import default_bs, plain_dl
-from ..fewshot.embed import cached_features, embed
+from ..fewshot.embed import embed
 from ..fewshot.evaluate import evaluate
 from ..fewshot.stats import Evaluation
 from ..runs.provenance import device_name, git_commit, log_line, now
 from ..runs.run import Run
 from ..stage_one import stage_one
-from ..stage_two import stage_two
+from ..stage_two import known_features, stage_two
 
 __all__ = ['NetworkStore', 'Trained']
 
@@ -58,25 +58,21 @@ class NetworkStore:
         return self.out/f'{kind}-{arch}-s{settings["seed"]}-{key}'
 
     def train(self, kind, arch, settings, make):
-        "The `Trained` network of the Learner and the fit that `make()` returns; `settings` are the recorded ones"
+        "The `Trained` network of the Learner and the fit that `make(run)` returns; `settings` are the recorded ones"
         folder = self.folder(kind, arch, settings)
         minutes = None if self.end is None else max(1e-9, (self.end - time.monotonic())/60)
         with redirect_stdout(sys.stderr), Run(folder, settings, resume=True, max_minutes=minutes, plan=['net'], wait=True) as run:
             if not run.result:
                 log(f'{folder.name}: {json.dumps(settings)}')
                 run.begin(self.data)
-            net,val_accuracy = run.train('net', *make(), arch)
+            net,val_accuracy = run.train('net', *make(run), arch)
             if not run.result: run.finish(val_accuracy=round(val_accuracy, 3))
         return Trained(net, run.out, settings)
 
     def stage_one_net(self, s):
         "The `Trained` network of stage one (CL) with the settings `s` (`StageOne`)"
         s = s.but(bs=s.bs or default_bs(self.data))
-        return self.train('cl', s.arch, s.recorded(), lambda: stage_one(self.data, s, valid=EPISODE))
-
-    def teacher_features(self, teacher):
-        "The teacher's features of the clean base images (N, D), computed once and memory-mapped"
-        return cached_features(teacher.net, self.data, 'train', stats=self.data.stats, cache=teacher.folder)[0]
+        return self.train('cl', s.arch, s.recorded(), lambda run: stage_one(self.data, s, valid=EPISODE))
 
     def embed(self, net, split):
         "Features and classes of a split, in float32 so that a score is the same on all devices"
@@ -88,8 +84,9 @@ class NetworkStore:
         if teacher is None: s = s.but(distill=None)
         settings = s.recorded() | dict(student=student.settings, teacher=teacher and teacher.settings)
         arch = student.settings['arch']
-        def make():
-            known = self.teacher_features(teacher) if teacher and s.distill.teacher_view == 'clean' else None
+        def make(run):
+            needed = teacher and not run.is_done('net')
+            known = known_features(teacher.net, self.data, s, teacher.folder, run.stop_if_due) if needed else None
             return stage_two(self.data, s, student.net, teacher and teacher.net, known, valid=EPISODE)
         return self.train('gr' if teacher else 'el', arch, settings, make)
 

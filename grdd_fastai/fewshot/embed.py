@@ -1,13 +1,16 @@
 """Features of images: computed once, and kept in a file on disk for later use."""
 import hashlib
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 from fastai.data.load import DataLoader
+from fastcore.imports import IN_NOTEBOOK
+from fastprogress.fastprogress import progress_bar
 
 from ..core.device import amp, ieee_float32
 from ..core.distributed import all_sum, rank_world
@@ -16,9 +19,10 @@ from ..core.storage import default_cache, digest, filled_array, load_array, lock
 from ..data.augment import train_augmentation
 from ..data.blocks import plain_dl
 from ..data.cache import FewShotData
+from ..data.loaders import VIEWS_SEED
 from ..models.create import features, input_config
 
-__all__ = ['cached_features', 'embed']
+__all__ = ['cached_features', 'ViewFeatures', 'view_features', 'embed']
 
 
 def cached_features(
@@ -38,9 +42,18 @@ def cached_features(
     """
     if stats is None: _,*stats = input_config(net)
     dl = plain_dl(data, split, stats=stats, aug=train_augmentation(data.px, jitter) if views else None, seed=seed)
-    meta = dict(weights=digest(net.state_dict()), net=type(net).__name__, data=data.fingerprint, split=split, stats=stats,
-                precision='ieee float32', device=torch.device(dl.device).type)
+    meta = _meta(net, data, split, stats, dl.device)
     if views: meta |= dict(views=views, jitter=jitter, augment='batch', seed=seed)
+    h = torch.from_numpy(_kept(meta, cache, net, dl, max(1, views), np.float32))
+    return (h if views else h[0]).to(dl.device),torch.tensor(getattr(data, split).y, device=dl.device)
+
+def _meta(net, data, split, stats, device):
+    "What the features of a network depend on"
+    return dict(weights=digest(net.state_dict()), net=type(net).__name__, data=data.fingerprint, split=split, stats=stats,
+                precision='ieee float32', device=torch.device(device).type)
+
+def _kept(meta, cache, net, dl, passes, dtype):
+    "The memory-mapped features (passes, N, D) of `passes` runs through `dl`, from the file that is named after `meta`"
     key = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()[:16]
     path = user_path(cache or default_cache(), '--cache')/'features'/f'{key}.npy'
     try: path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,12 +64,55 @@ def cached_features(
         if found != meta:
             sweep(path.parent, path.name)
             net = net.to(dl.device).eval()
-            with torch.no_grad(): n_features = features(net, torch.zeros(1, 3, data.px, data.px, device=dl.device)).shape[1]
-            with filled_array(path, (max(1, views), len(dl.dataset), n_features), np.float32, meta) as h:
-                for view in h: embed(net, dl, out=view)
+            x = dl.one_batch()[0][:1].as_subclass(torch.Tensor)
+            with torch.no_grad(): n_features = features(net, x).shape[1]
+            dl.epoch = meta.get('view', 0) - 1 # `one_batch` has begun an epoch
+            with filled_array(path, (passes, len(dl.dataset), n_features), dtype, meta) as h:
+                for one_pass in h: embed(net, dl, out=one_pass)
             h,_ = load_array(path)
-    h = torch.from_numpy(h if views else h[0])
-    return h.to(dl.device),torch.tensor(getattr(data, split).y, device=dl.device)
+    return h
+
+
+class ViewFeatures:
+    "Features that a network has of V augmented views of each of N images: `arrays` are V arrays (N, D), which may be memory-mapped"
+    def __init__(self, arrays:Sequence[np.ndarray]):
+        self.arrays = [np.asarray(a) for a in arrays]
+        self.views = len(self.arrays)
+        self.shape = self.views,*self.arrays[0].shape
+    def __len__(self): return self.shape[1]
+    def of(self, views:np.ndarray, rows:np.ndarray) -> torch.Tensor:
+        "Features (B, D) in float32 of the view `views[i]` of the image `rows[i]`, for each i"
+        h = np.empty((len(rows), self.shape[2]), np.float32)
+        for v in np.unique(views):
+            at = views == v
+            h[at] = self.arrays[v][rows[at]]
+        return torch.from_numpy(h)
+
+
+def view_features(
+    net:torch.nn.Module, # timm model
+    data:FewShotData, # FewShotData
+    views:int, # V, number of augmented views of each base image
+    jitter:bool=True, # whether the views have colour jitter
+    stats:Sequence|None=None, # (mean, std) to normalise images with; None: those of the network's `pretrained_cfg`
+    cache:str|Path|None=None, # folder for the features; None: `default_cache()`
+    between:Callable|None=None, # function without arguments that is called before each view; it may raise an error to stop
+) -> ViewFeatures:
+    """The features of the views of the base images that a loader with `views` gives
+
+    Each view has a memory-mapped float16 file, so that an interrupted computation goes on where it was, more views are added to those that
+    there are, and several processes share them. UserError if the cache folder cannot be written.
+    """
+    if stats is None: _,*stats = input_config(net)
+    aug = train_augmentation(data.px, jitter)
+    dl = plain_dl(data, 'train', stats=stats, aug=aug, seed=VIEWS_SEED)
+    same = _meta(net, data, 'train', stats, dl.device) | dict(jitter=jitter, augment='batch', dtype='float16')
+    arrays = []
+    numbers = range(views)
+    for v in progress_bar(numbers) if IN_NOTEBOOK or sys.stderr.isatty() else numbers:
+        if between: between()
+        arrays.append(_kept(same | dict(view=v), cache, net, dl, 1, np.float16)[0])
+    return ViewFeatures(arrays)
 
 
 @torch.no_grad()
