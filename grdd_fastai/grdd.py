@@ -36,8 +36,9 @@ def method(
     teacher = student_cl if phi is None else run.train('teacher', *stage_one(data, phi, valid=episode, **compute), phi.arch)[0]
 
     # stage two, the meta-learner (Eq. 10-15): the student's relatedness on episodes of base classes follows the frozen teacher's
-    teacher_features = None if run.is_done('student_grdd') else known_features(teacher, data, two, run.cache, run.stop_if_due)
-    meta = stage_two(data, two, student_cl, teacher, teacher_features, valid=episode, **compute)
+    needed = not run.is_done('student_grdd')
+    known = known_features(teacher, data, two, run.cache, compute.get('amp', True), run.stop_if_due) if needed else None
+    meta = stage_two(data, two, student_cl, teacher, known, valid=episode, **compute)
     student,val = run.train('student_grdd', *meta, psi.arch)
 
     # the novel classes: score the student three times on the same episodes: untrained, after stage one, after stage two

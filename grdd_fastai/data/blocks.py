@@ -50,12 +50,13 @@ def category_dls(
     # 'default': `train_augmentation`; or an albumentations Compose for uint8 images, a function (see `SeededDL`) or None
     aug:Callable|str|None='default',
     seed:int=0, # seed of the order and the augmentation
+    views:int|None=None, # number of different augmented views of an image (see `SeededDL`); None: new ones in each epoch
     num_workers:int=0, # worker processes; packed images need none
     **kwargs # further arguments of `DataBlock.dataloaders`
 ) -> DataLoaders:
     "DataLoaders of stage one: shuffled batches of base images to train on, and the validation classes"
     bs = min(default_bs(data) if bs is None else bs, len(data.train))
-    return _dataloaders(category_block(data), data, aug, num_workers=num_workers, bs=bs, val_bs=256, seed=seed, **kwargs)
+    return _dataloaders(category_block(data), data, aug, views, num_workers=num_workers, bs=bs, val_bs=256, seed=seed, **kwargs)
 
 def episodic_dls(
     data:FewShotData, # FewShotData

@@ -12,7 +12,8 @@ from fastai.data.load import DataLoader
 from fastcore.imports import IN_NOTEBOOK
 from fastprogress.fastprogress import progress_bar
 
-from ..core.device import amp, ieee_float32
+from ..core.device import amp as autocast
+from ..core.device import autocast_dtype, ieee_float32
 from ..core.distributed import all_sum, rank_world
 from ..core.errors import UserError
 from ..core.storage import default_cache, digest, filled_array, load_array, locked, sweep, user_path
@@ -52,8 +53,11 @@ def _meta(net, data, split, stats, device):
     return dict(weights=digest(net.state_dict()), net=type(net).__name__, data=data.fingerprint, split=split, stats=stats,
                 precision='ieee float32', device=torch.device(device).type)
 
-def _kept(meta, cache, net, dl, passes, dtype):
-    "The memory-mapped features (passes, N, D) of `passes` runs through `dl`, from the file that is named after `meta`"
+def _kept(meta, cache, net, dl, passes, kept_as, dtype=None):
+    """The memory-mapped features (passes, N, D) of `passes` runs through `dl`, from the file that is named after `meta`
+
+    They are computed in `dtype` (see `embed`) and kept as `kept_as`.
+    """
     key = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()[:16]
     path = user_path(cache or default_cache(), '--cache')/'features'/f'{key}.npy'
     try: path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,8 +71,8 @@ def _kept(meta, cache, net, dl, passes, dtype):
             x = dl.one_batch()[0][:1].as_subclass(torch.Tensor)
             with torch.no_grad(): n_features = features(net, x).shape[1]
             dl.epoch = meta.get('view', 0) - 1 # `one_batch` has begun an epoch
-            with filled_array(path, (passes, len(dl.dataset), n_features), dtype, meta) as h:
-                for one_pass in h: embed(net, dl, out=one_pass)
+            with filled_array(path, (passes, len(dl.dataset), n_features), kept_as, meta) as h:
+                for one_pass in h: embed(net, dl, dtype, one_pass)
             h,_ = load_array(path)
     return h
 
@@ -96,6 +100,7 @@ def view_features(
     jitter:bool=True, # whether the views have colour jitter
     stats:Sequence|None=None, # (mean, std) to normalise images with; None: those of the network's `pretrained_cfg`
     cache:str|Path|None=None, # folder for the features; None: `default_cache()`
+    amp:bool=True, # compute in bfloat16 or float16 if the device supports it, as a training does
     between:Callable|None=None, # function without arguments that is called before each view; it may raise an error to stop
 ) -> ViewFeatures:
     """The features of the views of the base images that a loader with `views` gives
@@ -106,12 +111,15 @@ def view_features(
     if stats is None: _,*stats = input_config(net)
     aug = train_augmentation(data.px, jitter)
     dl = plain_dl(data, 'train', stats=stats, aug=aug, seed=VIEWS_SEED)
+    dtype = autocast_dtype(dl.device) if amp else None
     same = _meta(net, data, 'train', stats, dl.device) | dict(jitter=jitter, augment='batch', dtype='float16')
+    if dtype: same['precision'] = str(dtype).removeprefix('torch.')
+    net = net.to(memory_format=torch.channels_last)
     arrays = []
     numbers = range(views)
     for v in progress_bar(numbers) if IN_NOTEBOOK or sys.stderr.isatty() else numbers:
         if between: between()
-        arrays.append(_kept(same | dict(view=v), cache, net, dl, 1, np.float16)[0])
+        arrays.append(_kept(same | dict(view=v), cache, net, dl, 1, np.float16, dtype)[0])
     return ViewFeatures(arrays)
 
 
@@ -134,7 +142,7 @@ def embed(
     if n > 1: dl = dl.new(share=(rank, n), bs=min(dl.bs, -(-N//n))) # each process gets at least one image
     at = rank*dl.bs if n > 1 else 0
     try:
-        with amp(device, dtype), ieee_float32() if dtype is None else nullcontext():
+        with autocast(device, dtype), ieee_float32() if dtype is None else nullcontext():
             for x,y_b in dl:
                 h_b = features(model, x.as_subclass(torch.Tensor).to(device))
                 if h is None: h = torch.zeros(N, *h_b.shape[1:], device=device) # made at once, so that parts need no copy

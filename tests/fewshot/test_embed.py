@@ -1,14 +1,18 @@
 """Features: those of the network on each normalised image, kept on disk, and of augmented views."""
+import random
+
 import numpy as np
 import pytest
 import timm
 import torch
+from helpers import like_data
 from naive import naive_embed
 
 from grdd_fastai.data.augment import train_augmentation
-from grdd_fastai.data.blocks import plain_dl
-from grdd_fastai.fewshot.embed import cached_features, embed
-from grdd_fastai.models.create import create_backbone
+from grdd_fastai.data.blocks import category_dls, plain_dl
+from grdd_fastai.data.loaders import view_of
+from grdd_fastai.fewshot.embed import cached_features, embed, view_features
+from grdd_fastai.models.create import create_backbone, features
 from grdd_fastai.models.pretrained import load_network
 
 
@@ -50,6 +54,42 @@ def test_views_are_training_augmentations_of_the_image(two_nets, faint_data, tmp
     for v in range(2):
         h = naive_embed(net, aug(images, 0, v, range(len(images))), faint_data.stats)
         assert torch.allclose(a[v], h, atol=1e-4)
+
+def test_known_views_are_those_of_a_loader_with_views(data, tmp_path):
+    "By the network itself on what the loader gives, over the epochs in which all views come once"
+    net = like_data(create_backbone('convnet4', 0, 16, 1), data)
+    known = view_features(net, data, 3, cache=tmp_path, amp=False)
+    assert known.shape == (3, len(data.train), 64) and len(known) == len(data.train) and known.arrays[0].dtype == np.float16
+    dl = category_dls(data, bs=40, seed=5, views=3).train
+    seen = set()
+    for epoch in range(3):
+        rows = None
+        for i,(x,_) in enumerate(dl):
+            if rows is None: rows = [dl.rows[j] for j in dl_order(dl)]
+            mine = np.array(rows[40*i:40*i + len(x)])
+            views = view_of(mine, epoch, 3)
+            seen |= set(zip(views, mine, strict=True))
+            with torch.no_grad(): h = features(net.eval(), x.as_subclass(torch.Tensor))
+            assert torch.allclose(known.of(views, mine), h, atol=2e-3*float(h.abs().max()))
+    assert len(seen) == 3*len(data.train)
+
+def dl_order(dl):
+    "The order of the epoch that `dl` is in"
+    return random.Random(f'{dl.seed} {dl.epoch}').sample(range(dl.n), dl.n)
+
+def test_views_are_computed_once_and_go_on_where_they_were_stopped(data, tmp_path, monkeypatch):
+    net,passes = like_data(create_backbone('convnet4', 0, 16, 1), data),[]
+    monkeypatch.setattr('grdd_fastai.fewshot.embed.embed', lambda *args, **kwargs: passes.append(1) or embed(*args, **kwargs))
+    def time_is_up():
+        if len(passes) == 2: raise KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt): view_features(net, data, 4, cache=tmp_path, between=time_is_up)
+    four = view_features(net, data, 4, cache=tmp_path)
+    two = view_features(net, data, 2, cache=tmp_path)
+    assert len(passes) == 4 and all((a == b).all() for a,b in zip(two.arrays, four.arrays, strict=False))
+    assert not (four.arrays[0] == four.arrays[1]).all()
+    view_features(net, data, 2, jitter=False, cache=tmp_path)
+    view_features(create_backbone('convnet4', 0, 16, 2), data, 1, stats=data.stats, cache=tmp_path)
+    assert len(passes) == 4 + 2 + 1
 
 def test_images_are_normalised_as_the_network_wants_them(faint_data, cache):
     "Its own mean and standard deviation, not the data's, by hand"
