@@ -87,13 +87,13 @@ def known_features(
     data:FewShotData, # FewShotData
     s:StageTwo, # the settings
     cache:str|Path|None=None, # folder for the features; None: `default_cache()`
-    amp:bool=True, between:Callable|None=None, # see `view_features`
+    amp:bool=True, after_each:Callable|None=None, # see `view_features`
 ) -> torch.Tensor|ViewFeatures|None:
     "The teacher's features of the base images as far as the settings allow to know them before the training; they are computed once"
     if s.distill.teacher_view == 'clean': return cached_features(teacher, data, 'train', stats=data.stats, cache=cache)[0]
     if s.distill.teacher_view == 'views':
         if s.augment != 'batch': raise UserError(f"teacher_view='views' needs the augmentation of batches: leave out augment={s.augment!r}")
-        return view_features(teacher, data, s.distill.n_views, s.jitter, data.stats, cache, amp, between)
+        return view_features(teacher, data, s.distill.n_views, s.jitter, data.stats, cache, amp, after_each)
     return None
 
 

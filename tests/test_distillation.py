@@ -1,6 +1,7 @@
 """The teachers and the terms that distil them: against losses computed by hand on the collected batches."""
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from helpers import like_data
 from grdd_fastai.core.errors import UserError
 from grdd_fastai.data.blocks import episodic_dls
 from grdd_fastai.distillation import DistillationTerm, RelatednessKL, Teacher
+from grdd_fastai.fewshot.embed import ViewFeatures, view_features
 from grdd_fastai.losses import kl_relatedness, relatedness
 from grdd_fastai.models.create import create_backbone
 from grdd_fastai.stage_two import meta_learner
@@ -48,6 +50,59 @@ def test_the_relatedness_of_several_teachers_is_the_mean_of_theirs(data):
         assert loss == pytest.approx(float(want), rel=1e-4)
     alone = fitted(data, teachers[:1], gamma=0.)[1][0][2]
     assert alone != pytest.approx(fitted(data, teachers, gamma=0.)[1][0][2], rel=1e-3)
+
+@pytest.mark.parametrize('settings', [dict(), dict(decouple=False, T=.3), dict(reverse=True), dict(center=True, reduction='sum')])
+def test_all_pairs_are_each_image_with_every_other_one(data, settings):
+    "By loops over the images; and the diagonal, an image with itself, is left out"
+    net = teacher(data)
+    _,steps = fitted(data, net, gamma=0., kl_weight=2., pairs='all', **settings)
+    s = dict(T=.1, decouple=True, reverse=False, reduction='mean', center=False) | settings
+    def groups(h):
+        if s['center']: h = h - h.mean(0)
+        R = [[float(F.cosine_similarity(h[i], h[j], dim=0))/s['T'] for j in range(len(h)) if j != i] for i in range(len(h))]
+        return torch.tensor(R if s['decouple'] else [sum(R, [])]).log_softmax(1)
+    for x,pred,loss in steps:
+        with torch.no_grad(): log_g,log_e = groups(net.eval()(x.as_subclass(torch.Tensor))),groups(pred)
+        p,q = (log_e, log_g) if s['reverse'] else (log_g, log_e)
+        kl = [float(sum(a.exp()*(a - b))) for a,b in zip(p, q, strict=True)]
+        assert loss == pytest.approx(2*(sum(kl) / (len(kl) if s['reduction'] == 'mean' else 1)), rel=1e-3)
+
+def test_known_views_teach_what_the_teacher_would_on_the_batch(data, tmp_path):
+    "The loss of each step against one of the teacher's forward pass on the very images that the student saw"
+    net = teacher(data)
+    known = view_features(net, data, 2, cache=tmp_path, amp=False)
+    dls = episodic_dls(data, 3, 1, 4, n_episodes=4, views=2)
+    collect = Collect()
+    learn = meta_learner(dls, create_backbone('convnet4', 0, 16, 0), net, teacher_view='views', views=2, teacher_features=known, gamma=0.,
+                         T=.3, cbs=collect, amp=False, keep_best=False, valid=dict(n_way=3, n_query=4, n_episodes=5))
+    with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-3)
+    losses = []
+    for x,pred,loss in collect.steps:
+        with torch.no_grad(): h = net.eval()(x.as_subclass(torch.Tensor))
+        want = 5*kl_relatedness(relatedness(*split(pred)), relatedness(*split(h)), .3, reduction='mean')
+        assert loss == pytest.approx(float(want), rel=2e-2)
+        losses.append(loss)
+    assert len(losses) == 8
+
+@pytest.mark.parametrize('change, sentence', [
+    (dict(views=3), "the teacher's features are of 2 augmented views and the loader gives 3: make dls with episodic_dls(..., views=2)"),
+    (dict(views=None), "the teacher's features are of 2 augmented views and the loader gives others"),
+    (dict(aug=None), "the teacher's features are of 2 augmented views and the loader gives 2"),
+    (dict(known=None), "teacher_view='views' needs the teacher's features: give teacher_features=view_features(...)"),
+    (dict(known=torch.zeros(120, 64)), "the teacher's features are not those of views"),
+    (dict(view='same'), "the teacher's features are of views: give teacher_view='views' with them"),
+    (dict(known=ViewFeatures([np.zeros((7, 64), np.float16)]*2)), "the teacher's features have 7 rows for 120 base images")])
+def test_views_that_do_not_fit_are_one_sentence(data, change, sentence):
+    given = dict(views=2, aug='default', view='views', known=ViewFeatures([np.zeros((120, 64), np.float16)]*2)) | change
+    dls = episodic_dls(data, 3, 1, 4, n_episodes=2, views=given['views'], aug=given['aug'])
+    with pytest.raises(UserError) as e:
+        learn = meta_learner(dls, create_backbone('convnet4', 0, 16, 0), teacher(data), teacher_view=given['view'],
+                             teacher_features=given['known'], amp=False, valid=dict(n_way=3, n_query=4, n_episodes=5))
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    assert sentence in str(e.value)
+
+def test_a_number_of_views_without_views_is_one_sentence(data):
+    with pytest.raises(UserError, match="views has no effect with teacher_view='same'"): fitted(data, teacher(data), views=3)
 
 def test_a_list_of_one_teacher_is_that_teacher(data):
     a,b = (fitted(data, t)[1] for t in (teacher(data), [teacher(data)]))

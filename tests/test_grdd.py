@@ -1,13 +1,14 @@
 """GRDD whole, by its four recipes on tiny data: the contract of its output, and a sentence for each thing a user can get wrong."""
 import json
 import os
+import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
 import timm
 import torch
-from helpers import NO_FOLDER, ROOT, SMALL, launch, recipe, says, settings, shell, write_csv_set
+from helpers import NO_FOLDER, ROOT, SMALL, launch, leavings, recipe, says, settings, shell, write_csv_set
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -179,6 +180,24 @@ def test_a_recipe_in_two_processes_stops_resumes_and_writes_once(faint, cache, t
         assert (tmp_path/'a'/name).read_bytes() == (tmp_path/'b'/name).read_bytes()
     assert {f.name for f in (tmp_path/'a').iterdir()} == {f.name for f in (tmp_path/'b').iterdir()}
     assert len((tmp_path/'a'/'novel_scorings.jsonl').read_text().splitlines()) == 3
+
+
+def test_a_run_with_known_views_stops_after_each_and_needs_them_no_more_when_it_is_finished(csv_set, tmp_path, monkeypatch):
+    "A time budget that one step or one view uses up; then the same weights as without a stop"
+    how = dict(settings(csv_set, tmp_path/'cache'), teacher_view='views', views=2, pairs='all')
+    straight = recipe('cifarfs_5w1s')(out=str(tmp_path/'a'), **how)
+    views = tmp_path/'cache'/'features'
+    assert len(list(views.glob('*.npy'))) == 2
+    shutil.rmtree(views)
+    numbers = []
+    for _ in range(60):
+        found = recipe('cifarfs_5w1s')(out=str(tmp_path/'b'), resume=True, max_minutes=1e-9, **how)
+        numbers.append(len(list(views.glob('*.npy'))) if views.exists() else 0)
+        if found['status'] == 'finished': break
+    assert [numbers.count(n) > 0 for n in range(3)] == [True]*3 and numbers.count(1) == 1 and numbers == sorted(numbers)
+    assert found['accuracy'] == straight['accuracy'] and leavings(tmp_path/'a') == leavings(tmp_path/'b')
+    shutil.rmtree(views)
+    assert recipe('cifarfs_5w1s')(out=str(tmp_path/'b'), resume=True, **how) == found and not views.exists()
 
 
 # ---- what a user can get wrong ----------------------------------------------------------------------------------------

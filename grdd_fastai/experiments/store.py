@@ -86,7 +86,7 @@ class NetworkStore:
         arch = student.settings['arch']
         def make(run):
             needed = teacher and not run.is_done('net')
-            known = known_features(teacher.net, self.data, s, teacher.folder, between=run.stop_if_due) if needed else None
+            known = known_features(teacher.net, self.data, s, teacher.folder, after_each=run.stop_if_due) if needed else None
             return stage_two(self.data, s, student.net, teacher and teacher.net, known, valid=EPISODE)
         return self.train('gr' if teacher else 'el', arch, settings, make)
 

@@ -53,10 +53,10 @@ def _meta(net, data, split, stats, device):
     return dict(weights=digest(net.state_dict()), net=type(net).__name__, data=data.fingerprint, split=split, stats=stats,
                 precision='ieee float32', device=torch.device(device).type)
 
-def _kept(meta, cache, net, dl, passes, kept_as, dtype=None):
+def _kept(meta, cache, net, dl, passes, kept_as, dtype=None, after=None):
     """The memory-mapped features (passes, N, D) of `passes` runs through `dl`, from the file that is named after `meta`
 
-    They are computed in `dtype` (see `embed`) and kept as `kept_as`.
+    They are computed in `dtype` (see `embed`) and kept as `kept_as`; `after()` is called if they had to be computed.
     """
     key = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()[:16]
     path = user_path(cache or default_cache(), '--cache')/'features'/f'{key}.npy'
@@ -74,6 +74,7 @@ def _kept(meta, cache, net, dl, passes, kept_as, dtype=None):
             with filled_array(path, (passes, len(dl.dataset), n_features), kept_as, meta) as h:
                 for one_pass in h: embed(net, dl, dtype, one_pass)
             h,_ = load_array(path)
+            if after: after()
     return h
 
 
@@ -101,7 +102,7 @@ def view_features(
     stats:Sequence|None=None, # (mean, std) to normalise images with; None: those of the network's `pretrained_cfg`
     cache:str|Path|None=None, # folder for the features; None: `default_cache()`
     amp:bool=True, # compute in bfloat16 or float16 if the device supports it, as a training does
-    between:Callable|None=None, # function without arguments that is called before each view; it may raise an error to stop
+    after_each:Callable|None=None, # function without arguments that is called after each view is computed; it may raise an error to stop
 ) -> ViewFeatures:
     """The features of the views of the base images that a loader with `views` gives
 
@@ -118,8 +119,7 @@ def view_features(
     arrays = []
     numbers = range(views)
     for v in progress_bar(numbers) if IN_NOTEBOOK or sys.stderr.isatty() else numbers:
-        if between: between()
-        arrays.append(_kept(same | dict(view=v), cache, net, dl, 1, np.float16, dtype)[0])
+        arrays.append(_kept(same | dict(view=v), cache, net, dl, 1, np.float16, dtype, after_each)[0])
     return ViewFeatures(arrays)
 
 

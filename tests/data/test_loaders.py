@@ -6,8 +6,9 @@ import albumentations as A
 import numpy as np
 import pytest
 import torch
-from helpers import batches, equal
+from helpers import batches, equal, pixels
 
+from grdd_fastai.data.augment import AUGMENTATIONS, seeded, train_augmentation
 from grdd_fastai.data.blocks import category_dls, episodic_dls, plain_dl
 
 
@@ -26,6 +27,27 @@ def test_nothing_seeds_globally(data, make):
         batches(make(data, seed=1))
         return random.random(),np.random.rand(),torch.rand(()).item()
     assert all(a != b for a,b in zip(after(1), after(2)))
+
+@pytest.mark.parametrize('by', AUGMENTATIONS)
+def test_views_come_one_after_the_other_and_are_the_same_for_every_seed(data, by):
+    "Each image of three epochs is the augmentation of its row at the view's number, whatever the seed of the order and the workers"
+    aug,epochs = train_augmentation(16, by=by),{}
+    single = seeded(aug)
+    images = torch.tensor(data.train.images).permute(0, 3, 1, 2)
+    for seed,workers in ((1, 0), (2, 0), (1, 2)):
+        dl = category_dls(data, bs=40, seed=seed, aug=aug, views=3, num_workers=workers).train
+        seen = {}
+        for epoch in range(4):
+            dl.epoch = epoch - 1
+            order = random.Random(f'{seed} {epoch}').sample(range(len(data.train)), len(data.train))
+            for i,(x,_) in enumerate(dl):
+                for row,pixel in zip(order[40*i:], pixels(data, x).round().to(torch.uint8), strict=False): seen[epoch, row] = pixel
+        epochs[seed, workers] = seen
+        for (epoch,row),image in seen.items():
+            if row < 20: assert torch.equal(image, single(images[row:row+1], 0, (row + epoch) % 3, np.array([row]))[0])
+            if epoch == 3: assert torch.equal(image, seen[0, row]) # the fourth epoch has the first one's views again
+    same = epochs[1, 0]
+    assert all(torch.equal(o[k], same[k]) for o in epochs.values() for k in same if k in o)
 
 def test_epochs_go_on_by_themselves(data):
     dls = episodic_dls(data, n_episodes=2)

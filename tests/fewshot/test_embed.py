@@ -82,7 +82,7 @@ def test_views_are_computed_once_and_go_on_where_they_were_stopped(data, tmp_pat
     monkeypatch.setattr('grdd_fastai.fewshot.embed.embed', lambda *args, **kwargs: passes.append(1) or embed(*args, **kwargs))
     def time_is_up():
         if len(passes) == 2: raise KeyboardInterrupt()
-    with pytest.raises(KeyboardInterrupt): view_features(net, data, 4, cache=tmp_path, between=time_is_up)
+    with pytest.raises(KeyboardInterrupt): view_features(net, data, 4, cache=tmp_path, after_each=time_is_up)
     four = view_features(net, data, 4, cache=tmp_path)
     two = view_features(net, data, 2, cache=tmp_path)
     assert len(passes) == 4 and all((a == b).all() for a,b in zip(two.arrays, four.arrays, strict=False))
