@@ -20,7 +20,7 @@ from .losses import EpisodicLoss, relatedness
 from .models.create import create_backbone
 from .models.pretrained import load_network
 from .stage_one import Rotation, StageOne, global_learner, stage_one
-from .stage_two import StageTwo, get_preset, meta_learner, stage_two
+from .stage_two import StageTwo, get_preset, known_features, meta_learner, stage_two
 from .training.callbacks import LossTerm
 from .training.optim import muon, sgd
 from .training.validation import FewShotAccuracy, KeepBest
@@ -28,6 +28,6 @@ from .training.validation import FewShotAccuracy, KeepBest
 __all__ = ['BatchAugmentation', 'CLASSIFIERS', 'Distill', 'DistillationTerm', 'EpisodicDL', 'EpisodicLoss', 'FewShotAccuracy',
            'FewShotClassifier', 'KeepBest', 'LossTerm', 'RelatednessKL', 'Rotation', 'StageOne', 'StageTwo', 'Teacher', 'UserError',
            'cached_features', 'category_block', 'category_dls', 'compare', 'create_backbone', 'embed', 'episode_block', 'episodic_dls',
-           'evaluate', 'few_shot_data', 'get_preset', 'global_learner', 'grdd', 'load_network', 'meta_learner', 'muon', 'plain_dl',
-           'plot_relatedness', 'plot_tsne', 'prepare', 'processes', 'register_classifier', 'relatedness', 'sample_episodes', 'sgd',
-           'stage_one', 'stage_two', 'train_augmentation']
+           'evaluate', 'few_shot_data', 'get_preset', 'global_learner', 'grdd', 'known_features', 'load_network', 'meta_learner', 'muon',
+           'plain_dl', 'plot_relatedness', 'plot_tsne', 'prepare', 'processes', 'register_classifier', 'relatedness', 'sample_episodes',
+           'sgd', 'stage_one', 'stage_two', 'train_augmentation']

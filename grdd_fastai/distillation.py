@@ -2,6 +2,7 @@
 
 A term of your own is a subclass of `DistillationTerm`: see docs/extending.md.
 """
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -74,30 +75,36 @@ class Teacher(UndoAfterFit):
     order,run_valid = LossTerm.order - 1,False
     def __init__(self,
         networks:torch.nn.Module|list, # a timm model or module, or a list of them
-        # 'same': the augmented images that the student sees; 'clean': images as they are, embedded once; 'views': views of the images,
-        # whose features are given
-        view:str='same',
+        view:str='same', # 'same', 'clean' or 'views' (see `Distill`)
         output:str='features', # 'features', 'logits' or 'probabilities'
-        # features (N, D) of the clean base images where they are known already, or the `ViewFeatures` of views; a list for several networks
-        teacher_features:torch.Tensor|ViewFeatures|list|None=None,
+        # features (N, D) of the clean base images where they are known, or `ViewFeatures`; a list for several networks; or a function
+        # without arguments that gives them when a fit begins
+        teacher_features:torch.Tensor|ViewFeatures|list|Callable|None=None,
     ):
         for k,v in dict(teacher_view=view, teacher_output=output).items(): declared(Distill)[k].checked(v)
         self.networks,self.view,self.output = as_list(networks),view,output
-        self.known,self.known_for = as_list(teacher_features),None
+        self.known,self.known_for = [],None
+        self.to_come = teacher_features if callable(teacher_features) else None
         self.were,self.converters = [],[] # networks with their modes and flags before the fit; functions that convert images for them
         for net in self.networks:
             if not isinstance(net, torch.nn.Module):
                 raise UserError(f'the teacher is a {type(net).__name__}: give a network, such as create_backbone or load_network makes')
             if output != 'features' and not getattr(net, 'num_classes', 0):
                 raise UserError(f"teacher_output={output!r} needs a teacher with its classifier: train it with head='linear'")
+        if not self.to_come: self.know(teacher_features)
+
+    def know(self, teacher_features):
+        "Take the teachers' features; UserError unless they are of the right kind and number"
+        self.known = as_list(teacher_features)
+        if not self.known: return
         of_views = [isinstance(h, ViewFeatures) for h in self.known]
-        if self.known and view == 'views' and not all(of_views):
+        if self.view == 'views' and not all(of_views):
             raise UserError("the teacher's features are not those of views: make them with view_features")
-        if self.known and view != 'views' and any(of_views):
+        if self.view != 'views' and any(of_views):
             raise UserError("the teacher's features are of views: give teacher_view='views' with them")
-        if self.known and view == 'same':
+        if self.view == 'same':
             raise UserError("the teacher's features are of clean images: give teacher_view='clean' with them")
-        if self.known and len(self.known) != len(self.networks):
+        if len(self.known) != len(self.networks):
             raise UserError(f'{len(self.known)} sets of features for {len(self.networks)} teachers: give one for each')
 
     def before_fit(self):
@@ -106,6 +113,9 @@ class Teacher(UndoAfterFit):
         side = backbone_of(self.learn).pretrained_cfg['input_size'][-1]
         self.converters = [image_converter(net, self.dls, side) for net in self.networks]
         self.rows_epoch = None
+        if self.to_come:
+            self.know(self.to_come())
+            self.to_come = None
         if self.view == 'clean': self.embed_clean()
         if self.view == 'views': self.check_views()
 

@@ -1,5 +1,6 @@
 """GRDD (arXiv 2107.05583) on one page: the data, stage one, stage two, and the accuracy on the novel classes."""
 from dataclasses import asdict
+from functools import partial
 from typing import Annotated
 
 from .core.distributed import log, processes
@@ -36,8 +37,7 @@ def method(
     teacher = student_cl if phi is None else run.train('teacher', *stage_one(data, phi, valid=episode, **compute), phi.arch)[0]
 
     # stage two, the meta-learner (Eq. 10-15): the student's relatedness on episodes of base classes follows the frozen teacher's
-    needed = not run.is_done('student_grdd')
-    known = known_features(teacher, data, two, run.cache, compute.get('amp', True), run.stop_if_due) if needed else None
+    known = partial(known_features, teacher, data, two, run.cache, compute.get('amp', True), run.stop_if_due)
     meta = stage_two(data, two, student_cl, teacher, known, valid=episode, **compute)
     student,val = run.train('student_grdd', *meta, psi.arch)
 

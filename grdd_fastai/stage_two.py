@@ -2,6 +2,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -83,13 +84,18 @@ def check_teacher_output(phi, two):
 
 
 def known_features(
-    teacher:nn.Module, # the trained global learner
+    teacher:nn.Module|list, # the trained global learner, or a list of several
     data:FewShotData, # FewShotData
     s:StageTwo, # the settings
     cache:str|Path|None=None, # folder for the features; None: `default_cache()`
     amp:bool=True, after_each:Callable|None=None, # see `view_features`
-) -> torch.Tensor|ViewFeatures|None:
-    "The teacher's features of the base images as far as the settings allow to know them before the training; they are computed once"
+) -> torch.Tensor|ViewFeatures|list|None:
+    """The teacher's features of the base images as far as the settings allow to know them before the training: computed once, then read
+
+    They are of the clean images for teacher_view='clean' and of the views for 'views', a list for several teachers, and None otherwise.
+    UserError if the cache folder cannot be written.
+    """
+    if isinstance(teacher, list): return [known_features(t, data, s, cache, amp, after_each) for t in teacher]
     if s.distill.teacher_view == 'clean': return cached_features(teacher, data, 'train', stats=data.stats, cache=cache)[0]
     if s.distill.teacher_view == 'views':
         if s.augment != 'batch': raise UserError(f"teacher_view='views' needs the augmentation of batches: leave out augment={s.augment!r}")
@@ -105,9 +111,11 @@ OF_DATA_AND_FIT = ('n_way', 'k_shot', 'n_query', 'n_episodes', 'episodes_per_ste
 def stage_two(
     data:FewShotData,
     s:StageTwo, # the settings
-    student:nn.Module, # the network of stage one to start from; with `s.init='random'` its architecture alone
+    # the network of stage one to start from, with `s.init='random'` its architecture alone; or the name of a timm model
+    student:str|nn.Module,
     teacher:nn.Module|list|None=None, # the frozen teacher, or a list of several; None trains on episodic labels alone (CL+EL)
-    teacher_features:torch.Tensor|ViewFeatures|list|None=None, # what `known_features` gives for the teacher
+    # what `known_features` gives for the teacher, or a function without arguments that gives it when a fit begins
+    teacher_features:torch.Tensor|ViewFeatures|list|Callable|None=None,
     **kwargs # of `meta_learner`
 ) -> tuple[Learner, Callable]:
     """(Learner, fit) of stage two: `fit(learn)` trains `learn.model`
@@ -123,12 +131,13 @@ def stage_two(
                        views=s.distill.n_views if teacher is not None and s.distill else None)
     if isinstance(student, Learner): student = backbone_of(student)
     if s.init == 'random':
-        arch = (getattr(student, 'pretrained_cfg', None) or {}).get('architecture')
+        arch = student if isinstance(student, str) else (getattr(student, 'pretrained_cfg', None) or {}).get('architecture')
         if arch is None: raise UserError(f'the student is a {type(student).__name__} without a timm name: its weights cannot be drawn anew')
         student = create_backbone(arch, 0, data.px, s.seed)
     if teacher is None or s.distill is None:
         s = s.but(distill=None)
         teacher = teacher_features = None
+    elif teacher_features is None and s.distill.teacher_view == 'views': teacher_features = partial(known_features, teacher, data, s)
     own = {k:v for k,v in s.values().items() if k not in OF_DATA_AND_FIT}
     learn = meta_learner(dls, student, teacher, teacher_features=teacher_features, opt_func=OPTIMISERS[s.opt], **own, **kwargs)
     return learn,fit_function(s, s.episodes_per_step)
@@ -142,8 +151,9 @@ def meta_learner(
     # the trained global learner phi, or a list of several; None trains on episodic labels alone (CL+EL)
     teacher:nn.Module|Learner|list|None=None,
     s=None, # the settings of `StageTwo` and `Distill` that concern the loss
-    # features (N, D) that the teacher has of the clean base images, where they are known, or `view_features` for teacher_view='views'
-    teacher_features:torch.Tensor|ViewFeatures|list|None=None,
+    # features (N, D) that the teacher has of the clean base images, where they are known, or `view_features` for teacher_view='views';
+    # a list for several teachers; or a function without arguments that gives them when a fit begins
+    teacher_features:torch.Tensor|ViewFeatures|list|Callable|None=None,
     valid:dict|None=None, # episodes of the validation classes: n_way=5, k_shot as in training, n_query=15, n_episodes=1000, seed=0
     **kwargs # of `few_shot_learner`, such as amp, keep_best and cbs, and of fastai's `Learner`
 ) -> Learner:

@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from contextlib import redirect_stdout, suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,8 +86,7 @@ class NetworkStore:
         settings = s.recorded() | dict(student=student.settings, teacher=teacher and teacher.settings)
         arch = student.settings['arch']
         def make(run):
-            needed = teacher and not run.is_done('net')
-            known = known_features(teacher.net, self.data, s, teacher.folder, after_each=run.stop_if_due) if needed else None
+            known = teacher and partial(known_features, teacher.net, self.data, s, teacher.folder, after_each=run.stop_if_due)
             return stage_two(self.data, s, student.net, teacher and teacher.net, known, valid=EPISODE)
         return self.train('gr' if teacher else 'el', arch, settings, make)
 

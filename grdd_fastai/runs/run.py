@@ -211,7 +211,7 @@ class Run:
         """
         net = backbone_of(learn)
         path,checkpoint = self.out/name,self.out/f'checkpoint_{name}.safetensors'
-        if self.is_done(name): best = load_weights(net, path)['val_accuracy']
+        if self.resuming and (self.out/f'{name}.json').exists(): best = load_weights(net, path)['val_accuracy']
         else:
             log(f'training {name}, {arch}')
             self._fit(name, learn, fit, checkpoint)
@@ -221,12 +221,8 @@ class Run:
         self.plan.remove(name)
         return net,best
 
-    def is_done(self, name):
-        "Whether the stage `name` is finished, so that `train` only loads its weights"
-        return self.resuming and (self.out/f'{name}.json').exists()
-
     def stop_if_due(self):
-        "Raise `Stopped` if the time is used up: a long computation beside the fits calls this now and then"
+        "Raise `Stopped` if the time is used up or a signal has come: a long computation before the steps of a fit calls this now and then"
         if stop := self.deadline.due(): raise stop
 
     def _fit(self, name, learn, fit, checkpoint):
