@@ -10,14 +10,16 @@ and ResNet-12, at 32 and 84 px. The two steps take turns in one process. A line 
 divided by the recipe's: 1 means that a step costs no more than the network's arithmetic. A batch is the recipe's (64 images at four
 rotations, or 20-way 1-shot with 6 queries per class), halved until a bare step takes less than `--step` seconds.
 
-A line `teacher` compares the step of stage two with known features and with the teacher's forward pass on each batch; teacher and student
-have the same architecture. The last line compares stage one of ConvNet-4 at 32 px with plain fastai: one image after the other through
-albumentations, float32, contiguous memory, and the blocks as papers write them. Plain fastai runs in its own process and takes turns too.
+A line `teacher` compares the step of stage two with known features of clean images, with those of 20 views, and with the teacher's forward
+pass on each batch; teacher and student have the same architecture. The last line compares stage one of ConvNet-4 at 32 px with plain
+fastai: one image after the other through albumentations, float32, contiguous memory, and the blocks as papers write them. Plain fastai
+runs in its own process and takes turns too.
 """
 import multiprocessing
 import statistics
 import time
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from common import MadeUp, print_line, wait, write
@@ -28,6 +30,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from grdd_fastai.core.device import amp, autocast_dtype
+from grdd_fastai.fewshot.embed import ViewFeatures
 from grdd_fastai.models.create import create_backbone
 from grdd_fastai.stage_one import StageOne, stage_one
 from grdd_fastai.stage_two import PRESETS, stage_two
@@ -113,7 +116,8 @@ def learner(stage, arch, px, n, steps, compile=False, view='clean'):
         return stage_one(MadeUp(px, max(N_CLASSES, n*steps), N_CLASSES), ONE.but(arch=arch, bs=n), **kwargs)
     data = MadeUp(px, 40*N_CLASSES if px < 84 else 10*N_CLASSES, N_CLASSES)
     net = create_backbone(arch, 0, px)
-    known = torch.randn(len(data.train), net.num_features) if view == 'clean' else None
+    def random(): return np.random.default_rng(0).standard_normal((len(data.train), net.num_features), np.float32)
+    known = dict(clean=lambda: torch.from_numpy(random()), views=lambda: ViewFeatures([random().astype(np.float16)]*20), same=None)[view]
     return stage_two(data, TWO.but(n_way=n, n_episodes=steps, teacher_view=view), net, create_backbone(arch, 0, px, 1), known, **kwargs)
 
 def in_turns(stage, arch, px, other, repeats, step, least=1., compile=False, view='clean'):
@@ -229,9 +233,10 @@ def main(
                 found = beside_bare(stage, arch, px, repeats, step, compile)
                 print_line(name=arch, stage=stage, px=px, device=device, **found)
             if px == 32: # `found` is stage two's
-                looking = beside_bare('two', arch, px, repeats, step, compile, 'same')
+                views,looking = (beside_bare('two', arch, px, repeats, step, compile, view) for view in ('views', 'same'))
                 print_line(name=f'teacher {arch}', stage='two', px=px, device=device, features_known_ms=found['recipe_ms'],
-                    forward_on_the_batch_ms=looking['recipe_ms'], images=found['images'], repeats=repeats)
+                    views_known_ms=views['recipe_ms'], views_known_ratio=views['ratio'], forward_on_the_batch_ms=looking['recipe_ms'],
+                    images=found['images'], repeats=repeats)
     if device == 'cpu':
         mine,others,images = in_turns('one', 'convnet4', 32, lambda n, images: other_process(32, n, 64*n), repeats, step, 2.)
         print_line(name='convnet4 beside plain fastai', stage='one', px=32, device='cpu', speedup=round(others/mine, 2),
