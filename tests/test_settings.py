@@ -182,7 +182,7 @@ def test_a_flag_is_not_taken_for_the_beginning_of_another(tmp_path):
         done = shell('recipes/cifarfs_5w1s.py', '--demo', '--out', tmp_path/'run', *flags)
         assert done.returncode == 1 and done.stderr.strip().splitlines()[-1] == says and not (tmp_path/'run').exists()
 
-@pytest.mark.parametrize('name', ['table2', 'ablations', 'sweep', 'readings', 'figures'])
+@pytest.mark.parametrize('name', ['table2', 'ablations', 'sweep', 'pairs', 'readings', 'figures'])
 def test_a_flag_of_an_experiment_changes_something(name):
     "The rows of `readings` set stage two themselves: it offers no flag that they would replace"
     flags = {o for a in anno_parser(recipe(name).__wrapped__)._actions for o in a.option_strings}

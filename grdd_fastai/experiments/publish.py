@@ -21,7 +21,7 @@ from ..settings import absent
 from ..stage_one import StageOne
 from ..stage_two import StageTwo
 from .report import accuracy_text, markdown_table
-from .store import Trained
+from .store import Trained, supervision
 
 __all__ = ['load_trained', 'publish']
 
@@ -107,14 +107,13 @@ def measured(trained, scores):
     for (split,shot),e in scores.items(): found.setdefault(split, {})[f'{shot}-shot'] = summary(e)
     settings = trained.settings
     def whole(s): # with the settings that the record leaves out because their absence means a value
+        if s.keys() == {'arch'}: return s # a network of random weights
         stages = {k:whole(v) for k,v in s.items() if isinstance(v, dict)}
         return absent(StageOne if 'arch' in s else StageTwo, s) | s | stages
-    if 'student' not in settings: supervision = 'CL'
-    else: supervision = 'CL+GR' if settings['teacher'] else 'CL+EL'
     made = {k:began.get(k) for k in ('commit','device','torch_threads','versions')}
     made['command'] = began.get('command') and command(shlex.split(began['command'])[1:])
     return dict(
-        scores=found, supervision=supervision, settings=whole(settings), run=trained.folder.name, sha256=card['sha256'],
+        scores=found, supervision=supervision(settings), settings=whole(settings), run=trained.folder.name, sha256=card['sha256'],
         stats=card['stats'], px=card['px'], classes=card['classes'], fingerprint=card['fingerprint'],
         dataset=trained.read('data.json')['name'], trained=made)
 

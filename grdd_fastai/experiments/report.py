@@ -13,7 +13,8 @@ from ..stage_one import StageOne
 __all__ = ['write_report']
 
 TITLES = dict(table2='Table 2: category labels, episodic labels, global relatedness', ablations='Figure 4: the components of GRDD',
-              sweep='Figure 6: gamma and T', readings='Readings of what the paper leaves open')
+              sweep='Figure 6: gamma and T', pairs='Which images are related to which: stage two from random weights',
+              readings='Readings of what the paper leaves open')
 FIGURES = dict(figure3='Figure 3: t-SNE of five novel classes', figure5="Figure 5: the teacher's relatedness over T")
 WEIGHTS = 'grdd_fastai/weights'
 CLASSES = dict(val='validation', novel='novel')
@@ -136,10 +137,10 @@ def by_start(rows):
     epochs = {} # of each group's stage one
     for (row,same),seeds in rows.items():
         settings = seeds[0]['settings'].get('student', seeds[0]['settings'])
-        start = described(settings)
+        start = f'{settings["arch"]}, random weights' if settings.keys() == {'arch'} else described(settings)
         group = 'Stage one alone, row by row' if row.startswith('stage one') else f'Stage one of psi: {start}'
         groups[group][row, same] = seeds
-        epochs[group] = settings['epochs'] if group.endswith(start) else -1
+        epochs[group] = settings.get('epochs', 0) if group.endswith(start) else -1
     for group in sorted(groups, key=lambda group: (-epochs[group], group)):
         every = [r for seeds in groups[group].values() for r in seeds]
         shared = any(r.get('stage_one_seed') is not None for r in every)

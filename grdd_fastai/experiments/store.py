@@ -22,7 +22,7 @@ from ..runs.run import Run
 from ..stage_one import stage_one
 from ..stage_two import known_features, stage_two
 
-__all__ = ['NetworkStore', 'Trained']
+__all__ = ['NetworkStore', 'Trained', 'supervision']
 
 
 EPISODE = dict(n_way=5, k_shot=1, n_query=15) # validation episodes, which choose the epoch whose weights are kept
@@ -36,6 +36,12 @@ class Trained(NamedTuple):
     folder: Path
     settings: dict
     def read(self, name): return read_json(self.folder/name)
+
+
+def supervision(settings):
+    "What the recorded `settings` of a network train on, in the words of Table 2: CL, CL+EL or CL+GR; EL or GR from random weights"
+    if 'student' not in settings: return 'CL'
+    return ('' if settings.get('init') == 'random' else 'CL+') + ('GR' if settings['teacher'] else 'EL')
 
 
 class NetworkStore:
@@ -81,13 +87,18 @@ class NetworkStore:
         return embed(net.to(dl.device), dl)
 
     def stage_two_net(self, student, teacher, s):
-        "The `Trained` network of stage two from a `Trained` student with the settings `s` (`StageTwo`): CL+EL without teacher, else CL+GR"
+        """The `Trained` network of stage two with the settings `s` (`StageTwo`), without a teacher on episodic labels alone
+
+        It starts from a `Trained` student of stage one; with `s.init='random'` `student` is the name of its architecture.
+        """
         if teacher is None: s = s.but(distill=None)
-        settings = s.recorded() | dict(student=student.settings, teacher=teacher and teacher.settings)
-        arch = student.settings['arch']
+        start = dict(arch=student) if s.init == 'random' else student.settings
+        settings = s.recorded() | dict(student=start, teacher=teacher and teacher.settings)
+        arch = start['arch']
         def make(run):
             known = teacher and partial(known_features, teacher.net, self.data, s, teacher.folder, after_each=run.stop_if_due)
-            return stage_two(self.data, s, student.net, teacher and teacher.net, known, valid=EPISODE)
+            net = student if s.init == 'random' else student.net
+            return stage_two(self.data, s, net, teacher and teacher.net, known, valid=EPISODE)
         return self.train('gr' if teacher else 'el', arch, settings, make)
 
     def score(self, trained, split, shot=1, n=10_000):

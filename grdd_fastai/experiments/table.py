@@ -23,7 +23,7 @@ from ..runs.run import default_out
 from ..settings import between, checked, from_flags, positive, with_flags
 from ..stage_one import StageOne, TeacherEpochs
 from ..stage_two import PRESETS, Preset, check_teacher_output, get_preset
-from .store import EPISODE, SPLITS, NetworkStore
+from .store import EPISODE, SPLITS, NetworkStore, supervision
 
 __all__ = ['CL', 'EL', 'GR', 'Table', 'table']
 
@@ -154,18 +154,21 @@ def train_and_score(store, rows, roles, stage_two, seeds, stage_one_seed, split,
     return nets,scores,failed,None
 
 def train(store, row, roles, seed, stage_two, start):
-    "The `Trained` networks of a row: `net` and, for stage two, its `student` of stage one (with the seed `start`) and its `teacher`"
+    """The `Trained` networks of a row: `net` and, for stage two, its `teacher`, and the `student` of stage one (with the seed `start`)
+
+    A row with init='random' needs no student of stage one.
+    """
     def one(role, seed): return store.stage_one_net(roles[role].but(**row.get('stage_one', {}) | dict(seed=seed)))
     psi,phi = row['psi'],row.get('phi')
     if 'stage_two' in row:
         two = stage_two[not phi].but(**row['stage_two'] | dict(seed=seed))
         if phi: check_teacher_output(roles[phi], two) # before anything is trained for the row
-    student = one(psi, start)
-    if 'stage_two' not in row: return dict(net=student)
+    if 'stage_two' not in row: return dict(net=one(psi, start))
+    student = None if two.init == 'random' else one(psi, start)
     teacher = None
-    if phi and roles[phi] == roles[psi]: teacher = one(phi, start + 1) if row.get('independent') else student
+    if phi and roles[phi] == roles[psi]: teacher = one(phi, start + 1) if row.get('independent') else student or one(phi, start)
     elif phi: teacher = one(phi, 0) # all seeds have the same teacher
-    return dict(student=student, teacher=teacher, net=store.stage_two_net(student, teacher, two))
+    return dict(student=student, teacher=teacher, net=store.stage_two_net(student or roles[psi].arch, teacher, two))
 
 
 # ---- flags ------------------------------------------------------------------------------------------------------------
@@ -220,7 +223,7 @@ def record(name, key, row, seed, start, split, shots, made, scores, data):
     slug = re.sub('[^a-z0-9.=]+', '-', key.lower()).strip('-')
     return dict(
         file=f'{slug}-{same}-s{seed_of}-{split}.json', experiment=name, row=key, same=same, seed=seed_of, stage_one_seed=start, split=split,
-        supervision='CL+GR' if phi else 'CL+EL' if 'student' in networks else 'CL', phi=phi, psi=psi,
+        supervision=supervision(net.settings), phi=phi, psi=psi,
         paper=row.get('paper', {}).get((data.name, phi, psi)),
         scores={f'{shot}-shot':measured(scores[key, seed, shot]) for shot in shots},
         versus=versus, settings=net.settings, networks=networks, data=dict(name=data.name, fingerprint=data.fingerprint),

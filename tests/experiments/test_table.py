@@ -7,7 +7,7 @@ from helpers import NO_FOLDER, ROWS, recipe, says
 
 from grdd_fastai.core.errors import UserError
 from grdd_fastai.data.blocks import plain_dl
-from grdd_fastai.experiments.table import CL, EL, table
+from grdd_fastai.experiments.table import CL, EL, GR, table
 from grdd_fastai.fewshot.embed import embed
 from grdd_fastai.fewshot.evaluate import evaluate
 from grdd_fastai.stage_one import StageOne
@@ -36,6 +36,20 @@ def test_records_hold_what_a_number_needs_and_novel_scorings_are_logged_once(sma
     assert set(r['versus']) == {'CL','CL+EL'} and r['scores']['1-shot']['n'] == 40 and r['settings']['teacher']['arch'] == 'convnet4_128'
     assert (set(r['networks']) == {'student','teacher','net'}
             and all(n['minutes'] >= 0 and n['commit'] and n['device'] for n in r['networks'].values()))
+
+def test_a_row_from_random_weights_needs_no_stage_one_of_its_student(small, tmp_path):
+    "Its record, its report and its model card say so"
+    rows = dict(a=GR | dict(stage_two=dict(init='random')), b=EL | dict(stage_two=dict(init='random')), c=EL)
+    made = table('a', rows, out=tmp_path/'out', results=tmp_path/'results', **small)
+    assert list(made.scored.supervision) == ['GR', 'EL', 'CL+EL']
+    trained = sorted(f.name.split('-')[0] for f in (tmp_path/'out').iterdir() if f.is_dir())
+    assert trained == ['cl', 'cl', 'el', 'el', 'gr'] # stage one is c's student and a's teacher
+    r = json.loads(next((tmp_path/'results'/'a').glob('a-*.json')).read_text())
+    assert r['settings']['student'] == dict(arch='convnet4') and set(r['networks']) == {'teacher', 'net'}
+    recipe('publish')(str(made.nets['a', 0]['net'].folder), data=small['data'], cache=small['cache'], out=str(tmp_path/'convnet4.mine'),
+                      test_episodes=40)
+    card = (tmp_path/'convnet4.mine'/'README.md').read_text()
+    assert 'trained by GR on' in card and '- start: arch convnet4\n' in card and 'init random' in card
 
 def test_a_log_that_came_later_has_the_scorings_that_were_made_before(small, tmp_path):
     table('a', {'CL':CL}, out=tmp_path, score='novel', **small)
