@@ -42,6 +42,8 @@ class Distill(Settings):
                             'once; or views, a number of augmented views of each image, embedded once, which the student sees too',
                             one_of('same', 'clean', 'views')] = 'same'
     views: Annotated[int, 'augmented views of each image with teacher_view views', between(1, 10**4), recorded(absent=20)] = 20
+    teacher_mirror: Annotated[bool, "average the teacher's features of each image with those of its mirror image",
+                              recorded(absent=False)] = False
     teacher_output: Annotated[str, "the teacher's output whose cosines are compared: features (Eq. 10), logits or probabilities",
                               one_of('features', 'logits', 'probabilities'), recorded(absent='features')] = 'features'
 
@@ -60,7 +62,7 @@ OF_RELATEDNESS = ('T', 'kl_weight', 'decouple', 'T_squared', 'reverse', 'reducti
 
 def distillation(teacher, s, teacher_features=None):
     "The callbacks that distil `teacher` by the settings `s` (`Distill`), the teacher first and then a callback for each term"
-    return [Teacher(teacher, s.teacher_view, s.teacher_output, teacher_features),
+    return [Teacher(teacher, s.teacher_view, s.teacher_output, teacher_features, s.teacher_mirror),
             RelatednessKL(**{k:getattr(s, k) for k in OF_RELATEDNESS})]
 
 
@@ -80,9 +82,10 @@ class Teacher(UndoAfterFit):
         # features (N, D) of the clean base images where they are known, or `ViewFeatures`; a list for several networks; or a function
         # without arguments that gives them when a fit begins
         teacher_features:torch.Tensor|ViewFeatures|list|Callable|None=None,
+        mirror:bool=False, # average the features of each image with those of its mirror image
     ):
-        for k,v in dict(teacher_view=view, teacher_output=output).items(): declared(Distill)[k].checked(v)
-        self.networks,self.view,self.output = as_list(networks),view,output
+        for k,v in dict(teacher_view=view, teacher_output=output, teacher_mirror=mirror).items(): declared(Distill)[k].checked(v)
+        self.networks,self.view,self.output,self.mirror = as_list(networks),view,output,mirror
         self.known,self.known_for = [],None
         self.to_come = teacher_features if callable(teacher_features) else None
         self.were,self.converters = [],[] # networks with their modes and flags before the fit; functions that convert images for them
@@ -125,7 +128,7 @@ class Teacher(UndoAfterFit):
         what = tuple(id(net) for net in self.networks),id(train.dataset)
         if self.known_for == what: return
         if not self.known or self.known_for:
-            self.known = [embed(Converted(net, f), train.plain())[0] for net,f in zip(self.networks, self.converters)]
+            self.known = [embed(Converted(net, f), train.plain(), mirror=self.mirror)[0] for net,f in zip(self.networks, self.converters)]
         self.known,self.known_for = [h.to(self.dls.device) for h in self.known],what
         n = len(train.dataset)
         for h in self.known:
@@ -158,7 +161,7 @@ class Teacher(UndoAfterFit):
 
     def of_same_images(self):
         with amp(self.dls.device, amp_dtype(self.learn)):
-            return [features(net, f(self.xb[0])) for net,f in zip(self.networks, self.converters)]
+            return [features(net, f(self.xb[0]), self.mirror) for net,f in zip(self.networks, self.converters)]
 
     def of_clean_images(self):
         rows = self.rows_of_batch()

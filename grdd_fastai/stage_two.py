@@ -96,10 +96,12 @@ def known_features(
     UserError if the cache folder cannot be written.
     """
     if isinstance(teacher, list): return [known_features(t, data, s, cache, amp, after_each) for t in teacher]
-    if s.distill.teacher_view == 'clean': return cached_features(teacher, data, 'train', stats=data.stats, cache=cache)[0]
+    mirror = s.distill.teacher_mirror
+    if s.distill.teacher_view == 'clean':
+        return cached_features(teacher, data, 'train', stats=data.stats, cache=cache, mirror=mirror)[0]
     if s.distill.teacher_view == 'views':
         if s.augment != 'batch': raise UserError(f"teacher_view='views' needs the augmentation of batches: leave out augment={s.augment!r}")
-        return view_features(teacher, data, s.distill.n_views, s.jitter, data.stats, cache, amp, after_each)
+        return view_features(teacher, data, s.distill.n_views, s.jitter, data.stats, cache, amp, mirror, after_each)
     return None
 
 

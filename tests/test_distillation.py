@@ -104,6 +104,19 @@ def test_views_that_do_not_fit_are_one_sentence(data, change, sentence):
 def test_a_number_of_views_without_views_is_one_sentence(data):
     with pytest.raises(UserError, match="views has no effect with teacher_view='same'"): fitted(data, teacher(data), views=3)
 
+@pytest.mark.parametrize('view', ['same', 'clean'])
+def test_a_mirrored_teacher_has_the_mean_of_both_features(data, view):
+    net = teacher(data)
+    learn,steps = fitted(data, net, gamma=0., T=.3, kl_weight=2., teacher_view=view, teacher_mirror=True)
+    rows = np.array(learn.dls.train.get_idxs()).reshape(2, -1)
+    mean,std = (torch.tensor(v).view(3, 1, 1) for v in data.stats)
+    for r,(x,pred,loss) in zip(rows, steps, strict=True):
+        x = x.as_subclass(torch.Tensor)
+        if view == 'clean': x = (torch.tensor(data.train.images[r]).permute(0, 3, 1, 2)/255 - mean)/std
+        with torch.no_grad(): h = (net.eval()(x) + net(x.flip(3)))/2
+        want = 2*kl_relatedness(relatedness(*split(pred)), relatedness(*split(h)), .3, reduction='mean')
+        assert loss == pytest.approx(float(want), rel=1e-3)
+
 def test_a_list_of_one_teacher_is_that_teacher(data):
     a,b = (fitted(data, t)[1] for t in (teacher(data), [teacher(data)]))
     assert [s[2] for s in a] == [s[2] for s in b]

@@ -184,6 +184,7 @@ def inference(folder):
         kinds = list(dict.fromkeys((s['way'], s['shot'], s['query']) for s in r['scores']))
         scores = {(s['network'], s['classifier'], (s['way'], s['shot'], s['query'])):s for s in r['scores']}
         support = f"each support image as {r['support_views']} augmented views" if r['support_views'] else 'the support as it is'
+        if r.get('mirror'): support += ', features averaged with those of the mirror image'
         episodes = distinct(s['n'] for s in r['scores'])
         parts.append(f"{CLASSES[r['split']].capitalize()} classes, {r['queries']} queries, {support}; {episodes} episodes; "
                      f"{r['data']['name']}; [record](results/{path.name}), commit {str(r['commit'])[:8]}, {r['device']}\n")
@@ -192,7 +193,8 @@ def inference(folder):
             s = scores[network, name, kinds[0]]
             seen = 'one' if not s['transductive'] else 'all, taken to be balanced' if s['balanced'] else 'all'
             rows.append([network, name, seen, *(accuracy_text(scores[network, name, k]) for k in kinds)])
-        comparable = (r['split'] == 'novel' and r['queries'] == 'balanced' and r['data']['name'] == 'cifar_fs' and not r['support_views']
+        plain = not (r['support_views'] or r.get('mirror'))
+        comparable = (r['split'] == 'novel' and r['queries'] == 'balanced' and r['data']['name'] == 'cifar_fs' and plain
                       and kinds == [(5, 1, 15), (5, 5, 15)])
         if comparable: rows += GRDD_TIM
         head = ['network', 'classifier', 'queries seen', *(f'{w}-way {k}-shot, {q} queries' for w,k,q in kinds)]
@@ -205,7 +207,7 @@ def novel_log(path):
     rows = []
     for line in path.read_text().splitlines():
         o = json.loads(line)
-        what = ', '.join([o['what'], *(str(o[k]) for k in ('classifier','queries') if k in o)])
+        what = ', '.join([o['what'], *(str(o[k]) for k in ('classifier','queries') if k in o), *(['mirrored'] if o.get('mirror') else [])])
         rows.append([o['time'], what, str(o['shot']), accuracy_text(o), str(o['test_episodes']), o['commit'][:8]])
     return markdown_table(['time', 'network', 'shot', 'accuracy', 'episodes', 'commit'], rows)
 

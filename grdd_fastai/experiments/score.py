@@ -42,6 +42,7 @@ def score_networks(
     classifiers:str='cosine',
     query_distribution:str='balanced', # queries per class: balanced, or dirichlet, which is uneven with the same sum
     support_views:Annotated[int, 'number of augmented views that replace each support image; 0 keeps the image itself', at_least(0)]=0,
+    mirror:bool=False, # average the features of each image with those of its mirror image
     jitter:Annotated[bool, 'colour jitter of the views', dict(action=argparse.BooleanOptionalAction)]=True,
     test_episodes:Annotated[int, 'number of episodes of each kind', between(1, 10**8)]=10_000,
     seed:Annotated[int, 'seed of the episodes and views (novel: 0; val: 1, for other episodes than those that chose the epoch)',
@@ -78,7 +79,7 @@ def score_networks(
     scores = {} # (way, shot, query, classifier) -> network -> `Evaluation`
     weights = {} # network -> checksum
     for network,net in nets.items():
-        features = partial(cached_features, net, data, cache=files.cache)
+        features = partial(cached_features, net, data, cache=files.cache, mirror=mirror)
         h,y = features(split)
         views = features(split, views=support_views, jitter=jitter, seed=seed)[0] if support_views else None
         with_means = with_base_mean(names, lambda features=features: features('train')[0])
@@ -88,16 +89,17 @@ def score_networks(
                 scores.setdefault((w, k, q, name), {})[network] = e
                 rows.append(row(network, w, k, q, name, e))
                 log(f'{network}, {w}-way {k}-shot, {e.classifier}: {e}')
-                if score == 'novel': log_novel(out, results, network, weights[network], rows[-1], query_distribution, support_views)
+                if score == 'novel': log_novel(out, results, network, weights[network], rows[-1], query_distribution, support_views, mirror)
     table = pd.DataFrame(rows)
     pairs = differences(scores, first)
     log('\n' + table.drop(columns='episodes').to_string(index=False))
     if len(pairs): log('\n' + pairs.to_string(index=False, float_format='{:.3g}'.format))
 
-    record = dict(split=score, queries=query_distribution, support_views=support_views, jitter=jitter, seed=seed, px=px, scores=rows,
-                  weights=weights, data=dict(name=data.name, fingerprint=data.fingerprint),
+    record = dict(split=score, queries=query_distribution, support_views=support_views, mirror=mirror, jitter=jitter, seed=seed, px=px,
+                  scores=rows, weights=weights, data=dict(name=data.name, fingerprint=data.fingerprint),
                   command=command(), commit=git_commit(), device=device_name(), versions=versions(), time=now())
     asked = [weights, data.fingerprint, score, kinds, names, query_distribution, support_views, jitter, seed, test_episodes]
+    if mirror: asked.append('mirror')
     slug = re.sub('[^a-z0-9.]+', '-', '-'.join([*(Path(n).name for n in weights), score, query_distribution]).lower())[:100]
     name = f'inference-{slug}-{hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:6]}'
     write_tables(out, results, name, table, pairs, record)
@@ -129,9 +131,9 @@ def write_tables(out, results, name, table, pairs, record):
     if results:
         with output_folder(results, '--results') as folder: write_json(folder/f'{name}.json', record)
 
-def log_novel(out, results, network, weights, row, queries, views):
+def log_novel(out, results, network, weights, row, queries, views, mirror):
     "Append a scoring of the novel classes to the log in `out`, and to the one in `results` if that folder is given"
     scoring = dict(time=now(), commit=git_commit(), what=Path(network).name, weights=weights[:16], way=row['way'], shot=row['shot'],
-                   queries=queries, support_views=views, classifier=row['classifier'], accuracy=row['accuracy'], ci95=row['ci95'],
-                   test_episodes=row['n'])
+                   queries=queries, support_views=views, mirror=mirror, classifier=row['classifier'], accuracy=row['accuracy'],
+                   ci95=row['ci95'], test_episodes=row['n'])
     for folder in [out, *([results] if results else [])]: log_line(folder/'novel_scorings.jsonl', scoring)

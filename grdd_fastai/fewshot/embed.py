@@ -35,6 +35,7 @@ def cached_features(
     seed:int=0, # seed of the views
     stats:Sequence|None=None, # (mean, std) to normalise images with; None: those of the network's `pretrained_cfg`
     cache:str|Path|None=None, # folder for the features; None: `default_cache()`
+    mirror:bool=False, # average the features of each image with those of its mirror image
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Features (N, D), or (views, N, D) with `views`, in float32, and classes (N) of a split
 
@@ -43,15 +44,16 @@ def cached_features(
     """
     if stats is None: _,*stats = input_config(net)
     dl = plain_dl(data, split, stats=stats, aug=train_augmentation(data.px, jitter) if views else None, seed=seed)
-    meta = _meta(net, data, split, stats, dl.device)
+    meta = _meta(net, data, split, stats, dl.device, mirror)
     if views: meta |= dict(views=views, jitter=jitter, augment='batch', seed=seed)
     h = torch.from_numpy(_kept(meta, cache, net, dl, max(1, views), np.float32))
     return (h if views else h[0]).to(dl.device),torch.tensor(getattr(data, split).y, device=dl.device)
 
-def _meta(net, data, split, stats, device):
+def _meta(net, data, split, stats, device, mirror):
     "What the features of a network depend on"
-    return dict(weights=digest(net.state_dict()), net=type(net).__name__, data=data.fingerprint, split=split, stats=stats,
+    meta = dict(weights=digest(net.state_dict()), net=type(net).__name__, data=data.fingerprint, split=split, stats=stats,
                 precision='ieee float32', device=torch.device(device).type)
+    return meta | (dict(mirror=True) if mirror else {})
 
 def _kept(meta, cache, net, dl, passes, kept_as, dtype=None, after=None):
     """The memory-mapped features (passes, N, D) of `passes` runs through `dl`, from the file that is named after `meta`
@@ -70,9 +72,10 @@ def _kept(meta, cache, net, dl, passes, kept_as, dtype=None, after=None):
             net = net.to(dl.device).eval()
             x = dl.one_batch()[0][:1].as_subclass(torch.Tensor)
             with torch.no_grad(): n_features = features(net, x).shape[1]
+            mirror = meta.get('mirror', False)
             dl.epoch = meta.get('view', 0) - 1 # `one_batch` has begun an epoch
             with filled_array(path, (passes, len(dl.dataset), n_features), kept_as, meta) as h:
-                for one_pass in h: embed(net, dl, dtype, one_pass)
+                for one_pass in h: embed(net, dl, dtype, one_pass, mirror=mirror)
             h,_ = load_array(path)
             if after: after()
     return h
@@ -102,6 +105,7 @@ def view_features(
     stats:Sequence|None=None, # (mean, std) to normalise images with; None: those of the network's `pretrained_cfg`
     cache:str|Path|None=None, # folder for the features; None: `default_cache()`
     amp:bool=True, # compute in bfloat16 or float16 if the device supports it, as a training does
+    mirror:bool=False, # average the features of each view with those of its mirror image
     after_each:Callable|None=None, # function without arguments that is called after each view is computed; it may raise an error to stop
 ) -> ViewFeatures:
     """The features of the views of the base images that a loader with `views` gives
@@ -113,7 +117,7 @@ def view_features(
     aug = train_augmentation(data.px, jitter)
     dl = plain_dl(data, 'train', stats=stats, aug=aug, seed=VIEWS_SEED)
     dtype = autocast_dtype(dl.device) if amp else None
-    same = _meta(net, data, 'train', stats, dl.device) | dict(jitter=jitter, augment='batch', dtype='float16')
+    same = _meta(net, data, 'train', stats, dl.device, mirror) | dict(jitter=jitter, augment='batch', dtype='float16')
     if dtype: same['precision'] = str(dtype).removeprefix('torch.')
     net = net.to(memory_format=torch.channels_last)
     arrays = []
@@ -130,6 +134,7 @@ def embed(
     dtype:torch.dtype|None=None, # dtype for autocast; None: float32 in full precision (`ieee_float32`)
     out:np.ndarray|None=None, # array (N, D) for the features, for example memory-mapped; None: a new tensor on the model's device
     distributed:bool=False, # in a distributed run, each process embeds a part and all get the whole
+    mirror:bool=False, # average the features of each image with those of its mirror image
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "Features (N, D) in float32 and labels (N) of all images of `dl`, in order"
     was_training = model.training
@@ -144,7 +149,7 @@ def embed(
     try:
         with autocast(device, dtype), ieee_float32() if dtype is None else nullcontext():
             for x,y_b in dl:
-                h_b = features(model, x.as_subclass(torch.Tensor).to(device))
+                h_b = features(model, x.as_subclass(torch.Tensor).to(device), mirror)
                 if h is None: h = torch.zeros(N, *h_b.shape[1:], device=device) # made at once, so that parts need no copy
                 if y is None: y = torch.zeros(N, dtype=torch.int64, device=device)
                 h[at:at+len(h_b)] = h_b

@@ -43,6 +43,7 @@ class FewShotClassifier:
         stats:Sequence|None=None, # (mean, std) to normalise images with; None: as in its `pretrained_cfg`
         # device of the network; None: the device of a network that is given, and the fastest device for one that is loaded by name or path
         device:str|torch.device|None=None,
+        mirror:bool=False, # average the features of each image with those of its mirror image, which takes twice the time
         allow_large:bool=False, # also decode images of 89 to 179 megapixels
         **settings # settings of the classifier
     ):
@@ -51,6 +52,7 @@ class FewShotClassifier:
         self.net = (network if given else load_network(network)).eval()
         if device is not None or not given: self.net.to(as_device(device))
         self.allow_large = allow_large
+        self.mirror = mirror
         if not isinstance(bs, int) or bs < 1: raise UserError(f'bs is {bs!r}: it must be at least 1')
         if px is not None and (not isinstance(px, int) or isinstance(px, bool) or not 1 <= px <= MAX_SIDE):
             raise UserError(f'px is {px!r}: it must be from 1 to {MAX_SIDE}')
@@ -83,7 +85,8 @@ class FewShotClassifier:
         except TypeError: raise UserError(f'a {type(images).__name__} is no image: give an image or a list of images') from None
         if not images: raise UserError('no image is given: give at least one')
         def batch(at): return torch.stack([self.transform(load_image(im, self.allow_large)) for im in images[at:at+self.bs]])
-        with ieee_float32(): return torch.cat([features(self.net, batch(at).to(device)).float() for at in range(0, len(images), self.bs)])
+        with ieee_float32():
+            return torch.cat([features(self.net, batch(at).to(device), self.mirror).float() for at in range(0, len(images), self.bs)])
 
     def fit(self, images:Iterable, labels:Iterable) -> 'FewShotClassifier':
         "Keep the features of a few `images` of each class with their `labels` (text or numbers), and return self"

@@ -80,7 +80,11 @@ def input_config(net):
     return cfg['input_size'][1],list(cfg['mean']),list(cfg['std'])
 
 
-def features(model:torch.nn.Module, x:torch.Tensor) -> torch.Tensor:
-    "Features h = phi(x) (B, D) of Eq. 2: those before the classifier of a timm model, or the output of any other module"
+def features(model:torch.nn.Module, x:torch.Tensor, mirror:bool=False) -> torch.Tensor:
+    """Features h = phi(x) (B, D) of Eq. 2: those before the classifier of a timm model, or the output of any other module
+
+    With `mirror` they are the mean of the features of the images (B, 3, H, W) and of their mirror images.
+    """
+    if mirror: return (features(model, x) + features(model, x.flip(-1)))/2
     if hasattr(model, 'forward_head'): return model.forward_head(model.forward_features(x), pre_logits=True)
     return model(x)

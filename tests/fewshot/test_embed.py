@@ -25,6 +25,15 @@ def test_embed_is_the_network_on_each_normalised_image(data):
         x = torch.tensor(data.val.images[i]).permute(2, 0, 1)[None]
         assert torch.allclose(naive_embed(net, x, data.stats)[0], h[i], atol=1e-4)
 
+def test_mirrored_features_are_the_mean_of_both(data, tmp_path):
+    net = like_data(create_backbone('convnet4', 0, 16, 1), data)
+    images = torch.from_numpy(np.array(data.val.images)).movedim(-1, 1)
+    want = (naive_embed(net, images, data.stats) + naive_embed(net, images.flip(3), data.stats))/2
+    assert torch.allclose(embed(net, plain_dl(data, 'val'), mirror=True)[0], want, atol=1e-4)
+    plain,mirrored = (cached_features(net, data, 'val', cache=tmp_path, mirror=m)[0] for m in (False, True))
+    assert torch.allclose(mirrored, want, atol=1e-4) and not torch.allclose(plain, mirrored, atol=1e-2)
+    assert torch.equal(cached_features(net, data, 'val', cache=tmp_path)[0], plain)
+
 def test_features_are_embedded_once(two_nets, faint_data, tmp_path, monkeypatch):
     net = load_network(two_nets/'student_cl')
     h,y = cached_features(net, faint_data, 'test', cache=tmp_path)
