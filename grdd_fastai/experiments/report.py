@@ -23,11 +23,15 @@ NETWORKS = dict(convnet4='ConvNet-4, 64-64-64-64', resnet12='ResNet-12', resnet1
 GRDD_TIM = ( # transductive accuracies of the paper, 5-way 1-shot and 5-shot
     ('GRDD-TIM, ConvNet-4, the paper', 'tim', 'all, taken to be balanced', '79.9 ± 0.2', '87.9 ± 0.2'),
     ('GRDD-TIM, ResNet-12, the paper', 'tim', 'all, taken to be balanced', '85.4 ± 0.2', '91.1 ± 0.2'))
+COSINE,RFS = 'cosine','logistic regression, five views of each support image'
 PUBLISHED = ( # inductive accuracies that papers give for the novel classes of CIFAR-FS, 5-way 1-shot and 5-shot
-    ('GRDD from a ResNet-12, the paper, width not given', 'ConvNet-4', '69.3 ± 0.9', '84.7 ± 0.6', '2107.05583'),
-    ('RFS-distill, best published for 64-64-64-64', 'ConvNet-4', '63.8 ± 0.8', '79.5 ± 0.5', '2003.11539'),
-    ('GRDD, the paper', 'ResNet-12', '77.5 ± 0.9', '89.1 ± 0.6', '2107.05583'),
-    ('IER-distill, best published plain embedding', 'ResNet-12', '77.87 ± 0.85', '89.74 ± 0.57', '2103.01315'))
+    ('GRDD from a ResNet-12, the paper', 'ConvNet-4, width not given', COSINE, '69.3 ± 0.9', '84.7 ± 0.6', '2107.05583'),
+    ('RFS-simple', 'ConvNet-4, 64-64-64-64', RFS, '62.7 ± 0.8', '78.7 ± 0.5', '2003.11539'),
+    ('RFS-distill', 'ConvNet-4, 64-64-64-64', RFS, '63.8 ± 0.8', '79.5 ± 0.5', '2003.11539'),
+    ('R2-D2', 'ConvNet-4, 96-192-384-512', 'ridge regression', '65.3', '79.4', '1805.08136'),
+    ('GRDD, the paper', 'ResNet-12', COSINE, '77.5 ± 0.9', '89.1 ± 0.6', '2107.05583'),
+    ('RFS-distill', 'ResNet-12', RFS, '73.9', '86.9', '2003.11539'),
+    ('IER-distill', 'ResNet-12', "the paper's", '77.87 ± 0.85', '89.74 ± 0.57', '2103.01315'))
 HEAD = '''# Results
 
 `python recipes/report.py` writes this file from the [records](results/). Each row of a table links the records of its training seeds. A
@@ -171,10 +175,11 @@ def published_table(root):
     for path in sorted((root/WEIGHTS).glob('*/measured.json')):
         scores = json.loads(path.read_text())['scores']['novel']
         name = path.parent.name
-        rows.append([f'**`{name}`, ours**', NETWORKS[name.partition('.')[0]], *(accuracy_text(scores[k]) for k in ('1-shot','5-shot')),
+        accuracies = [accuracy_text(scores[k]) for k in ('1-shot','5-shot')]
+        rows.append([f'**`{name}`, ours**', NETWORKS[name.partition('.')[0]], COSINE, *accuracies,
                      f'[card]({WEIGHTS}/{name}/README.md)'])
     rows += [[*cells, f'[{arxiv}](https://arxiv.org/abs/{arxiv})'] for *cells,arxiv in PUBLISHED]
-    return markdown_table(['5-way, novel classes of CIFAR-FS', 'network', '1-shot', '5-shot', 'source'], rows)
+    return markdown_table(['5-way, novel classes of CIFAR-FS', 'network', 'classifier', '1-shot', '5-shot', 'source'], rows)
 
 def inference(folder):
     "Tables of all classifiers on the published weights: one for each record of recipes/evaluate_weights.py"
