@@ -17,11 +17,11 @@ START = dict(init='random', teacher_view='views')
 def row(*versus, **changes): return GR | dict(versus=versus, stage_two=START | changes)
 
 ROWS = {
-    'support to queries':                row(),
-    'all pairs':                         row('support to queries', pairs='all'),
+    'all pairs':                         row(pairs='all'),
     'all pairs whole matrix':            row('all pairs', pairs='all', decouple=False),
-    'all pairs without labels':          row('all pairs', 'support to queries', pairs='all', gamma=0.),
-    'support to queries without labels': row('support to queries', gamma=0.),
+    'all pairs without labels':          row('all pairs', pairs='all', gamma=0.),
+    'support to queries':                row('all pairs'),
+    'support to queries without labels': row('all pairs without labels', 'support to queries', gamma=0.),
 }
 
 @call_parse
