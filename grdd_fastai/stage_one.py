@@ -20,7 +20,7 @@ from .data.blocks import category_dls, default_bs
 from .data.cache import FewShotData
 from .losses import relatedness
 from .models.create import create_backbone, features
-from .settings import Settings, at_least, between, declared, flag, heading, one_of, positive, recorded, with_settings
+from .settings import Bound, Settings, at_least, between, declared, flag, heading, one_of, positive, recorded, with_settings
 from .training.callbacks import LossTerm
 from .training.learner import check_dls, few_shot_learner
 from .training.optim import OPTIMISERS
@@ -46,6 +46,9 @@ class StageOne(Settings):
                     recorded('classifier', absent='linear'), heading('{} head')] = 'linear'
     rotation: Annotated[bool, 'train on four rotations of each image, with L_c + L_r',
                         heading(lambda on: 'rotation' if on else 'no rotation')] = True
+    rotations: Annotated[int, 'rotations of each image in a step: 4, as in the paper; or 1, which costs a quarter, because each quarter of '
+                         'a batch is turned by another angle', Bound('1 or 4', lambda v: v in (1, 4)), recorded(absent=4),
+                         heading(lambda n: '' if n == 4 else 'each image at one angle')] = 4
     rotation_weight: Annotated[float, 'weight of the rotation loss L_r', at_least(0), recorded(absent=1.)] = 1.
     rotation_from: Annotated[str, 'what FC4 reads of the category prediction: logits or probabilities', one_of('logits', 'probabilities'),
                              heading(lambda v: '' if v == 'logits' else f'rotation from {v}')] = 'logits'
@@ -59,7 +62,8 @@ class StageOne(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        useless = next((k for k in ('rotation_weight', 'rotation_from') if getattr(self, k) != declared(StageOne)[k].default), None)
+        of_rotation = ('rotations', 'rotation_weight', 'rotation_from')
+        useless = next((k for k in of_rotation if getattr(self, k) != declared(StageOne)[k].default), None)
         if useless and not self.rotation: raise UserError(f'{useless} has no effect without rotation: leave one of them out')
 
 
@@ -95,7 +99,7 @@ def global_learner(
     backbone = create_backbone(arch, dls.c, dls.one_batch()[0].shape[-1], s.seed, s.pretrained) if isinstance(arch, str) else arch
     with cpu_seed(s.seed):
         model = GlobalNet(backbone, s.rotation, s.rotation_from, s.head)
-    terms = [Rotation(s.rotation_weight)] if s.rotation else []
+    terms = [Rotation(s.rotation_weight, s.rotations)] if s.rotation else []
     return few_shot_learner(dls, model, CrossEntropyLossFlat(label_smoothing=s.smoothing), terms, seed=s.seed, splitter=body_and_head,
                             **kwargs)
 
@@ -143,15 +147,28 @@ def rotate4(x):
     return torch.cat([torch.rot90(x, k, (2, 3)) for k in range(4)])
 
 
+def rotate_quarters(x):
+    "(B, C, H, W) -> (B, C, H, W): the first quarter of the batch at 0 degrees, the next ones at 90, 180 and 270 degrees"
+    cuts = [-(-k*len(x)//4) for k in range(5)]
+    return torch.cat([torch.rot90(x[a:b], k, (2, 3)) for k,(a,b) in enumerate(zip(cuts, cuts[1:], strict=False))])
+
+
 class Rotation(LossTerm):
-    "Train on each batch at 0, 90, 180 and 270 degrees with L_c + weight * L_r (Eq. 5-9); a rotated image keeps its category label"
+    """Train on each batch at 0, 90, 180 and 270 degrees with L_c + weight * L_r (Eq. 5-9); a rotated image keeps its category label
+
+    With `rotations=1` each quarter of the batch is turned by one of the four angles (`rotate_quarters`).
+    """
     parts = ('L_c', 'L_r')
-    def __init__(self, weight:float=1.): self.weight = weight
+    def __init__(self, weight:float=1., rotations:int=4):
+        self.weight = weight
+        self.rotations = declared(StageOne)['rotations'].checked(rotations)
     def before_batch(self):
         self.upright = self.xb,self.yb
         x,y = self.xb[0],self.yb[0]
-        self.learn.xb,self.learn.yb = (rotate4(x),),(y.repeat(4),)
-        self.angles = torch.arange(4, device=x.device).repeat_interleave(len(x))
+        if self.rotations == 4: x,y = rotate4(x),y.repeat(4)
+        else: x = rotate_quarters(x)
+        self.learn.xb,self.learn.yb = (x,),(y,)
+        self.angles = torch.arange(len(x), device=x.device)*4 // len(x)
     def after_pred(self):
         "Runs after the model and leaves the category prediction p in `learn.pred`"
         self.learn.pred,self.rotation_pred = self.pred

@@ -111,7 +111,7 @@ def test_settings_that_differ_are_described_differently(cls):
         value = start.value(s.name)
         if s.kind is bool: other = not value
         elif s.kind is str: other = next(c for c in (s.bound.words.removeprefix('one of ').split(', ') if s.bound else ['x']) if c != value)
-        else: other = (value or 7) + 1 if s.kind is int else (value or .5)/2
+        else: other = next(v for v in ((value or 7) + 1, 1) if not s.bound or s.bound.holds(v)) if s.kind is int else (value or .5)/2
         changed = start.but(**{s.name:other})
         assert changed != start and changed.described() != start.described(), s.name
 

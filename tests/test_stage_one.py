@@ -9,13 +9,34 @@ from helpers import Grab, fit, stage_one_learner
 from naive import naive_cosine_logits, naive_stage_one_loss
 
 from grdd_fastai.data.blocks import category_dls
-from grdd_fastai.stage_one import rotate4
+from grdd_fastai.stage_one import rotate4, rotate_quarters
 
 
 def test_rotate4_turns_each_image_counter_clockwise():
     x = torch.arange(2*1*3*3.).view(2, 1, 3, 3)
     for k,r in enumerate(rotate4(x).chunk(4)):
         for a,b in zip(x, r): assert (np.rot90(a[0].numpy(), k) == b[0].numpy()).all()
+
+@pytest.mark.parametrize('n', [1, 3, 7, 8])
+def test_each_quarter_of_a_batch_is_turned_by_its_angle(n):
+    x = torch.arange(n*1*3*3.).view(n, 1, 3, 3)
+    for i,r in enumerate(rotate_quarters(x)): assert (np.rot90(x[i, 0].numpy(), 4*i//n) == r[0].numpy()).all()
+
+def test_a_step_with_one_rotation_of_each_image_by_hand(data):
+    "L_c + 2 L_r image by image; the next callbacks see the batch's own images and labels"
+    seen = []
+    def count(pred, y):
+        seen.append((len(pred), y.clone()))
+        return 0.
+    learn = stage_one_learner(data, rotations=1, rotation_weight=2., bs=50, cbs=Grab(), metrics=count, keep_best=False)
+    ref = copy.deepcopy(learn.model).train()
+    fit(learn, 1, .05)
+    y = [b.as_subclass(torch.Tensor) for _,b in category_dls(data, bs=50, aug=None).train]
+    x = learn.grab.x[0]
+    p,r = ref(x)
+    want = sum(-p.log_softmax(1)[i, y[0][i]] - 2*r.log_softmax(1)[i, 4*i//50] for i in range(50))/50
+    assert len(x) == 50 and learn.grab.losses[0] == pytest.approx(want.item(), rel=1e-4)
+    assert all(n == 50 and torch.equal(a.as_subclass(torch.Tensor), b) for (n,a),b in zip(seen, y, strict=True))
 
 @pytest.mark.parametrize('rotation_from', ['logits', 'probabilities'])
 def test_a_stage_one_step_is_equations_2_to_9(data, rotation_from):
