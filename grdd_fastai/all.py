@@ -8,7 +8,7 @@ from .data.blocks import category_block, category_dls, episode_block, episodic_d
 from .data.cache import few_shot_data
 from .data.episodes import EpisodicDL, sample_episodes
 from .data.sources import prepare
-from .distillation import Distill, DistillationTerm, RelatednessKL, Teacher
+from .distillation import Distill, RelatednessKL, Teacher
 from .experiments.plots import plot_relatedness, plot_tsne
 from .fewshot.classifiers import CLASSIFIERS, register_classifier
 from .fewshot.embed import cached_features, embed
@@ -21,6 +21,7 @@ from .models.create import create_backbone
 from .models.pretrained import load_network
 from .stage_one import Rotation, StageOne, global_learner, stage_one
 from .stage_two import StageTwo, get_preset, known_features, meta_learner, stage_two
+from .terms import DistillationTerm
 from .training.callbacks import LossTerm
 from .training.optim import muon, sgd
 from .training.validation import FewShotAccuracy, KeepBest

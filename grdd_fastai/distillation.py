@@ -1,7 +1,4 @@
-"""What stage two learns from: the frozen teachers, and the terms of the loss that compare the student with them (Eq. 10-12)
-
-A term of your own is a subclass of `DistillationTerm`: see docs/extending.md.
-"""
+"""What stage two learns from: the frozen teachers, and the term of the loss that compares the relatedness with theirs (Eq. 10-12)."""
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
@@ -18,10 +15,11 @@ from .fewshot.embed import ViewFeatures, embed
 from .losses import kl_relatedness, of_all_pairs, relatedness
 from .models.create import features
 from .settings import Settings, at_least, between, declared, flag, one_of, positive, recorded, with_settings
+from .terms import DistillationTerm, RelationalKD, SimilarityPreserving
 from .training.callbacks import LossTerm, UndoAfterFit, amp_dtype
 from .training.learner import normalisation
 
-__all__ = ['Distill', 'Teacher', 'DistillationTerm', 'RelatednessKL']
+__all__ = ['Distill', 'Teacher', 'RelatednessKL']
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +28,10 @@ class Distill(Settings):
     T: Annotated[float, 'temperature of the relatedness; it divides the cosines', positive] = 0.1
     gamma: Annotated[float, 'weight of the regulariser L_rt', at_least(0)] = 1.
     kl_weight: Annotated[float, 'weight of the distillation loss L_kl', at_least(0)] = 5.
+    rkd_weight: Annotated[float, 'weight of relational distillation (RKD), which compares distances and angles', at_least(0),
+                          recorded(absent=0.)] = 0.
+    similarity_weight: Annotated[float, 'weight of similarity-preserving distillation, which compares products of features', at_least(0),
+                                 recorded(absent=0.)] = 0.
     decouple: Annotated[bool, 'one softmax for each support image; without, one over the whole matrix'] = True
     T_squared: Annotated[bool, "also weight L_kl by T squared, as Hinton's distillation does",
                          recorded('hinton'), flag('t_squared')] = False
@@ -62,8 +64,9 @@ OF_RELATEDNESS = ('T', 'kl_weight', 'decouple', 'T_squared', 'reverse', 'reducti
 
 def distillation(teacher, s, teacher_features=None):
     "The callbacks that distil `teacher` by the settings `s` (`Distill`), the teacher first and then a callback for each term"
+    others = [term(weight) for term,weight in ((RelationalKD, s.rkd_weight), (SimilarityPreserving, s.similarity_weight)) if weight]
     return [Teacher(teacher, s.teacher_view, s.teacher_output, teacher_features, s.teacher_mirror),
-            RelatednessKL(**{k:getattr(s, k) for k in OF_RELATEDNESS})]
+            RelatednessKL(**{k:getattr(s, k) for k in OF_RELATEDNESS}), *others]
 
 
 # ---- the teachers -----------------------------------------------------------------------------------------------------
@@ -216,32 +219,7 @@ class Converted(torch.nn.Module):
     def forward(self, x): return features(self.net, self.converter(x))
 
 
-# ---- the terms --------------------------------------------------------------------------------------------------------
-
-class DistillationTerm(LossTerm):
-    """A term of stage two's loss that compares the student's features of a batch with the teachers'
-
-    A subclass names its one part of the loss in `parts` and computes it in `loss`. It runs after `Teacher`, which it needs in the Learner.
-    """
-    weight = 1.
-    def __init__(self, weight:float=1.): self.weight = weight
-    def before_fit(self):
-        super().before_fit()
-        if not hasattr(self.learn, 'teacher'):
-            raise UserError(f'{type(self).__name__} needs a teacher: give meta_learner(..., teacher=)')
-        if sum(cb.name == self.name for cb in self.learn.cbs) > 1:
-            raise UserError(f'{type(self).__name__} is there twice: its weight and settings are those of meta_learner, or leave one out')
-    def loss(self, student:torch.Tensor, teachers:list) -> torch.Tensor:
-        """The term, a scalar: `student` are features (B, D), `teachers` a list of features (B, D'), both in float32
-
-        `self.learn.loss_func.split` takes them apart into support and query of each episode.
-        """
-        raise NotImplementedError
-    def after_loss(self):
-        part, = self.parts
-        teachers = [h.float() for h in self.learn.teacher.features()]
-        self.add_loss(self.weight, **{part:self.loss(self.pred.float(), teachers)})
-
+# ---- the term of the paper --------------------------------------------------------------------------------------------
 
 class RelatednessKL(DistillationTerm):
     """L_kl (Eq. 12): the student's decoupled relatedness follows the teacher's, or the mean of several teachers'

@@ -11,11 +11,12 @@ from helpers import like_data
 
 from grdd_fastai.core.errors import UserError
 from grdd_fastai.data.blocks import episodic_dls
-from grdd_fastai.distillation import DistillationTerm, RelatednessKL, Teacher
+from grdd_fastai.distillation import RelatednessKL, Teacher
 from grdd_fastai.fewshot.embed import ViewFeatures, view_features
 from grdd_fastai.losses import kl_relatedness, relatedness
 from grdd_fastai.models.create import create_backbone
 from grdd_fastai.stage_two import meta_learner
+from grdd_fastai.terms import DistillationTerm
 
 
 class Collect(Callback):
