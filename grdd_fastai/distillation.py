@@ -5,15 +5,14 @@ from typing import Annotated
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from .core.device import amp
+from .core.device import amp, sent
 from .core.distributed import backbone_of
 from .core.errors import UserError
 from .data.loaders import view_of
 from .fewshot.embed import ViewFeatures, embed
 from .losses import kl_relatedness, of_all_pairs, relatedness
-from .models.create import features
+from .models.create import features, seeing
 from .settings import Settings, at_least, between, declared, flag, one_of, positive, recorded, with_settings
 from .terms import DistillationTerm, RelationalKD, SimilarityPreserving
 from .training.callbacks import LossTerm, UndoAfterFit, amp_dtype
@@ -38,21 +37,17 @@ class Distill(Settings):
     reverse: Annotated[bool, 'KL(student || teacher) instead of the default KL(teacher || student)'] = False
     reduction: Annotated[str, "how the KL of an episode's groups are reduced: mean, or sum (Eq. 12)", one_of('mean', 'sum')] = 'mean'
     center: Annotated[bool, "subtract each episode's mean feature before the cosines"] = False
-    pairs: Annotated[str, 'images that are compared: episode, the support images of an episode with its queries; or all, each image of a '
-                     'batch with all others', one_of('episode', 'all'), recorded(absent='episode')] = 'episode'
+    pairs: Annotated[str, 'images that are compared: episode, the support images of an episode with its queries; or all, each image of an '
+                     'episode with all others', one_of('episode', 'all'), recorded(absent='episode')] = 'episode'
     teacher_view: Annotated[str, "images that the teacher sees: same, the student's augmented ones; clean, images as they are, embedded "
                             'once; or views, a number of augmented views of each image, embedded once, which the student sees too',
                             one_of('same', 'clean', 'views')] = 'same'
-    views: Annotated[int, 'augmented views of each image with teacher_view views', between(1, 10**4), recorded(absent=20)] = 20
+    views: Annotated[int, 'number of augmented views of each image, for teacher_view=views', between(1, 200), recorded(absent=20)] = 20
     teacher_mirror: Annotated[bool, "average the teacher's features of each image with those of its mirror image",
                               recorded(absent=False)] = False
     teacher_output: Annotated[str, "the teacher's output whose cosines are compared: features (Eq. 10), logits or probabilities",
                               one_of('features', 'logits', 'probabilities'), recorded(absent='features')] = 'features'
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.views != declared(Distill)['views'].default and self.teacher_view != 'views':
-            raise UserError(f"views has no effect with teacher_view={self.teacher_view!r}: leave it out, or give teacher_view='views'")
     @property
     def n_views(self):
         "Augmented views of each image, or None without such a number"
@@ -91,7 +86,7 @@ class Teacher(UndoAfterFit):
         self.networks,self.view,self.output,self.mirror = as_list(networks),view,output,mirror
         self.known,self.known_for = [],None
         self.to_come = teacher_features if callable(teacher_features) else None
-        self.were,self.converters = [],[] # networks with their modes and flags before the fit; functions that convert images for them
+        self.were,self.seeing = [],[] # networks with their modes and flags before the fit; networks that take the images of the loader
         for net in self.networks:
             if not isinstance(net, torch.nn.Module):
                 raise UserError(f'the teacher is a {type(net).__name__}: give a network, such as create_backbone or load_network makes')
@@ -105,7 +100,7 @@ class Teacher(UndoAfterFit):
         if not self.known: return
         of_views = [isinstance(h, ViewFeatures) for h in self.known]
         if self.view == 'views' and not all(of_views):
-            raise UserError("the teacher's features are not those of views: make them with view_features")
+            raise UserError("the teacher's features are not those of views: make them with known_features")
         if self.view != 'views' and any(of_views):
             raise UserError("the teacher's features are of views: give teacher_view='views' with them")
         if self.view == 'same':
@@ -117,7 +112,9 @@ class Teacher(UndoAfterFit):
         self.were = [(net, net.training, [(p, p.requires_grad) for p in net.parameters()]) for net in self.networks]
         for net in self.networks: net.eval().requires_grad_(False).to(self.dls.device)
         side = backbone_of(self.learn).pretrained_cfg['input_size'][-1]
-        self.converters = [image_converter(net, self.dls, side) for net in self.networks]
+        norm = normalisation(self.dls)
+        stats = norm and [v.flatten().tolist() for v in (norm.mean, norm.std)]
+        self.seeing = [seeing(net, side, stats).to(self.dls.device) for net in self.networks]
         self.rows_epoch = None
         if self.to_come:
             self.know(self.to_come())
@@ -131,7 +128,7 @@ class Teacher(UndoAfterFit):
         what = tuple(id(net) for net in self.networks),id(train.dataset)
         if self.known_for == what: return
         if not self.known or self.known_for:
-            self.known = [embed(Converted(net, f), train.plain(), mirror=self.mirror)[0] for net,f in zip(self.networks, self.converters)]
+            self.known = [embed(net, train.plain(), mirror=self.mirror)[0] for net in self.seeing]
         self.known,self.known_for = [h.to(self.dls.device) for h in self.known],what
         n = len(train.dataset)
         for h in self.known:
@@ -140,11 +137,16 @@ class Teacher(UndoAfterFit):
     def check_views(self):
         "UserError unless the loader gives the views whose features are known"
         train = self.dls.train
-        if not self.known: raise UserError("teacher_view='views' needs the teacher's features: give teacher_features=view_features(...)")
+        if not self.known: raise UserError("teacher_view='views' needs the teacher's features: give teacher_features=known_features(...)")
         for h in self.known:
+            if h.mirror != self.mirror:
+                raise UserError(f"the teacher's features have mirror={h.mirror} and teacher_mirror is {self.mirror}: give both the same")
             if h.views != train.views or not train.aug:
                 raise UserError(f"the teacher's features are of {h.views} augmented views and the loader gives {train.views or 'others'}: "
                                 f'make dls with episodic_dls(..., views={h.views})')
+            if h.aug and h.aug != (getattr(train.aug, 'pad', None), getattr(train.aug, 'jitter', None)):
+                raise UserError("the teacher's features are of images that were augmented otherwise: make dls with "
+                                f'episodic_dls(..., aug=train_augmentation(px, jitter={h.aug[1]}))')
             if len(h) != len(train.dataset):
                 raise UserError(f"the teacher's features have {len(h)} rows for {len(train.dataset)} base images: give a row for each")
 
@@ -164,7 +166,7 @@ class Teacher(UndoAfterFit):
 
     def of_same_images(self):
         with amp(self.dls.device, amp_dtype(self.learn)):
-            return [features(net, f(self.xb[0]), self.mirror) for net,f in zip(self.networks, self.converters)]
+            return [features(net, self.xb[0], self.mirror).float() for net in self.seeing]
 
     def of_clean_images(self):
         rows = self.rows_of_batch()
@@ -172,7 +174,7 @@ class Teacher(UndoAfterFit):
 
     def of_views(self):
         rows = self.rows_of_batch()
-        return [h.of(view_of(rows, self.dl.epoch, h.views), rows).to(self.dls.device, non_blocking=True) for h in self.known]
+        return [sent(h.of(view_of(rows, self.dl.epoch, h.views), rows), self.dls.device) for h in self.known]
 
     def rows_of_batch(self):
         "The rows of the batch's images: a tensor on the device of known features of clean images, or an array for those of views"
@@ -186,38 +188,13 @@ class Teacher(UndoAfterFit):
         for net,training,grads in self.were:
             net.train(training)
             for p,grad in grads: p.requires_grad_(grad)
-        self.were,self.converters = [],[] # a Learner that is exported holds no functions
+        self.were,self.seeing = [],[]
+    def __getstate__(self): return self.__dict__ | dict(known=[], known_for=None, to_come=None) # an exported Learner brings no features
 
 
 def as_list(o):
     "The list or tuple `o` as a list; None gives an empty list, any other object a list of one"
     return [] if o is None else list(o) if isinstance(o, list | tuple) else [o]
-
-def image_converter(net, dls, side):
-    """A function of the images of `dls`, (B, 3, side, side), that gives them as `net` wants them
-
-    The network's `pretrained_cfg` says their side and normalisation. What it does not say stays as it is.
-    """
-    cfg = getattr(net, 'pretrained_cfg', None) or {}
-    wanted = cfg['input_size'][-1] if 'input_size' in cfg else side
-    own = normalisation(dls)
-    normalise = None
-    if own and 'mean' in cfg and 'std' in cfg:
-        mean,std = (torch.tensor(cfg[k], device=own.mean.device).view(1, -1, 1, 1) for k in ('mean', 'std'))
-        alike = torch.allclose(mean, own.mean, atol=1e-4) and torch.allclose(std, own.std, atol=1e-4)
-        if not alike: normalise = lambda x: (x*own.std + own.mean - mean) / std
-    def converted(x):
-        if normalise: x = normalise(x)
-        return x if wanted == side else F.interpolate(x, (wanted, wanted), mode='bicubic', antialias=True)
-    return converted
-
-class Converted(torch.nn.Module):
-    "Features (B, D) of a network whose images are converted first"
-    def __init__(self, net, converter):
-        super().__init__()
-        self.net,self.converter = net,converter
-    def forward(self, x): return features(self.net, self.converter(x))
-
 
 # ---- the term of the paper --------------------------------------------------------------------------------------------
 
@@ -233,7 +210,7 @@ class RelatednessKL(DistillationTerm):
         super().__init__(s.kl_weight * (s.T**2 if s.T_squared else 1))
     def relatedness(self, h):
         "The relatedness of the images that are compared, whose features are h (B, D)"
-        if self.s.pairs == 'all': return of_all_pairs(h, self.s.center)
+        if self.s.pairs == 'all': return of_all_pairs(self.learn.loss_func.episodes(h), self.s.center)
         return relatedness(*self.learn.loss_func.split(h), center=self.s.center)
     def loss(self, student:torch.Tensor, teachers:list) -> torch.Tensor:
         R_e = self.relatedness(student)

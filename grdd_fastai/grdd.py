@@ -15,7 +15,7 @@ from .runs.options import ComputeOptions, DataOptions
 from .runs.run import Run, default_out
 from .settings import at_least, between, checked, from_flags, positive, with_flags
 from .stage_one import StageOne, TeacherEpochs, stage_one
-from .stage_two import PRESETS, Preset, check_teacher_output, get_preset, known_features, stage_two
+from .stage_two import PRESETS, Preset, check_teacher, get_preset, known_features, stage_two
 
 __all__ = ['grdd']
 
@@ -101,7 +101,7 @@ def grdd(
     names = split_names(classifiers)
     for s in (psi, phi): check_backbone(s.arch, px, s.pretrained)
 
-    check_teacher_output(phi, two)
+    check_teacher(phi, two)
     settings = dict(way=way, shot=shot, query=query, px=px, data=files.data, student=psi.values(), teacher=phi.values(),
                     independent_teacher=independent_teacher, stage_two=two.values(), test_episodes=test_episodes, classifiers=classifiers,
                     **asdict(compute), demo=demo)

@@ -43,13 +43,13 @@ def relatedness(
 
 
 def of_all_pairs(h:torch.Tensor, center:bool=False) -> torch.Tensor:
-    """Relatedness (1, B, B-1) of each image of a batch with all others, from features h (B, D)
+    """Relatedness (E, N, N-1) of each image of an episode with all others of it, from features h (E, N, D)
 
     Every image is a support image, and all others are its queries. This is not in the paper, whose Eq. 10 divides the images.
     """
-    R = relatedness(h[None], h[None], center)
-    B = len(h)
-    return R.flatten(1)[:, 1:].view(1, B - 1, B + 1)[..., :-1].reshape(1, B, B - 1) # without the diagonal
+    R = relatedness(h, h, center)
+    E,N,_ = R.shape
+    return R.flatten(1)[:, 1:].view(E, N - 1, N + 1)[..., :-1].reshape(E, N, N - 1) # without the diagonal
 
 
 @full_precision
@@ -119,6 +119,10 @@ class EpisodicLoss(nn.Module):
             raise UserError(f'the logit scale is {scale!r}: it must be positive')
         self.n_way,self.k_shot,self.n_query = n_way,k_shot,n_query
         self.scale,self.mean,self.gamma = scale,mean,gamma
+
+    def episodes(self, h:torch.Tensor) -> torch.Tensor:
+        "(E * n_way * (k_shot+n_query), D) -> (E, n_way * (k_shot+n_query), D): the rows of each episode"
+        return h.unflatten(0, (-1, self.n_way*(self.k_shot + self.n_query)))
 
     def split(self, h:torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         "(E * n_way * (k_shot+n_query), D) -> support (E, n_way*k_shot, D) and query (E, n_way*n_query, D), both sorted by class"

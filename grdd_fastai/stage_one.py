@@ -44,7 +44,7 @@ class StageOne(Settings):
                   between(1, 10**6), heading('batch {}')] = None
     head: Annotated[str, "classifier of stage one, FC3: linear, the network's own, or cosine", one_of('linear', 'cosine'),
                     recorded('classifier', absent='linear'), heading('{} head')] = 'linear'
-    rotation: Annotated[bool, 'train on four rotations of each image, with L_c + L_r',
+    rotation: Annotated[bool, 'train on rotated images, with L_c + L_r',
                         heading(lambda on: 'rotation' if on else 'no rotation')] = True
     rotations: Annotated[int, 'rotations of each image in a step: 4, as in the paper; or 1, which costs a quarter, because each quarter of '
                          'a batch is turned by another angle', Bound('1 or 4', lambda v: v in (1, 4)), recorded(absent=4),

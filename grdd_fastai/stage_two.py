@@ -21,8 +21,8 @@ from .data.episodes import EpisodicDL
 from .distillation import Distill, as_list, distillation
 from .fewshot.embed import ViewFeatures, cached_features, view_features
 from .losses import EpisodicLoss
-from .models.create import create_backbone
-from .settings import Settings, at_least, between, flag, one_of, positive, recorded, with_settings
+from .models.create import create_backbone, seeing
+from .settings import Settings, at_least, between, declared, flag, one_of, positive, recorded, with_settings
 from .training.callbacks import LossTerm
 from .training.learner import check_dls, few_shot_learner
 from .training.optim import OPTIMISERS
@@ -77,14 +77,23 @@ def get_preset(name:str, labels_alone:bool=False) -> StageTwo:
     return PRESETS[name].but(**LABELS_ALONE.get(name, {})) if labels_alone else PRESETS[name]
 
 
-def check_teacher_output(phi, two):
-    "UserError if the settings `two` need the teacher's classifier and stage one by the settings `phi` leaves it without one"
+def check_view(two):
+    "UserError if a setting of the views has no effect in the settings `two`, or cannot be met"
+    d = two.distill
+    if d.views != declared(Distill)['views'].default and d.teacher_view != 'views':
+        raise UserError(f"views has no effect with teacher_view={d.teacher_view!r}: leave it out, or give teacher_view='views'")
+    if d.teacher_view == 'views' and two.augment != 'batch':
+        raise UserError(f"teacher_view='views' needs the augmentation of batches: leave out augment={two.augment!r}")
+
+def check_teacher(phi, two):
+    "UserError if the settings `two` ask for what a teacher by the settings `phi` of stage one cannot give, or contradict each other"
+    if two.distill: check_view(two)
     if two.distill and two.distill.teacher_output != 'features' and phi.head != 'linear':
         raise UserError(f"teacher_output={two.distill.teacher_output!r} needs a teacher with its classifier: train it with head='linear'")
 
 
 def known_features(
-    teacher:nn.Module|list, # the trained global learner, or a list of several
+    teacher:nn.Module|Learner|list, # the trained global learner, or a list of several
     data:FewShotData, # FewShotData
     s:StageTwo, # the settings
     cache:str|Path|None=None, # folder for the features; None: `default_cache()`
@@ -95,19 +104,19 @@ def known_features(
     They are of the clean images for teacher_view='clean' and of the views for 'views', a list for several teachers, and None otherwise.
     UserError if the cache folder cannot be written.
     """
-    if isinstance(teacher, list): return [known_features(t, data, s, cache, amp, after_each) for t in teacher]
-    mirror = s.distill.teacher_mirror
-    if s.distill.teacher_view == 'clean':
-        return cached_features(teacher, data, 'train', stats=data.stats, cache=cache, mirror=mirror)[0]
-    if s.distill.teacher_view == 'views':
-        if s.augment != 'batch': raise UserError(f"teacher_view='views' needs the augmentation of batches: leave out augment={s.augment!r}")
-        return view_features(teacher, data, s.distill.n_views, s.jitter, data.stats, cache, amp, mirror, after_each)
-    return None
+    view,mirror = s.distill.teacher_view,s.distill.teacher_mirror
+    check_view(s)
+    if view == 'same': return None
+    def of_one(t):
+        net = backbone_of(t) if isinstance(t, Learner) else t
+        if view == 'views': return view_features(net, data, s.distill.n_views, s.jitter, cache, amp, mirror, after_each)
+        return cached_features(seeing(net, data.px, data.stats), data, 'train', stats=data.stats, cache=cache, mirror=mirror)[0]
+    return [of_one(t) for t in teacher] if isinstance(teacher, list | tuple) else of_one(teacher)
 
 
 # all other settings are the Learner's
 OF_DATA_AND_FIT = ('n_way', 'k_shot', 'n_query', 'n_episodes', 'episodes_per_step', 'epochs', 'schedule', 'lr', 'opt', 'init', 'jitter',
-                   'augment')
+                   'augment', 'views')
 
 
 def stage_two(
@@ -139,7 +148,8 @@ def stage_two(
     if teacher is None or s.distill is None:
         s = s.but(distill=None)
         teacher = teacher_features = None
-    elif teacher_features is None and s.distill.teacher_view == 'views': teacher_features = partial(known_features, teacher, data, s)
+    elif teacher_features is None and s.distill.teacher_view == 'views':
+        teacher_features = partial(known_features, teacher, data, s, amp=kwargs.get('amp', True))
     own = {k:v for k,v in s.values().items() if k not in OF_DATA_AND_FIT}
     learn = meta_learner(dls, student, teacher, teacher_features=teacher_features, opt_func=OPTIMISERS[s.opt], **own, **kwargs)
     return learn,fit_function(s, s.episodes_per_step)

@@ -17,6 +17,7 @@ class DistillationTerm(LossTerm):
     A subclass names its one part of the loss in `parts` and computes it in `loss`. It runs after `Teacher`, which it needs in the Learner.
     """
     weight = 1.
+    by_episode = False # whether `loss` gets one episode at a time; the term is then their mean
     def __init__(self, weight:float=1.): self.weight = weight
     def before_fit(self):
         super().before_fit()
@@ -32,16 +33,20 @@ class DistillationTerm(LossTerm):
         raise NotImplementedError
     def after_loss(self):
         part, = self.parts
-        teachers = [h.float() for h in self.learn.teacher.features()]
-        self.add_loss(self.weight, **{part:self.loss(self.pred.float(), teachers)})
+        student,*teachers = [h.float() for h in (self.pred, *self.learn.teacher.features())]
+        if self.by_episode:
+            episodes = list(zip(*map(self.learn.loss_func.episodes, (student, *teachers)), strict=True))
+            value = sum(self.loss(h, others) for h,*others in episodes) / len(episodes)
+        else: value = self.loss(student, teachers)
+        self.add_loss(self.weight, **{part:value})
 
 
 class RelationalKD(DistillationTerm):
-    """L_rkd: the distances between the images of a batch and the angles at them follow the teacher's, or the mean over several teachers
+    """L_rkd: the distances between the images of an episode and the angles at them follow the teacher's, or the mean over several teachers
 
     It is RKD-DA (arXiv 1904.05068). Distances are divided by their mean, and angles weigh twice as much as distances.
     """
-    parts = ('L_rkd',)
+    parts,by_episode = ('L_rkd',),True
     def loss(self, student:torch.Tensor, teachers:list) -> torch.Tensor:
         mine,found = relations(student),[relations(h) for h in teachers]
         return sum(F.smooth_l1_loss(mine[0], d) + 2*F.smooth_l1_loss(mine[1], angle) for d,angle in found) / len(found)
@@ -56,11 +61,11 @@ def relations(h):
 
 
 class SimilarityPreserving(DistillationTerm):
-    """L_sp: the products of the features of any two images of a batch follow the teacher's, or the mean over several teachers
+    """L_sp: the products of the features of any two images of an episode follow the teacher's, or the mean over several teachers
 
     The rows of the matrix of products have unit length (arXiv 1907.09682).
     """
-    parts = ('L_sp',)
+    parts,by_episode = ('L_sp',),True
     def loss(self, student:torch.Tensor, teachers:list) -> torch.Tensor:
         def G(h): return F.normalize(h @ h.mT, dim=1)
         mine = G(student)

@@ -1,10 +1,10 @@
-"""Which images stage two relates to which, and with how much patience: rows that start from random weights, without a stage one
+"""Compare ways to relate images in stage two, with students that start from random weights
 
-    python recipes/pairs.py --data cifar-fs.zip                 # ResNet-12 teacher, 90 epochs: a GPU's work
+    python recipes/pairs.py --data cifar-fs.zip                 # trains a ResNet-12 teacher for 90 epochs first, which needs a GPU
     python recipes/pairs.py --demo                              # two minutes on two cores, no download
 
-The paper relates the support images of an episode to its queries. Here each image of the batch is also related to all others, at the same
-cost. All rows know the teacher's features of the same 20 views of each image beforehand, so that a step costs what the student costs.
+The paper relates the support images of an episode to its queries. Here each image of an episode is also related to all others, at the
+same cost. The teacher's features of 20 views of each image are computed once, before the training of the first row.
 """
 from fastcore.meta import delegates
 from fastcore.script import call_parse

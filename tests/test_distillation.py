@@ -10,12 +10,14 @@ from fastai.learner import load_learner
 from helpers import like_data
 
 from grdd_fastai.core.errors import UserError
-from grdd_fastai.data.blocks import episodic_dls
+from grdd_fastai.data.augment import BatchAugmentation
+from grdd_fastai.data.blocks import category_dls, episodic_dls
 from grdd_fastai.distillation import RelatednessKL, Teacher
 from grdd_fastai.fewshot.embed import ViewFeatures, view_features
 from grdd_fastai.losses import kl_relatedness, relatedness
 from grdd_fastai.models.create import create_backbone
-from grdd_fastai.stage_two import meta_learner
+from grdd_fastai.stage_one import StageOne, global_learner
+from grdd_fastai.stage_two import StageTwo, check_teacher, known_features, meta_learner
 from grdd_fastai.terms import DistillationTerm
 
 
@@ -74,7 +76,7 @@ def test_known_views_teach_what_the_teacher_would_on_the_batch(data, tmp_path):
     known = view_features(net, data, 2, cache=tmp_path, amp=False)
     dls = episodic_dls(data, 3, 1, 4, n_episodes=4, views=2)
     collect = Collect()
-    learn = meta_learner(dls, create_backbone('convnet4', 0, 16, 0), net, teacher_view='views', views=2, teacher_features=known, gamma=0.,
+    learn = meta_learner(dls, create_backbone('convnet4', 0, 16, 0), net, teacher_view='views', teacher_features=known, gamma=0.,
                          T=.3, cbs=collect, amp=False, keep_best=False, valid=dict(n_way=3, n_query=4, n_episodes=5))
     with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-3)
     losses = []
@@ -89,7 +91,7 @@ def test_known_views_teach_what_the_teacher_would_on_the_batch(data, tmp_path):
     (dict(views=3), "the teacher's features are of 2 augmented views and the loader gives 3: make dls with episodic_dls(..., views=2)"),
     (dict(views=None), "the teacher's features are of 2 augmented views and the loader gives others"),
     (dict(aug=None), "the teacher's features are of 2 augmented views and the loader gives 2"),
-    (dict(known=None), "teacher_view='views' needs the teacher's features: give teacher_features=view_features(...)"),
+    (dict(known=None), "teacher_view='views' needs the teacher's features: give teacher_features=known_features(...)"),
     (dict(known=torch.zeros(120, 64)), "the teacher's features are not those of views"),
     (dict(view='same'), "the teacher's features are of views: give teacher_view='views' with them"),
     (dict(known=ViewFeatures([np.zeros((7, 64), np.float16)]*2)), "the teacher's features have 7 rows for 120 base images")])
@@ -102,8 +104,47 @@ def test_views_that_do_not_fit_are_one_sentence(data, change, sentence):
         with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
     assert sentence in str(e.value)
 
-def test_a_number_of_views_without_views_is_one_sentence(data):
-    with pytest.raises(UserError, match="views has no effect with teacher_view='same'"): fitted(data, teacher(data), views=3)
+@pytest.mark.parametrize('two, sentence', [
+    (dict(views=3), "views has no effect with teacher_view='same': leave it out"),
+    (dict(teacher_view='views', augment='albumentations'), "teacher_view='views' needs the augmentation of batches: leave out augment=")])
+def test_settings_of_views_that_cannot_be_met_are_said_before_anything_is_trained(data, two, sentence):
+    with pytest.raises(UserError) as e: check_teacher(StageOne(), StageTwo().but(**two))
+    assert sentence in str(e.value)
+    with pytest.raises(UserError) as e: known_features(teacher(data), data, StageTwo().but(**two))
+    assert sentence in str(e.value)
+
+@pytest.mark.parametrize('change, sentence', [
+    (dict(mirror=True), "the teacher's features have mirror=True and teacher_mirror is False: give both the same"),
+    (dict(jitter=False), "the teacher's features are of images that were augmented otherwise: make dls with episodic_dls(..., aug=train_")])
+def test_views_of_another_kind_are_one_sentence(data, tmp_path, change, sentence):
+    net = teacher(data)
+    known = view_features(net, data, 2, cache=tmp_path, **change)
+    dls = episodic_dls(data, 3, 1, 4, n_episodes=2, views=2)
+    learn = meta_learner(dls, create_backbone('convnet4', 0, 16, 0), net, teacher_view='views', teacher_features=known, amp=False,
+                         valid=dict(n_way=3, n_query=4, n_episodes=5))
+    with pytest.raises(UserError) as e, learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    assert sentence in str(e.value)
+
+def test_known_features_are_those_of_a_teacher_that_wants_other_images(data, tmp_path):
+    "By hand: back to [0, 1], normalised as the teacher wants, enlarged; of views, of clean images, of a Learner and of several teachers"
+    net = teacher(data)
+    mean,std = (.1, .2, .3),(.5, .6, .7)
+    net.pretrained_cfg = net.pretrained_cfg | dict(input_size=(3, 24, 24), mean=mean, std=std)
+    def by_hand(images): # uint8
+        x = (images/255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+        with torch.no_grad(): return net.eval()(F.interpolate(x, (24, 24), mode='bicubic', antialias=True))
+    images,rows = torch.tensor(data.train.images).permute(0, 3, 1, 2),np.arange(len(data.train))
+    two = StageTwo().but(teacher_view='views', views=2)
+    known = known_features(net, data, two, tmp_path, amp=False)
+    for v in range(2):
+        want = by_hand(BatchAugmentation(2)(images, 0, v, rows))
+        assert torch.allclose(known.of(np.full(len(rows), v), rows), want, atol=3e-3*float(want.abs().max()))
+    clean = known_features(net, data, StageTwo().but(teacher_view='clean'), tmp_path)
+    assert torch.allclose(clean, by_hand(images), atol=1e-3) and net.training is False
+    learn = global_learner(category_dls(data), net, rotation=False)
+    of_learner,both = known_features(learn, data, two, tmp_path, amp=False),known_features((net, learn), data, two, tmp_path, amp=False)
+    assert of_learner.shape == known.shape and [h.shape for h in both] == [known.shape]*2
+    assert known_features(net, data, StageTwo()) is None and known_features([net], data, StageTwo()) is None
 
 @pytest.mark.parametrize('view', ['same', 'clean'])
 def test_a_mirrored_teacher_has_the_mean_of_both_features(data, view):

@@ -22,6 +22,12 @@ def test_each_experiment_writes_its_table_and_its_figure(small, tmp_path, name, 
     recipe(name)(out=str(tmp_path), rows=rows, **small)
     assert len(pd.read_csv(tmp_path/f'{name}_val.csv')) == n and (tmp_path/f'{name}_val.png').stat().st_size > 5000
 
+def test_a_row_may_use_a_flag_that_has_no_effect_without_what_it_sets(small, tmp_path):
+    "`--views` belongs to the known views, which the rows of this recipe ask for"
+    recipe('pairs')(out=str(tmp_path), rows='all pairs', views=3, **small)
+    views, = tmp_path.glob('cl-*/features')
+    assert len(list(views.glob('*.npy'))) == 3 and json.loads(next(tmp_path.glob('gr-*/settings.json')).read_text())['settings']['views'] == 3
+
 def test_figures_shows_the_same_images_in_each_panel(small, tmp_path):
     recipe('figures')(out=str(tmp_path), images=8, **small)
     tsne,relatedness = pd.read_csv(tmp_path/'figure3.csv'),pd.read_csv(tmp_path/'figure5.csv')

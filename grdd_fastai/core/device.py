@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import torch
 
-__all__ = ['keep_freed_memory', 'free_memory', 'amp', 'autocast_dtype', 'deterministic', 'fastest_convolutions', 'ieee_float32',
+__all__ = ['keep_freed_memory', 'free_memory', 'sent', 'amp', 'autocast_dtype', 'deterministic', 'fastest_convolutions', 'ieee_float32',
            'cpu_seed', 'LateNumber']
 
 
@@ -29,6 +29,11 @@ def keep_freed_memory():
 def free_memory(device):
     "Free bytes of an NVIDIA GPU; None for other devices, whose memory is the host's"
     return torch.cuda.mem_get_info(device)[0] if device.type == 'cuda' else None
+
+
+def sent(x, device):
+    "The tensor `x` on `device`; the host waits for the copy only where the source must not be released before (pytorch#189690)"
+    return x.to(device, non_blocking=torch.device(device).type == 'cuda')
 
 
 def amp(device, dtype):
@@ -79,7 +84,8 @@ def fastest_convolutions():
     With deterministic kernels it does nothing, because the choice may differ from run to run.
     """
     before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = before or not torch.are_deterministic_algorithms_enabled()
+    repeats = torch.are_deterministic_algorithms_enabled() or torch.backends.cudnn.deterministic # also by fastai's set_seed
+    torch.backends.cudnn.benchmark = before or not repeats
     try: yield
     finally: torch.backends.cudnn.benchmark = before
 

@@ -12,7 +12,7 @@ from fastai.torch_core import TensorCategory, TensorImage
 from fasttransform import DisplayedTransform
 from torch.utils.data import get_worker_info
 
-from ..core.device import free_memory
+from ..core.device import free_memory, sent
 from ..core.errors import UserError
 from .augment import seeded
 
@@ -179,7 +179,7 @@ class SeededDL(TfmdDL):
         numbers = [t.to(self.device) for t in self.augment.numbers(*self.draw_of(rows), rows)] if drawn else []
         for at in range(0, len(rows), self.bs):
             part = slice(at, at + self.bs)
-            x = self.packed.read(images, places[part]).to(self.device, non_blocking=True)
+            x = sent(self.packed.read(images, places[part]), self.device)
             yield self.augmented(x, rows[part], [t[part] for t in numbers]),y[part]
 
     def augmented(self, x, rows, numbers=()):

@@ -96,7 +96,8 @@ class NetworkStore:
         settings = s.recorded() | dict(student=start, teacher=teacher and teacher.settings)
         arch = start['arch']
         def make(run):
-            known = teacher and partial(known_features, teacher.net, self.data, s, teacher.folder, after_each=run.stop_if_due)
+            known = teacher and partial(known_features, teacher.net, self.data, s, self.out/teacher.folder.name,
+                                       after_each=run.stop_if_due)
             net = student if s.init == 'random' else student.net
             return stage_two(self.data, s, net, teacher and teacher.net, known, valid=EPISODE)
         return self.train('gr' if teacher else 'el', arch, settings, make)

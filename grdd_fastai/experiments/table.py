@@ -22,7 +22,7 @@ from ..runs.provenance import command, device_name, git_commit, versions
 from ..runs.run import default_out
 from ..settings import between, checked, from_flags, positive, with_flags
 from ..stage_one import StageOne, TeacherEpochs
-from ..stage_two import PRESETS, Preset, check_teacher_output, get_preset
+from ..stage_two import PRESETS, Preset, check_teacher, get_preset
 from .store import EPISODE, SPLITS, NetworkStore, supervision
 
 __all__ = ['CL', 'EL', 'GR', 'Table', 'table']
@@ -162,7 +162,7 @@ def train(store, row, roles, seed, stage_two, start):
     psi,phi = row['psi'],row.get('phi')
     if 'stage_two' in row:
         two = stage_two[not phi].but(**row['stage_two'] | dict(seed=seed))
-        if phi: check_teacher_output(roles[phi], two) # before anything is trained for the row
+        if phi: check_teacher(roles[phi], two) # before anything is trained for the row
     if 'stage_two' not in row: return dict(net=one(psi, start))
     student = None if two.init == 'random' else one(psi, start)
     teacher = None

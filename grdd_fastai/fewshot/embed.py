@@ -21,7 +21,7 @@ from ..data.augment import train_augmentation
 from ..data.blocks import plain_dl
 from ..data.cache import FewShotData
 from ..data.loaders import VIEWS_SEED
-from ..models.create import features, input_config
+from ..models.create import features, input_config, seeing
 
 __all__ = ['cached_features', 'ViewFeatures', 'view_features', 'embed']
 
@@ -46,7 +46,7 @@ def cached_features(
     dl = plain_dl(data, split, stats=stats, aug=train_augmentation(data.px, jitter) if views else None, seed=seed)
     meta = _meta(net, data, split, stats, dl.device, mirror)
     if views: meta |= dict(views=views, jitter=jitter, augment='batch', seed=seed)
-    h = torch.from_numpy(_kept(meta, cache, net, dl, max(1, views), np.float32))
+    h = torch.from_numpy(_kept(meta, cache, net, dl, max(1, views), np.float32)[0])
     return (h if views else h[0]).to(dl.device),torch.tensor(getattr(data, split).y, device=dl.device)
 
 def _meta(net, data, split, stats, device, mirror):
@@ -55,10 +55,10 @@ def _meta(net, data, split, stats, device, mirror):
                 precision='ieee float32', device=torch.device(device).type)
     return meta | (dict(mirror=True) if mirror else {})
 
-def _kept(meta, cache, net, dl, passes, kept_as, dtype=None, after=None):
-    """The memory-mapped features (passes, N, D) of `passes` runs through `dl`, from the file that is named after `meta`
+def _kept(meta, cache, net, dl, passes, kept_as, dtype=None):
+    """(h, made): the memory-mapped features h (passes, N, D) of `passes` runs through `dl`, and whether they had to be computed
 
-    They are computed in `dtype` (see `embed`) and kept as `kept_as`; `after()` is called if they had to be computed.
+    They are in a file that is named after `meta`; they are computed in `dtype` (see `embed`) and kept as `kept_as`.
     """
     key = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()[:16]
     path = user_path(cache or default_cache(), '--cache')/'features'/f'{key}.npy'
@@ -67,7 +67,8 @@ def _kept(meta, cache, net, dl, passes, kept_as, dtype=None, after=None):
     with locked(path.with_suffix('.lock')):
         try: h,found = load_array(path)
         except UserError: found = None # the file is missing or damaged
-        if found != meta:
+        made = found != meta
+        if made:
             sweep(path.parent, path.name)
             net = net.to(dl.device).eval()
             x = dl.one_batch()[0][:1].as_subclass(torch.Tensor)
@@ -77,13 +78,17 @@ def _kept(meta, cache, net, dl, passes, kept_as, dtype=None, after=None):
             with filled_array(path, (passes, len(dl.dataset), n_features), kept_as, meta) as h:
                 for one_pass in h: embed(net, dl, dtype, one_pass, mirror=mirror)
             h,_ = load_array(path)
-            if after: after()
-    return h
+    return h,made
 
 
 class ViewFeatures:
-    "Features that a network has of V augmented views of each of N images: `arrays` are V arrays (N, D), which may be memory-mapped"
-    def __init__(self, arrays:Sequence[np.ndarray]):
+    """Features that a network has of V augmented views of each of N images: `arrays` are V arrays (N, D), which may be memory-mapped
+
+    `aug` is the padding and the jitter of the augmentation, where it is known, and `mirror` says whether the features are averaged with
+    those of the mirror image.
+    """
+    def __init__(self, arrays:Sequence[np.ndarray], aug:tuple|None=None, mirror:bool=False):
+        self.aug,self.mirror = aug,mirror
         self.arrays = [np.asarray(a) for a in arrays]
         self.views = len(self.arrays)
         self.shape = self.views,*self.arrays[0].shape
@@ -102,29 +107,32 @@ def view_features(
     data:FewShotData, # FewShotData
     views:int, # V, number of augmented views of each base image
     jitter:bool=True, # whether the views have colour jitter
-    stats:Sequence|None=None, # (mean, std) to normalise images with; None: those of the network's `pretrained_cfg`
     cache:str|Path|None=None, # folder for the features; None: `default_cache()`
     amp:bool=True, # compute in bfloat16 or float16 if the device supports it, as a training does
     mirror:bool=False, # average the features of each view with those of its mirror image
-    after_each:Callable|None=None, # function without arguments that is called after each view is computed; it may raise an error to stop
+    # function that is called after each view, with True if the view had to be computed; it may raise an error to stop
+    after_each:Callable|None=None,
 ) -> ViewFeatures:
     """The features of the views of the base images that a loader with `views` gives
 
+    A network whose `pretrained_cfg` asks for another side or normalisation than the data's sees the images as it wants them (`seeing`).
     Each view has a memory-mapped float16 file, so that an interrupted computation goes on where it was, more views are added to those that
     there are, and several processes share them. UserError if the cache folder cannot be written.
     """
-    if stats is None: _,*stats = input_config(net)
     aug = train_augmentation(data.px, jitter)
-    dl = plain_dl(data, 'train', stats=stats, aug=aug, seed=VIEWS_SEED)
+    dl = plain_dl(data, 'train', aug=aug, seed=VIEWS_SEED)
     dtype = autocast_dtype(dl.device) if amp else None
-    same = _meta(net, data, 'train', stats, dl.device, mirror) | dict(jitter=jitter, augment='batch', dtype='float16')
+    net = seeing(net, data.px, data.stats)
+    same = _meta(net, data, 'train', data.stats, dl.device, mirror) | dict(jitter=jitter, augment='batch', dtype='float16')
     if dtype: same['precision'] = str(dtype).removeprefix('torch.')
     net = net.to(memory_format=torch.channels_last)
     arrays = []
     numbers = range(views)
     for v in progress_bar(numbers) if IN_NOTEBOOK or sys.stderr.isatty() else numbers:
-        arrays.append(_kept(same | dict(view=v), cache, net, dl, 1, np.float16, dtype, after_each)[0])
-    return ViewFeatures(arrays)
+        h,made = _kept(same | dict(view=v), cache, net, dl, 1, np.float16, dtype)
+        arrays.append(h[0])
+        if after_each: after_each(made)
+    return ViewFeatures(arrays, (aug.pad, aug.jitter), mirror)
 
 
 @torch.no_grad()

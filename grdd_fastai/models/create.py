@@ -1,15 +1,18 @@
 """timm models by name, their features, and the images that they take."""
 import difflib
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import timm
 import torch
+import torch.nn.functional as F
 
 from ..core.device import cpu_seed
 from ..core.errors import UserError, first_line
 from ..core.storage import MAX_SIDE
 
-__all__ = ['check_backbone', 'pretrained_tag', 'create_backbone', 'check_input_config', 'input_config', 'features']
+__all__ = ['check_backbone', 'pretrained_tag', 'create_backbone', 'check_input_config', 'input_config', 'seeing', 'features']
 
 
 def check_backbone(arch, px=None, pretrained=False):
@@ -78,6 +81,36 @@ def input_config(net):
         raise UserError(f'a {type(net).__name__} does not say what images it takes (pretrained_cfg): '
                         'give a timm model, or set input_size, mean and std there')
     return cfg['input_size'][1],list(cfg['mean']),list(cfg['std'])
+
+
+class Converted(torch.nn.Module):
+    """Features (B, D) of the network `net`, whose images are first made what it wants
+
+    The images are enlarged or reduced to `side` pixels, and normalised by mean and std `to` instead of `stats`, if these are given.
+    """
+    def __init__(self, net, side, stats=None, to=None):
+        super().__init__()
+        self.net,self.side = net,side
+        # buffers move with the network, and are part of what identifies its features
+        self.register_buffer('stats', None if to is None else torch.tensor([*stats, *to]))
+        self.register_buffer('to_side', torch.tensor(side))
+    def forward(self, x):
+        if self.stats is not None:
+            mean,std,to_mean,to_std = self.stats.view(4, 1, -1, 1, 1)
+            x = (x*std + mean - to_mean) / to_std
+        if x.shape[-1] != self.side: x = F.interpolate(x, (self.side, self.side), mode='bicubic', antialias=True)
+        return features(self.net, x)
+
+def seeing(net:torch.nn.Module, side:int, stats:Sequence|None=None) -> torch.nn.Module:
+    """The network for images (B, 3, side, side) that are normalised by `stats` (mean, std): itself, or a `Converted` one
+
+    The network's `pretrained_cfg` says the side, mean and std that it wants. What it does not say stays as it is.
+    """
+    cfg = getattr(net, 'pretrained_cfg', None) or {}
+    wanted = cfg['input_size'][-1] if 'input_size' in cfg else side
+    to = [cfg['mean'], cfg['std']] if stats is not None and 'mean' in cfg and 'std' in cfg else None
+    if to and np.allclose(to, stats, atol=1e-4): to = None
+    return net if wanted == side and to is None else Converted(net, wanted, stats, to).train(net.training)
 
 
 def features(model:torch.nn.Module, x:torch.Tensor, mirror:bool=False) -> torch.Tensor:

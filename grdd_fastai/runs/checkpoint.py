@@ -66,12 +66,13 @@ class Deadline:
         "`Stopped` for a `code`, None for 0"
         if code > 1: return self.signalled(code)
         return Stopped('the time is used up', 0) if code else None
-    def check(self, late=False):
+    def check(self, late=False, mine=True):
         """The reason to stop now as a `Stopped`, or None; if one of several processes has to stop, all processes stop
 
-        With `late`, several processes stop one such call later, and none of them waits for the others.
+        With `late`, several processes stop one such call later, and none of them waits for the others. Without `mine`, this process has no
+        reason of its own.
         """
-        code = self.code()
+        code = self.code() if mine else 0
         if rank_world()[1] > 1:
             before = self.agreed.result()
             self.agreed.start(code)

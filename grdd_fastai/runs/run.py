@@ -221,9 +221,12 @@ class Run:
         self.plan.remove(name)
         return net,best
 
-    def stop_if_due(self):
-        "Raise `Stopped` if the time is used up or a signal has come: a long computation before the steps of a fit calls this now and then"
-        if stop := self.deadline.due(): raise stop
+    def stop_if_due(self, worked):
+        """Raise `Stopped` if the time is used up or a signal has come in a process that `worked` since the last call
+
+        A long computation before the steps of a fit calls this in all processes now and then, so that all of them stop.
+        """
+        if stop := self.deadline.check(mine=worked): raise stop
 
     def _fit(self, name, learn, fit, checkpoint):
         state = load_checkpoint(checkpoint, log) if self.resuming else None

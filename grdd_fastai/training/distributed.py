@@ -78,8 +78,7 @@ class Distributed(UndoAfterFit):
         for m in self.norms: m.forward = partial(shared_batch_norm, m)
         self.learn.model = DistributedDataParallel(self.model, broadcast_buffers=False) # training does not read them
     def after_train(self):
-        "Give every process the first one's running statistics, so that all validate the same network; with `sync_bn` they are equal"
-        if self.sync_bn: return
+        "Give every process the first one's running statistics, so that all validate the same network"
         for b in self.model.module.buffers(): dist.broadcast(b, 0)
     def after_fit(self):
         for m in self.norms: del m.forward

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from grdd_fastai.core.device import autocast_dtype, cpu_seed, ieee_float32
+from grdd_fastai.core.device import autocast_dtype, cpu_seed, deterministic, fastest_convolutions, ieee_float32
 
 
 @pytest.mark.parametrize('supported, dtype', [(True, torch.bfloat16), (False, torch.float16)])
@@ -21,6 +21,17 @@ def test_full_float32_is_set_inside_and_restored_after_an_error():
         assert not matmul.allow_tf32 and not cudnn.allow_tf32
         raise ValueError
     assert (cudnn.allow_tf32, matmul.allow_tf32) == before
+
+@pytest.mark.parametrize('how, timed', [('plain', True), ('algorithms', False), ('cudnn', False)])
+def test_convolutions_are_timed_unless_runs_have_to_repeat(monkeypatch, how, timed):
+    "cudnn.deterministic is what fastai's `set_seed(reproducible=True)` sets"
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, 'deterministic', how == 'cudnn')
+    with deterministic(how == 'algorithms'):
+        with pytest.raises(ValueError), fastest_convolutions():
+            assert cudnn.benchmark is timed
+            raise ValueError
+        assert cudnn.benchmark is False
 
 def test_the_seed_of_the_cpu_is_that_of_torch_and_touches_no_gpu(monkeypatch):
     torch.manual_seed(3)

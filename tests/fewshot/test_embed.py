@@ -89,15 +89,18 @@ def dl_order(dl):
 def test_views_are_computed_once_and_go_on_where_they_were_stopped(data, tmp_path, monkeypatch):
     net,passes = like_data(create_backbone('convnet4', 0, 16, 1), data),[]
     monkeypatch.setattr('grdd_fastai.fewshot.embed.embed', lambda *args, **kwargs: passes.append(1) or embed(*args, **kwargs))
-    def time_is_up():
+    said = []
+    def time_is_up(made):
+        said.append(made)
         if len(passes) == 2: raise KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt): view_features(net, data, 4, cache=tmp_path, after_each=time_is_up)
-    four = view_features(net, data, 4, cache=tmp_path)
+    four = view_features(net, data, 4, cache=tmp_path, after_each=said.append)
+    assert said == [True, True, False, False, True, True]
     two = view_features(net, data, 2, cache=tmp_path)
     assert len(passes) == 4 and all((a == b).all() for a,b in zip(two.arrays, four.arrays, strict=False))
     assert not (four.arrays[0] == four.arrays[1]).all()
     view_features(net, data, 2, jitter=False, cache=tmp_path)
-    view_features(create_backbone('convnet4', 0, 16, 2), data, 1, stats=data.stats, cache=tmp_path)
+    view_features(like_data(create_backbone('convnet4', 0, 16, 2), data), data, 1, cache=tmp_path)
     assert len(passes) == 4 + 2 + 1
 
 def test_images_are_normalised_as_the_network_wants_them(faint_data, cache):
