@@ -26,7 +26,8 @@ def test_a_row_may_use_a_flag_that_has_no_effect_without_what_it_sets(small, tmp
     "`--views` belongs to the known views, which the rows of this recipe ask for"
     recipe('pairs')(out=str(tmp_path), rows='all pairs', views=3, **small)
     views, = tmp_path.glob('cl-*/features')
-    assert len(list(views.glob('*.npy'))) == 3 and json.loads(next(tmp_path.glob('gr-*/settings.json')).read_text())['settings']['views'] == 3
+    settings = json.loads(next(tmp_path.glob('gr-*/settings.json')).read_text())['settings']
+    assert len(list(views.glob('*.npy'))) == 3 and settings['views'] == 3
 
 def test_figures_shows_the_same_images_in_each_panel(small, tmp_path):
     recipe('figures')(out=str(tmp_path), images=8, **small)
