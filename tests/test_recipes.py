@@ -11,6 +11,8 @@ import pytest
 from fastcore.script import anno_parser
 from helpers import ROOT, recipe
 
+from grdd_fastai.experiments.report import chosen_on_validation
+
 
 def test_prepare_data_recipe(csv_set, tmp_path, capsys):
     recipe('prepare_data')(data=str(csv_set), out=str(tmp_path/'out'))
@@ -117,6 +119,26 @@ def test_classifiers_of_a_record_by_hand(checkout, tmp_path):
     assert ('| net | tim_adm | all, taken to be balanced | 65.50 ± 0.20 | 72.00 ± 0.20 |' in text
             and '| net | cosine | one | 60.00 ± 0.20 | 70.00 ± 0.20 |' in text)
     assert 'GRDD-TIM, ConvNet-4, the paper | tim | all, taken to be balanced | 79.9' in text
+
+def test_the_classifier_that_did_best_on_the_validation_classes_stands_beside_the_card(tmp_path):
+    "By the mean over both shots, of inductive ones, on these very weights; without its novel accuracies it cannot"
+    n = iter(range(100))
+    def record(split, mirror=False, weights='mine', **accuracies): # classifier -> accuracies of 1 and 5 shots
+        scores = [dict(classifier=k, way=5, query=15, shot=shot, accuracy=acc, ci95=.2, n=10_000, transductive=k.startswith('tim'))
+                  for k,both in accuracies.items() for shot,acc in zip((1, 5), both, strict=True)]
+        (tmp_path/f'inference-{next(n)}.json').write_text(json.dumps(dict(split=split, queries='balanced', support_views=0, mirror=mirror,
+                                                                           weights=dict(net=weights), scores=scores)))
+    record('val', cosine=(60., 70.), ridge=(59., 73.), tim_adm=(70., 80.))
+    record('val', mirror=True, cosine=(61., 70.5))
+    record('val', weights='others', ridge=(90., 90.))
+    assert chosen_on_validation(tmp_path, 'net', 'mine') is None
+    record('novel', cosine=(65., 75.), ridge=(64., 78.), tim_adm=(75., 85.))
+    assert chosen_on_validation(tmp_path, 'net', 'mine') == ('`ridge`', ['64.00 ± 0.20', '78.00 ± 0.20'], 'inference-3.json')
+    record('val', mirror=True, logistic=(62., 75.))
+    record('novel', mirror=True, logistic=(66., 79.))
+    assert chosen_on_validation(tmp_path, 'net', 'mine')[0] == '`logistic`, features averaged with those of the mirror image'
+    assert chosen_on_validation(tmp_path, 'net', 'unknown') is None
+
 
 # ---- report: what is committed ----------------------------------------------------------------------------------------
 

@@ -130,6 +130,10 @@ def section(rows, split, root):
         lines.append([*cells, *(compared(seeds, shot) for shot in shots), links])
     return markdown_table(head, lines)
 
+def from_random(record):
+    "Words on a row without a stage one of its student: its architecture and the length of stage two"
+    return f'{record["student"]["arch"]}, random weights; stage two: {record["epochs"]} epochs of {record["episodes"]} episodes'
+
 def described(record): return StageOne.from_record(record).described()
 
 def by_start(rows):
@@ -141,10 +145,10 @@ def by_start(rows):
     epochs = {} # of each group's stage one
     for (row,same),seeds in rows.items():
         settings = seeds[0]['settings'].get('student', seeds[0]['settings'])
-        start = f'{settings["arch"]}, random weights' if settings.keys() == {'arch'} else described(settings)
+        start = from_random(seeds[0]['settings']) if settings.keys() == {'arch'} else described(settings)
         group = 'Stage one alone, row by row' if row.startswith('stage one') else f'Stage one of psi: {start}'
         groups[group][row, same] = seeds
-        epochs[group] = settings.get('epochs', 0) if group.endswith(start) else -1
+        epochs[group] = settings.get('epochs', seeds[0]['settings']['epochs']) if group.endswith(start) else -1
     for group in sorted(groups, key=lambda group: (-epochs[group], group)):
         every = [r for seeds in groups[group].values() for r in seeds]
         shared = any(r.get('stage_one_seed') is not None for r in every)
@@ -173,13 +177,40 @@ def published_table(root):
     "Table of the package's weights beside the numbers of the paper and the best published ones"
     rows = []
     for path in sorted((root/WEIGHTS).glob('*/measured.json')):
-        scores = json.loads(path.read_text())['scores']['novel']
+        measured = json.loads(path.read_text())
+        scores = measured['scores']['novel']
         name = path.parent.name
         accuracies = [accuracy_text(scores[k]) for k in ('1-shot','5-shot')]
-        rows.append([f'**`{name}`, ours**', NETWORKS[name.partition('.')[0]], COSINE, *accuracies,
-                     f'[card]({WEIGHTS}/{name}/README.md)'])
+        network = NETWORKS[name.partition('.')[0]]
+        rows.append([f'**`{name}`, ours**', network, COSINE, *accuracies, f'[card]({WEIGHTS}/{name}/README.md)'])
+        if chosen := chosen_on_validation(root/'results', name, measured['sha256']):
+            words,accuracies,source = chosen
+            rows.append([f'`{name}`, as chosen on the validation classes', network, words, *accuracies, f'[record](results/{source})'])
     rows += [[*cells, f'[{arxiv}](https://arxiv.org/abs/{arxiv})'] for *cells,arxiv in PUBLISHED]
     return markdown_table(['5-way, novel classes of CIFAR-FS', 'network', 'classifier', '1-shot', '5-shot', 'source'], rows)
+
+def chosen_on_validation(results, name, sha256):
+    """Words, accuracies on the novel classes and record of the inductive classifier with the best mean accuracy on the validation classes
+
+    The records are those of recipes/evaluate_weights.py on the weights with this checksum; None without such records.
+    """
+    found = {} # (classifier, mirror, support views, split) -> accuracies by shot, and the record's name
+    for path in sorted(results.glob('inference-*.json')):
+        r = json.loads(path.read_text())
+        if r.get('weights', {}).get(name) != sha256 or r['queries'] != 'balanced': continue
+        for s in r['scores']:
+            if s['transductive'] or (s['way'], s['query']) != (5, 15): continue
+            by_shot,_ = found.setdefault((s['classifier'], r.get('mirror', False), r['support_views'], r['split']), ({}, path.name))
+            by_shot[s['shot']] = s
+    whole = {k:by_shot for k,(by_shot,_) in found.items() if {1, 5} <= by_shot.keys()}
+    on_both = [how for *how,split in whole if split == 'val' and (*how, 'novel') in whole]
+    if not on_both: return None
+    best = max(on_both, key=lambda how: whole[(*how, 'val')][1]['accuracy'] + whole[(*how, 'val')][5]['accuracy'])
+    classifier,mirror,views = best
+    words = [f'`{classifier}`', *(['features averaged with those of the mirror image'] if mirror else []),
+             *([f'{views} views of each support image'] if views else [])]
+    by_shot,source = found[(*best, 'novel')]
+    return ', '.join(words),[accuracy_text(by_shot[shot]) for shot in (1, 5)],source
 
 def inference(folder):
     "Tables of all classifiers on the published weights: one for each record of recipes/evaluate_weights.py"
