@@ -63,12 +63,14 @@ class StageTwo(Settings):
 PRESETS = dict( # docs/method.md says what each setting is and what was measured
     best=StageTwo(), # did best on the validation classes
     muon=StageTwo(opt='muon', lr=1e-2), # best after a stage one by Muon, whose weights SGD hardly moves
+    # from random weights, each image related to all others, and time: the shipped ConvNet-4
+    patient=StageTwo(opt='muon', lr=2e-2, epochs=30, init='random', distill=Distill(pairs='all', teacher_view='views')),
     paper=StageTwo(n_way=5, n_query=15, schedule='step', lr=1e-3, scale=1., mean=False, # the paper's words; L_rt reads the sums as they are
                    distill=Distill(T=4., gamma=0.2, kl_weight=1., reduction='sum', teacher_view='clean')))
 LABELS_ALONE = dict(best=dict(lr=1e-2), muon=dict(lr=3e-3)) # what CL+EL does best with, where that differs
 
 # type of the parameter `preset` of a program, with its help
-Preset = Annotated[str, "preset of stage two's settings: best, muon or paper, see docs/method.md"]
+Preset = Annotated[str, "preset of stage two's settings: best, muon, patient or paper, see docs/method.md"]
 
 
 def get_preset(name:str, labels_alone:bool=False) -> StageTwo:
