@@ -59,7 +59,8 @@ OF_RELATEDNESS = ('T', 'kl_weight', 'decouple', 'T_squared', 'reverse', 'reducti
 
 def distillation(teacher, s, teacher_features=None):
     "The callbacks that distil `teacher` by the settings `s` (`Distill`), the teacher first and then a callback for each term"
-    others = [term(weight) for term,weight in ((RelationalKD, s.rkd_weight), (SimilarityPreserving, s.similarity_weight)) if weight]
+    terms = {RelationalKD:s.rkd_weight, SimilarityPreserving:s.similarity_weight}
+    others = [term(weight) for term,weight in terms.items() if weight]
     return [Teacher(teacher, s.teacher_view, s.teacher_output, teacher_features, s.teacher_mirror),
             RelatednessKL(**{k:getattr(s, k) for k in OF_RELATEDNESS}), *others]
 

@@ -26,7 +26,6 @@ GRDD_TIM = ( # transductive accuracies of the paper, 5-way 1-shot and 5-shot
 COSINE,RFS = 'cosine','logistic regression, five views of each support image'
 PUBLISHED = ( # inductive accuracies that papers give for the novel classes of CIFAR-FS, 5-way 1-shot and 5-shot
     ('GRDD from a ResNet-12, the paper', 'ConvNet-4, width not given', COSINE, '69.3 ± 0.9', '84.7 ± 0.6', '2107.05583'),
-    ('RFS-simple', 'ConvNet-4, 64-64-64-64', RFS, '62.7 ± 0.8', '78.7 ± 0.5', '2003.11539'),
     ('RFS-distill', 'ConvNet-4, 64-64-64-64', RFS, '63.8 ± 0.8', '79.5 ± 0.5', '2003.11539'),
     ('R2-D2', 'ConvNet-4, 96-192-384-512', 'ridge regression', '65.3', '79.4', '1805.08136'),
     ('GRDD, the paper', 'ResNet-12', COSINE, '77.5 ± 0.9', '89.1 ± 0.6', '2107.05583'),
@@ -148,7 +147,8 @@ def by_start(rows):
         start = from_random(seeds[0]['settings']) if settings.keys() == {'arch'} else described(settings)
         group = 'Stage one alone, row by row' if row.startswith('stage one') else f'Stage one of psi: {start}'
         groups[group][row, same] = seeds
-        epochs[group] = settings.get('epochs', seeds[0]['settings']['epochs']) if group.endswith(start) else -1
+        length = (settings if 'epochs' in settings else seeds[0]['settings'])['epochs']
+        epochs[group] = length if group.endswith(start) else -1
     for group in sorted(groups, key=lambda group: (-epochs[group], group)):
         every = [r for seeds in groups[group].values() for r in seeds]
         shared = any(r.get('stage_one_seed') is not None for r in every)
