@@ -87,7 +87,7 @@ class Clock(Callback):
             self.step = self.lap()/(last + 1 - WARM)
             self.steps_per_epoch = self.n_iter
             raise self.end()
-    def after_cancel_train(self): self.recorder.cancel_train = False # the epoch gets its row of numbers nevertheless
+    def after_cancel_train(self): self.recorder.cancel_train = False # the epoch still gets its row in the history
     def after_train(self): self.validation = self.lap()
     def after_epoch(self): self.saving = self.lap()
 
@@ -149,7 +149,7 @@ class Witness(Callback):
     def after_epoch(self): self.digests.append(digest(self.model.state_dict()))
 
 def session(out, data, arch, digests, stop=None):
-    "Begin or go on with a small deterministic run in the folder `out`, and stop it in the stage `stop`"
+    "Start or resume a small deterministic run in the folder `out`, and stop it in the stage `stop`"
     with Run(out, dict(deterministic=True), resume=True, plan=['student_cl', 'student_grdd']) as run, suppress(Stopped):
         def train(name, stage, s, *nets):
             witness = Witness(digests, run.deadline if name == stop else None)
@@ -212,10 +212,10 @@ def main(
     sides:str='32,84', # sides of the images in pixels, separated by commas; only the step ratio is measured on all of them
     repeats:int=5, # number of times that each step ratio is measured
     step:float=2., # longest time of a bare step in seconds; larger batches are halved
-    steps:int=50, # steps that are timed where no bare step takes turns with them
+    steps:int=50, # number of timed steps in the measurements without a bare step
     modes:str='no,default,reduce-overhead', # modes of torch.compile, separated by commas
     images:int=38_400, # base images of the whole recipe: those of CIFAR-FS
-    full:bool=False, # also run the recipe of CIFAR-FS, in runs/; a run of this commit that was interrupted goes on
+    full:bool=False, # also run the CIFAR-FS recipe in runs/; an interrupted run of this commit is resumed
     data:str=None, # CIFAR-FS archive for `--full` (default: fetch it)
     flags:str='', # further flags of the recipe for `--full`, such as --flags='--student convnet4'
     only:str='', # names of the lines to measure, separated by commas (default: all)

@@ -1,4 +1,4 @@
-"""What stage two learns from: the frozen teachers, and the term of the loss that compares the relatedness with theirs (Eq. 10-12)."""
+"""The frozen teachers of stage two, and the term of its loss that compares the student's relatedness with theirs (Eq. 10-12)."""
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
@@ -79,7 +79,7 @@ class Teacher(UndoAfterFit):
         view:str='same', # 'same', 'clean' or 'views' (see `Distill`)
         output:str='features', # 'features', 'logits' or 'probabilities'
         # features (N, D) of the clean base images where they are known, or `ViewFeatures`; a list for several networks; or a function
-        # without arguments that gives them when a fit begins
+        # without arguments that returns one of these and is called when a fit begins
         teacher_features:torch.Tensor|ViewFeatures|list|Callable|None=None,
         mirror:bool=False, # average the features of each image with those of its mirror image
     ):
@@ -131,12 +131,16 @@ class Teacher(UndoAfterFit):
         if not self.known or self.known_for:
             self.known = [embed(net, train.plain(), mirror=self.mirror)[0] for net in self.seeing]
         self.known,self.known_for = [h.to(self.dls.device) for h in self.known],what
-        n = len(train.dataset)
+        self.check_rows()
+
+    def check_rows(self):
+        "UserError unless the known features have a row for each base image"
+        n = len(self.dls.train.dataset)
         for h in self.known:
             if len(h) != n: raise UserError(f"the teacher's features have {len(h)} rows for {n} base images: give a row for each")
 
     def check_views(self):
-        "UserError unless the loader gives the views whose features are known"
+        "Raise UserError unless the training loader gives the same views of the images as those whose features are known"
         train = self.dls.train
         if not self.known: raise UserError("teacher_view='views' needs the teacher's features: give teacher_features=known_features(...)")
         for h in self.known:
@@ -148,8 +152,7 @@ class Teacher(UndoAfterFit):
             if h.aug and h.aug != (getattr(train.aug, 'pad', None), getattr(train.aug, 'jitter', None)):
                 raise UserError("the teacher's features are of images that were augmented otherwise: make dls with "
                                 f'episodic_dls(..., aug=train_augmentation(px, jitter={h.aug[1]}))')
-            if len(h) != len(train.dataset):
-                raise UserError(f"the teacher's features have {len(h)} rows for {len(train.dataset)} base images: give a row for each")
+        self.check_rows()
 
     def before_batch(self): self.of_batch = None
 
@@ -210,7 +213,7 @@ class RelatednessKL(DistillationTerm):
         self.s = s
         super().__init__(s.kl_weight * (s.T**2 if s.T_squared else 1))
     def relatedness(self, h):
-        "The relatedness of the images that are compared, whose features are h (B, D)"
+        "The relatedness that is compared, from features h (B, D) of the batch: of support and query images, or of all pairs"
         if self.s.pairs == 'all': return of_all_pairs(self.learn.loss_func.episodes(h), self.s.center)
         return relatedness(*self.learn.loss_func.split(h), center=self.s.center)
     def loss(self, student:torch.Tensor, teachers:list) -> torch.Tensor:

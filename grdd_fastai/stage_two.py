@@ -80,7 +80,7 @@ def get_preset(name:str, labels_alone:bool=False) -> StageTwo:
 
 
 def check_view(two):
-    "UserError if a setting of the views has no effect in the settings `two`, or cannot be met"
+    "Raise UserError if `two` has a number of views without known views, or known views with another augmentation than batch"
     d = two.distill
     if d.views != declared(Distill)['views'].default and d.teacher_view != 'views':
         raise UserError(f"views has no effect with teacher_view={d.teacher_view!r}: leave it out, or give teacher_view='views'")
@@ -88,9 +88,10 @@ def check_view(two):
         raise UserError(f"teacher_view='views' needs the augmentation of batches: leave out augment={two.augment!r}")
 
 def check_teacher(phi, two):
-    "UserError if the settings `two` ask for what a teacher by the settings `phi` of stage one cannot give, or contradict each other"
-    if two.distill: check_view(two)
-    if two.distill and two.distill.teacher_output != 'features' and phi.head != 'linear':
+    "Raise UserError if the settings `two` contradict each other, or need what a teacher with the settings `phi` of stage one does not have"
+    if not two.distill: return
+    check_view(two)
+    if two.distill.teacher_output != 'features' and phi.head != 'linear':
         raise UserError(f"teacher_output={two.distill.teacher_output!r} needs a teacher with its classifier: train it with head='linear'")
 
 

@@ -1,4 +1,4 @@
-"""An accelerator for machines without one: torch's device 'meta', whose tensors have shapes but no numbers, and what it is asked to do"""
+"""A stand-in for an accelerator: torch's device 'meta', whose tensors have shapes but no numbers, with a count of operations and copies"""
 import contextlib
 from collections import Counter
 
@@ -39,7 +39,7 @@ class Accelerator(TorchDispatchMode):
         host = [t for t in inputs if t.device.type == 'cpu']
         if here and func not in COPIES:
             self.operations += 1
-            mixed = [tuple(t.shape) for t in host if t.ndim] # scalars of the host go along with the operation
+            mixed = [tuple(t.shape) for t in host if t.ndim] # scalars of the host are passed to the operation as arguments
             assert not mixed, f'{func} mixes tensors of the accelerator with those of the host of shapes {mixed}'
         out = func(*args, **(kwargs or {}))
         arrived = host and any(t.device == DEVICE for t in tree_leaves(out) if isinstance(t, torch.Tensor))

@@ -26,7 +26,7 @@ STEPS = dict(global_learner=(ONE, 325), cosine_head=(ONE.but(head='cosine'), 370
 
 
 class Watch(Callback):
-    "Count what the steps from the third to the fifth ask of the accelerator, and end the fit"
+    "Count the operations, reads and copies of the third to the fifth step, and end the fit"
     order = 1000
     run_valid = False
     def __init__(self, counts): self.counts = counts

@@ -32,7 +32,7 @@ def free_memory(device):
 
 
 def sent(x, device):
-    "The tensor `x` on `device`; the host waits for the copy only where the source must not be released before (pytorch#189690)"
+    "Copy the tensor `x` to `device`; the host waits except with CUDA, since elsewhere `x` may be freed too early (pytorch#189690)"
     return x.to(device, non_blocking=torch.device(device).type == 'cuda')
 
 
@@ -130,7 +130,7 @@ class LateNumber:
         "Whether `scalar` should be read a step after it was sent"
         return scalar.device.type == 'cuda'
     def send(self, scalar):
-        "Start to copy a tensor of one number to the host; the copy before it must have been received"
+        "Start to copy a tensor of one number to the host; call `receive` before the next `send`"
         if self.is_late(scalar):
             if self.event is None: self.host,self.event = torch.empty((), dtype=scalar.dtype, pin_memory=True),torch.cuda.Event()
             self.sent = self.host.copy_(scalar, non_blocking=True)

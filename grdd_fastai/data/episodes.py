@@ -108,9 +108,9 @@ class Words:
     "Random words of 32 bits (..., n), and the numbers that numpy's `Generator` makes of them"
     def __init__(self, words):
         self.words = words.astype(np.uint64)
-        self.refused = np.zeros(words.shape, bool) # words for which the generator would have taken the next one
+        self.refused = np.zeros(words.shape, bool) # True for a word that the generator would reject, to use the next word instead
     def below(self, j, bound):
-        "Numbers from range(bound) by the method of Lemire (arXiv 1805.10941), made of the words in column `j`"
+        "Map the words in column `j` to numbers from range(bound) by Lemire's method (arXiv 1805.10941)"
         bound = np.asarray(bound, np.uint64)
         product = self.words[..., j] * bound
         self.refused[..., j] = product % 2**32 < 2**32 % bound

@@ -189,7 +189,7 @@ class SeededDL(TfmdDL):
         return TensorImage(self.augment.apply(x, *numbers) if numbers else self.augment(x, *self.draw_of(rows), rows))
 
     def draw_of(self, rows):
-        "The seed and the epoch, or the views, that decide the augmentation of `rows`"
+        "(seed, epoch) of the augmentation of `rows`; with `views`, the view of each row takes the place of the epoch"
         epoch = max(self.epoch, 0)
         return (self.seed, epoch) if self.views is None else (VIEWS_SEED, view_of(rows, epoch, self.views))
 

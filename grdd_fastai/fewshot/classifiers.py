@@ -122,7 +122,7 @@ def with_base_mean(names, base_features):
 # ---- shared functions -------------------------------------------------------------------------------------------------
 
 def n_classes(support_y):
-    "Number of classes of the support, whose labels are 0..C-1; a GPU has to be waited for"
+    "Number of classes C of the support labels 0..C-1; this waits for a GPU, because it reads a number from it"
     return int(support_y.max()) + 1
 
 def one_hot(y, like): return F.one_hot(y, n_classes(y)).to(like.dtype)

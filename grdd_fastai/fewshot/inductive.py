@@ -101,7 +101,7 @@ def logistic_regression(support, support_y, query,
         Z_new = torch.where(live, Z - (G + A)/h, Z_new)
         moved = Z_new - Z_old
         live = live & (moved.abs().amax((1, 2), keepdim=True) >= tol) # an episode that has converged stays as it is
-        if step % 5 == 4 and not live.any(): break # a GPU has to be waited for
+        if step % 5 == 4 and not live.any(): break # not at each step, because this check waits for a GPU
         t = torch.where(((Z - Z_new)*moved).sum((1, 2), keepdim=True) > 0, 1., t) # restart momentum that points uphill
         t_new = (1 + (1 + 4*t*t).sqrt()) / 2
         Z = Z_new + (t - 1)/t_new*moved

@@ -88,7 +88,7 @@ class LightRecorder(Callback):
     run_valid = False
     def before_fit(self): self.late,self.sent,self.arrived = LateNumber(),None,None
     def after_batch(self):
-        if len(self.yb) == 0: return # the Recorder leaves out such a batch too
+        if len(self.yb) == 0: return # a skipped batch, which the Recorder does not count either
         self.receive()
         losses = self.recorder.losses
         self.late.send(losses[-1])

@@ -80,7 +80,7 @@ def test_training_episodes_are_those_of_numpys_choice(sizes, way, n_item):
         assert (found == expected).all()
 
 def test_a_word_that_numpy_refuses_is_left_out(monkeypatch):
-    "It happens once in some 100,000 draws from 9,999 images: with this seed it does"
+    "This is rare even for large classes; with this seed it happens once"
     by_class,refused,delete = [np.arange(9999)]*300,[],np.delete
     monkeypatch.setattr(np, 'delete', lambda *args: refused.append(1) or delete(*args))
     found,expected = (f(np.random.default_rng(1), by_class, 20, 7, 200) for f in (training_episodes, nested_choices))

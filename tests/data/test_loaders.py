@@ -30,7 +30,7 @@ def test_nothing_seeds_globally(data, make):
 
 @pytest.mark.parametrize('by', AUGMENTATIONS)
 def test_views_come_one_after_the_other_and_are_the_same_for_every_seed(data, by):
-    "Each image of three epochs is the augmentation of its row at the view's number, whatever the seed of the order and the workers"
+    "An image is augmented by its row and its view alone: the seed of the order and the number of workers change nothing"
     aug,epochs = train_augmentation(16, by=by),{}
     single = seeded(aug)
     images = torch.tensor(data.train.images).permute(0, 3, 1, 2)

@@ -85,7 +85,7 @@ def test_a_compiled_network_takes_the_same_steps(data, arch):
 
 @pytest.mark.parametrize('arch', ['convnet4', 'resnet12_320'])
 def test_a_network_is_compiled_once(data, arch):
-    "A graph for each part of the network in training and in evaluation, none of them broken, and none made again in the second epoch"
+    "Each part of the network has at most one unbroken graph for training and one for evaluation, and later epochs make no new ones"
     torch._dynamo.reset()
     graphs = []
     def backend(graph, example_inputs):
