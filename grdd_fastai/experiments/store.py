@@ -49,11 +49,13 @@ class NetworkStore:
 
     A call trains a network, goes on with its training, or loads it. `max_minutes` is the time for all networks together; when it is used
     up, `checkpoint.Stopped` is raised with everything saved. Several processes may work in one folder: each waits for the networks that
-    another one trains. Each scoring of the novel classes is logged in the folders `logs`.
+    another one trains. Each scoring of the novel classes is logged in the folders `logs`. With `compile` a network is trained compiled,
+    which changes its last bits, but not the name of its folder.
     """
-    def __init__(self, data, out, max_minutes=None, logs=None):
+    def __init__(self, data, out, max_minutes=None, logs=None, compile=False):
         self.data = data
         self.out = Path(out).expanduser()
+        self.compile = compile
         self.end = None if max_minutes is None else time.monotonic() + 60*max_minutes
         self.embedded = None,None # what was embedded last, and its features and classes
         if logs is None: logs = [self.out]
@@ -79,7 +81,7 @@ class NetworkStore:
     def stage_one_net(self, s):
         "The `Trained` network of stage one (CL) with the settings `s` (`StageOne`)"
         s = s.but(bs=s.bs or default_bs(self.data))
-        return self.train('cl', s.arch, s.recorded(), lambda run: stage_one(self.data, s, valid=EPISODE))
+        return self.train('cl', s.arch, s.recorded(), lambda run: stage_one(self.data, s, valid=EPISODE, compile=self.compile))
 
     def embed(self, net, split):
         "Features and classes of a split, in float32 so that a score is the same on all devices"
@@ -99,7 +101,7 @@ class NetworkStore:
             known = teacher and partial(known_features, teacher.net, self.data, s, self.out/teacher.folder.name,
                                        after_each=run.stop_if_due)
             net = student if s.init == 'random' else student.net
-            return stage_two(self.data, s, net, teacher and teacher.net, known, valid=EPISODE)
+            return stage_two(self.data, s, net, teacher and teacher.net, known, valid=EPISODE, compile=self.compile)
         return self.train('gr' if teacher else 'el', arch, settings, make)
 
     def score(self, trained, split, shot=1, n=10_000):

@@ -17,7 +17,7 @@ from ..data.episodes import check_episode
 from ..fewshot.stats import compare
 from ..models.create import check_backbone, pretrained_tag
 from ..runs.checkpoint import Stopped
-from ..runs.options import DataOptions
+from ..runs.options import Compile, DataOptions
 from ..runs.provenance import command, device_name, git_commit, versions
 from ..runs.run import default_out
 from ..settings import between, checked, from_flags, positive, with_flags
@@ -79,6 +79,7 @@ def table(
     preset:Preset='best',
     two=None, # the given settings of `StageTwo`
     test_episodes:Annotated[int, 'number of episodes to score (10000; demo: 1000)', between(1, 10**8)]=None,
+    compile:Compile=False,
     max_minutes:Annotated[float, 'minutes after which the program stops with everything saved; the same command goes on', positive]=None,
     demo:bool=False, # small settings, on the embedded data set unless --data is given
 ):
@@ -109,7 +110,7 @@ def table(
     for split in (data.val, data.test):
         for shot in shots: check_episode(split, EPISODE['n_way'], shot, EPISODE['n_query'])
 
-    store = NetworkStore(data, out, max_minutes, logs=[out, *([results] if results else [])])
+    store = NetworkStore(data, out, max_minutes, logs=[out, *([results] if results else [])], compile=compile)
     nets,scores,failed,stop = train_and_score(store, rows, roles, stage_two, seeds, stage_one_seed, score, shots, test_episodes)
     records = {} # file -> record, because seeds that share a stage one share its record
     for (key,seed),made in nets.items():

@@ -6,7 +6,11 @@ from ..core.distributed import log
 from ..data.cache import few_shot_data
 from ..settings import Settings
 
-__all__ = ['DataOptions', 'ComputeOptions']
+__all__ = ['DataOptions', 'ComputeOptions', 'Compile']
+
+
+# type of the parameter `compile` of a program, with its help
+Compile = Annotated[bool, 'compile the networks with torch.compile, which is slower on a CPU']
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +37,7 @@ class ComputeOptions(Settings):
     "Precision, memory format and kernels of the networks"
     fp32: Annotated[bool, 'compute in float32 instead of bfloat16 or float16'] = False
     channels_last: Annotated[bool, 'channels_last memory format of the convolutions'] = True
-    compile: Annotated[bool, 'compile the networks with torch.compile, which is slower on a CPU'] = False
+    compile: Compile = False
     deterministic: Annotated[bool, 'deterministic CUDA kernels, so that runs can be repeated and resumed bit for bit, as on a CPU'] = False
 
     def for_learner(self):

@@ -9,6 +9,7 @@ from helpers import ROWS, net_weights
 from grdd_fastai.experiments.store import NetworkStore
 from grdd_fastai.experiments.table import EL, GR, table
 from grdd_fastai.stage_one import StageOne
+from grdd_fastai.stage_two import StageTwo
 
 
 def test_stage_one_is_trained_once_for_all_rows_and_experiments(small, tmp_path):
@@ -53,6 +54,18 @@ def test_other_settings_and_other_seeds_are_other_networks(data, tmp_path):
     store,record = NetworkStore(data, tmp_path),StageOne().recorded()
     a,b = (store.folder('cl', 'x', StageOne(**c).recorded()) for c in ({}, dict(lr=0.1)))
     assert a != b and a == store.folder('cl', 'x', dict(reversed(record.items())))
+
+def test_a_compiled_network_goes_to_the_same_folder(data, tmp_path):
+    "Both stages are compiled, by a backend that traces and runs as it is"
+    def names(compile):
+        store = NetworkStore(data, tmp_path/str(bool(compile)), compile=compile)
+        cl = store.stage_one_net(StageOne(arch='convnet4', epochs=1, rotation=False))
+        return [cl.folder.name, store.stage_two_net(cl, cl, StageTwo(n_way=3, n_query=2, n_episodes=3, epochs=1)).folder.name]
+    graphs = []
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+    assert names(dict(backend=backend)) == names(False) and len(graphs) >= 4 # one for training and one for evaluation in each stage
 
 def test_episodic_labels_do_not_depend_on_the_distillations_settings(small, tmp_path):
     table('a', {'x':EL, 'y':EL | dict(stage_two=dict(T=9., gamma=9., decouple=False)), 'z':EL | dict(stage_two=dict(scale=9.))},
