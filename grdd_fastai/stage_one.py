@@ -38,6 +38,8 @@ class StageOne(Settings):
     epochs: Annotated[int, 'epochs of stage one', between(1, 10**6), heading('{} epochs')] = 90
     schedule: Annotated[str, f'learning-rate schedule of stage one: {", ".join(SCHEDULES)}', one_of(*SCHEDULES), heading('{}')] = 'poly'
     lr: Annotated[float, 'initial or highest learning rate of stage one', positive, heading('lr {}')] = 0.05
+    warmup: Annotated[float, 'epochs at the beginning of schedule poly in which the learning rate rises from 0, for a training that would '
+                      'diverge', at_least(0), recorded(absent=0.)] = 0.
     opt: Annotated[str, f'optimiser of stage one: {", ".join(OPTIMISERS)}', one_of(*OPTIMISERS),
                    recorded(absent='sgd'), heading('{}')] = 'sgd'
     bs: Annotated[int|None, 'images per batch of stage one, before rotation (64, or 1% of fewer than 6,400 base images, at least 16)',
@@ -65,11 +67,14 @@ class StageOne(Settings):
         of_rotation = ('rotations', 'rotation_weight', 'rotation_from')
         useless = next((k for k in of_rotation if getattr(self, k) != declared(StageOne)[k].default), None)
         if useless and not self.rotation: raise UserError(f'{useless} has no effect without rotation: leave one of them out')
+        if self.warmup and self.schedule != 'poly':
+            raise UserError(f'warmup has no effect with schedule={self.schedule!r}: leave one of them out')
+        if self.warmup >= self.epochs: raise UserError(f'warmup is {self.warmup:g} of {self.epochs} epochs: it must be shorter')
 
 
 # type of the parameter `teacher_epochs` of a program, with its help and its bound
 TeacherEpochs = Annotated[int, "epochs of the teacher's stage one (as --epochs)", between(1, 10**6)]
-OF_DATA_AND_FIT = ('arch', 'epochs', 'schedule', 'lr', 'opt', 'bs', 'jitter', 'augment') # all other settings are the Learner's
+OF_DATA_AND_FIT = ('arch', 'epochs', 'schedule', 'lr', 'warmup', 'opt', 'bs', 'jitter', 'augment') # all other settings are the Learner's
 
 
 def stage_one(data:FewShotData, s:StageOne, **kwargs) -> tuple[Learner, Callable]:

@@ -11,18 +11,21 @@ __all__ = ['SCHEDULES', 'poly', 'step_down', 'fit_function']
 SCHEDULES = ('poly', 'step', 'one_cycle') # for each, a Learner has a method fit_<name>
 
 
-def poly(lr, power=0.9):
-    "Learning rate of stage one (section 4.1) as a function of `pos`, which goes from 0 to 1 over the training: lr * (1 - pos)^power"
-    return lambda pos: lr * (1 - pos)**power
+def poly(lr, power=0.9, warmup=0.):
+    """Learning rate of stage one (section 4.1) as a function of `pos`, which goes from 0 to 1 over the training: lr * (1 - pos)^power
+
+    In the part `warmup` at the beginning it is lower and rises linearly to that, which the paper does not have.
+    """
+    return lambda pos: lr * (1 - pos)**power * (min(1., pos/warmup) if warmup else 1.)
 
 def step_down(lr, last=1/3, factor=0.1):
     "Learning rate of stage two (section 4.1) as a function of `pos`: lr, and lr * factor in the part `last`, the last 5 of 15 epochs"
     return lambda pos: lr * (factor if pos >= 1 - last - 1e-9 else 1)
 
 @patch
-def fit_poly(self:Learner, n_epoch, lr=0.05, power=0.9, cbs=None, **kwargs):
-    "Fit with the paper's 'poly' learning rate of stage one"
-    self.fit(n_epoch, lr, cbs=L(ParamScheduler({'lr':poly(lr, power)})) + L(cbs), **kwargs)
+def fit_poly(self:Learner, n_epoch, lr=0.05, power=0.9, warmup=0., cbs=None, **kwargs):
+    "Fit with the paper's 'poly' learning rate of stage one, which rises from 0 in the first `warmup` epochs"
+    self.fit(n_epoch, lr, cbs=L(ParamScheduler({'lr':poly(lr, power, warmup/n_epoch)})) + L(cbs), **kwargs)
 
 @patch
 def fit_step(self:Learner, n_epoch, lr=1e-3, last=1/3, factor=0.1, cbs=None, **kwargs):
@@ -36,4 +39,5 @@ def fit_function(s, step):
     root of the ratio (docs/distributed.md).
     """
     lr = s.lr * (effective_step(step)/step)**0.5
-    return lambda learn: getattr(learn, f'fit_{s.schedule}')(s.epochs, lr)
+    how = dict(warmup=s.warmup) if getattr(s, 'warmup', 0) else {}
+    return lambda learn: getattr(learn, f'fit_{s.schedule}')(s.epochs, lr, **how)

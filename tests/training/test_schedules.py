@@ -3,6 +3,8 @@ import numpy as np
 import pytest
 from helpers import fit, stage_one_learner, stage_two_learner
 
+from grdd_fastai.core.errors import UserError
+from grdd_fastai.stage_one import StageOne, stage_one
 from grdd_fastai.training.schedules import poly, step_down
 
 
@@ -15,3 +17,16 @@ def test_schedules_by_hand(data):
     learn = stage_one_learner(data)
     fit(learn, 2, .05, 'fit_poly')
     assert np.allclose(learn.recorder.lrs, [.05*(1-i/4)**.9 for i in range(4)])
+
+def test_a_warmup_by_hand(data):
+    "Two of six steps: the rate begins at 0, is at the half after one step, and then that of the schedule without a warm-up"
+    learn,fit = stage_one(data, StageOne(arch='convnet4', epochs=3, lr=.05, warmup=1, rotation=False, bs=len(data.train)//2))
+    with learn.no_bar(), learn.no_logging(): fit(learn)
+    plain = [.05*(1-i/6)**.9 for i in range(6)]
+    assert np.allclose(learn.recorder.lrs, [0, plain[1]/2, *plain[2:]])
+
+@pytest.mark.parametrize('wrong, says', [
+    (dict(warmup=1, schedule='one_cycle'), "warmup has no effect with schedule='one_cycle'"),
+    (dict(warmup=90), 'warmup is 90 of 90 epochs'), (dict(warmup=-1.), 'warmup')])
+def test_a_warmup_that_cannot_be(wrong, says):
+    with pytest.raises(UserError, match=says): StageOne(**wrong)
