@@ -5,6 +5,7 @@ from typing import Annotated
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from .core.device import amp, sent
 from .core.distributed import backbone_of
@@ -14,7 +15,7 @@ from .fewshot.embed import ViewFeatures, embed
 from .losses import kl_relatedness, of_all_pairs, relatedness
 from .models.create import features, seeing
 from .settings import Settings, at_least, between, declared, flag, one_of, positive, recorded, with_settings
-from .terms import DistillationTerm, RelationalKD, SimilarityPreserving
+from .terms import DIST, ClassTerm, DecoupledKD, DistillationTerm, FeatureRegression, LogitKD, RelationalKD, SimilarityPreserving
 from .training.callbacks import LossTerm, UndoAfterFit, amp_dtype
 from .training.learner import normalisation
 
@@ -24,13 +25,20 @@ __all__ = ['Distill', 'Teacher', 'RelatednessKL']
 @dataclass(frozen=True, kw_only=True)
 class Distill(Settings):
     "The settings of the distillation in stage two; the defaults did best on the validation classes (docs/method.md)"
-    T: Annotated[float, 'temperature of the relatedness; it divides the cosines', positive] = 0.1
+    T: Annotated[float, 'temperature of the relatedness, and of logits of the base classes; it divides the cosines', positive] = 0.1
     gamma: Annotated[float, 'weight of the regulariser L_rt', at_least(0)] = 1.
     kl_weight: Annotated[float, 'weight of the distillation loss L_kl', at_least(0)] = 5.
     rkd_weight: Annotated[float, 'weight of relational distillation (RKD), which compares distances and angles', at_least(0),
                           recorded(absent=0.)] = 0.
     similarity_weight: Annotated[float, 'weight of similarity-preserving distillation, which compares products of features', at_least(0),
                                  recorded(absent=0.)] = 0.
+    regression_weight: Annotated[float, "weight of feature regression, a linear map of the student's features to the teacher's",
+                                 at_least(0), recorded(absent=0.)] = 0.
+    kd_weight: Annotated[float, "weight of logit distillation, Hinton's, which compares probabilities of the base classes", at_least(0),
+                         recorded(absent=0.)] = 0.
+    dkd_weight: Annotated[float, 'weight of decoupled logit distillation (DKD)', at_least(0), recorded(absent=0.)] = 0.
+    dist_weight: Annotated[float, 'weight of DIST, which compares correlations of the probabilities of the base classes', at_least(0),
+                           recorded(absent=0.)] = 0.
     decouple: Annotated[bool, 'one softmax for each support image; without, one over the whole matrix'] = True
     T_squared: Annotated[bool, "also weight L_kl by T squared, as Hinton's distillation does",
                          recorded('hinton'), flag('t_squared')] = False
@@ -57,10 +65,15 @@ class Distill(Settings):
 OF_RELATEDNESS = ('T', 'kl_weight', 'decouple', 'T_squared', 'reverse', 'reduction', 'center', 'pairs') # the settings of `RelatednessKL`
 
 
+# the settings of the other terms' weights
+TERMS = dict(rkd_weight=RelationalKD, similarity_weight=SimilarityPreserving, regression_weight=FeatureRegression,
+             kd_weight=LogitKD, dkd_weight=DecoupledKD, dist_weight=DIST)
+
+
 def distillation(teacher, s, teacher_features=None):
     "The callbacks that distil `teacher` by the settings `s` (`Distill`), the teacher first and then a callback for each term"
-    terms = {RelationalKD:s.rkd_weight, SimilarityPreserving:s.similarity_weight}
-    others = [term(weight) for term,weight in terms.items() if weight]
+    weights = {term:getattr(s, k) for k,term in TERMS.items() if getattr(s, k)}
+    others = [term(weight, s.T) if issubclass(term, ClassTerm) else term(weight) for term,weight in weights.items()]
     return [Teacher(teacher, s.teacher_view, s.teacher_output, teacher_features, s.teacher_mirror),
             RelatednessKL(**{k:getattr(s, k) for k in OF_RELATEDNESS}), *others]
 
@@ -153,6 +166,23 @@ class Teacher(UndoAfterFit):
                 raise UserError("the teacher's features are of images that were augmented otherwise: make dls with "
                                 f'episodic_dls(..., aug=train_augmentation(px, jitter={h.aug[1]}))')
         self.check_rows()
+
+    def class_means(self):
+        """The mean of the features of each base class, at unit length, for each teacher: a list of (C, D) on the device
+
+        The features are those of the first of the views, or of clean images, which are embedded for this if they are not known.
+        """
+        train = self.dls.train
+        y = torch.as_tensor(np.asarray(train.labels()), device=self.dls.device)
+        if self.view == 'views':
+            rows = np.arange(len(y))
+            hs = [h.of(np.zeros_like(rows), rows) for h in self.known]
+        elif self.view == 'clean': hs = self.known
+        else: hs = [embed(net, train.plain(), mirror=self.mirror)[0] for net in self.seeing]
+        def means(h):
+            h = F.normalize(h.to(y.device), dim=1)
+            return F.normalize(h.new_zeros(self.dls.c, h.shape[1]).index_add_(0, y, h), dim=1)
+        return [means(h) for h in hs]
 
     def before_batch(self): self.of_batch = None
 

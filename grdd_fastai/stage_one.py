@@ -19,7 +19,7 @@ from .data.augment import AUGMENTATIONS, train_augmentation
 from .data.blocks import category_dls, default_bs
 from .data.cache import FewShotData
 from .losses import relatedness
-from .models.create import create_backbone, features
+from .models.create import create_backbone, feature_size, features
 from .settings import Bound, Settings, at_least, between, declared, flag, heading, one_of, positive, recorded, with_settings
 from .training.callbacks import LossTerm
 from .training.learner import check_dls, few_shot_learner
@@ -130,8 +130,7 @@ class GlobalNet(nn.Module):
         n_classes = backbone.num_classes
         self.backbone,self.rotation_from = backbone,rotation_from
         self.rotation_head = nn.Linear(n_classes, 4) if rotation else None
-        n_features = getattr(backbone, 'head_hidden_size', None) or backbone.num_features
-        self.classifier = CosineHead(n_features, n_classes) if head == 'cosine' else None
+        self.classifier = CosineHead(feature_size(backbone), n_classes) if head == 'cosine' else None
         if self.classifier: backbone.reset_classifier(0)
     def forward(self, x):
         p = self.classifier(features(self.backbone, x)) if self.classifier else self.backbone(x)

@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
+from fastcore.foundation import L
 from torch import nn
 
+from .core.device import cpu_seed
 from .core.distributed import backbone_of
 from .core.errors import UserError
 from .data.augment import AUGMENTATIONS, train_augmentation
@@ -21,8 +23,9 @@ from .data.episodes import EpisodicDL
 from .distillation import Distill, as_list, distillation
 from .fewshot.embed import ViewFeatures, cached_features, view_features
 from .losses import EpisodicLoss
-from .models.create import create_backbone, seeing
+from .models.create import create_backbone, feature_size, features, seeing
 from .settings import Settings, at_least, between, declared, flag, one_of, positive, recorded, with_settings
+from .terms import DistillationTerm
 from .training.callbacks import LossTerm
 from .training.learner import check_dls, few_shot_learner
 from .training.optim import OPTIMISERS
@@ -172,7 +175,7 @@ def meta_learner(
     valid:dict|None=None, # episodes of the validation classes: n_way=5, k_shot as in training, n_query=15, n_episodes=1000, seed=0
     **kwargs # of `few_shot_learner`, such as amp, keep_best and cbs, and of fastai's `Learner`
 ) -> Learner:
-    """Learner of the meta-learner psi; `learn.model` is the network
+    """Learner of the meta-learner psi; `learn.model` is the network, or a `StudentNet` of it where a term trains layers of its own
 
     UserError for data, networks or settings that do not fit.
     """
@@ -191,9 +194,26 @@ def meta_learner(
     if teacher is not None:
         teachers = [backbone_of(t) if isinstance(t, Learner) else t for t in as_list(teacher)]
         terms = [*distillation(teachers, s.distill, teacher_features), ShowL_rt()]
+        with cpu_seed(s.seed): model = with_heads(model, [*terms, *L(kwargs.get('cbs'))], teachers, dls.c)
     gamma = s.distill.gamma if terms else 1.
     return few_shot_learner(dls, model, EpisodicLoss(e.n_way, e.k_shot, e.n_query, s.scale, s.mean, gamma), terms, seed=s.seed,
                             valid=dict(k_shot=e.k_shot) | (valid or {}), **kwargs)
+
+
+class StudentNet(nn.Module):
+    "The meta-learner in training: the backbone psi, and by name of a term the layers that this term trains beside it"
+    def __init__(self, backbone:nn.Module, heads:dict):
+        super().__init__()
+        self.backbone,self.heads = backbone,nn.ModuleDict(heads)
+    def forward(self, x): return features(self.backbone, x)
+
+def with_heads(student, cbs, teachers, n_classes):
+    "A `StudentNet` of the student and the layers of those of the callbacks that train some, or the student itself if there are none"
+    heads = {}
+    for term in cbs:
+        if not isinstance(term, DistillationTerm) or type(term).make_head is DistillationTerm.make_head: continue
+        heads[term.name] = term.make_head(feature_size(student), [feature_size(t) for t in teachers], n_classes)
+    return StudentNet(student, heads) if heads else student
 
 
 class ShowL_rt(LossTerm):

@@ -4,27 +4,43 @@ A term of your own is a subclass of `DistillationTerm`: see docs/extending.md.
 """
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from .core.distributed import unwrapped
 from .core.errors import UserError
+from .losses import relatedness
 from .training.callbacks import LossTerm
 
-__all__ = ['DistillationTerm', 'RelationalKD', 'SimilarityPreserving']
+__all__ = ['DistillationTerm', 'RelationalKD', 'SimilarityPreserving', 'FeatureRegression', 'ClassTerm', 'LogitKD', 'DecoupledKD', 'DIST']
 
 
 class DistillationTerm(LossTerm):
     """A term of stage two's loss that compares the student's features of a batch with the teachers'
 
     A subclass names its one part of the loss in `parts` and computes it in `loss`. It runs after `Teacher`, which it needs in the Learner.
+    A term that trains layers of its own beside the student returns them in `make_head` and finds them in `head`.
     """
     weight = 1.
     by_episode = False # whether `loss` gets one episode at a time; the term is then their mean
+    head = None # the term's layers in the Learner's model, during and after a fit
     def __init__(self, weight:float=1.): self.weight = weight
+    def make_head(self, n_features:int, of_teachers:list, n_classes:int) -> nn.Module|None:
+        """Layers that are trained with the student and dropped after the training; None for a term without
+
+        `n_features` is the size of the student's features, `of_teachers` is the size of each teacher's, `n_classes` is that of the base
+        classes.
+        """
+        return None
     def before_fit(self):
         super().before_fit()
         if not hasattr(self.learn, 'teacher'):
             raise UserError(f'{type(self).__name__} needs a teacher: give meta_learner(..., teacher=)')
         if sum(cb.name == self.name for cb in self.learn.cbs) > 1:
             raise UserError(f'{type(self).__name__} is there twice: its weight and settings are those of meta_learner, or leave one out')
+        heads = getattr(unwrapped(self.model), 'heads', {})
+        if self.name in heads: self.head = heads[self.name]
+        if self.head is not None and self.learn.teacher.output != 'features':
+            raise UserError(f"{type(self).__name__} compares features: give teacher_output='features' with it")
     def loss(self, student:torch.Tensor, teachers:list) -> torch.Tensor:
         """The term, a scalar: `student` are features (B, D), `teachers` a list of features (B, D'), both in float32
 
@@ -70,3 +86,85 @@ class SimilarityPreserving(DistillationTerm):
         def G(h): return F.normalize(h @ h.mT, dim=1)
         mine = G(student)
         return sum((mine - G(h)).square().mean() for h in teachers) / len(teachers)
+
+
+class FeatureRegression(DistillationTerm):
+    """L_fr: a linear layer turns the student's features into the teacher's, or a layer for each of several teachers
+
+    It is the hint of FitNets (arXiv 1412.6550) at the features. Both sides have unit length: the term is the mean squared distance of an
+    image's two vectors, 2 - 2 cos.
+    """
+    parts = ('L_fr',)
+    def make_head(self, n_features, of_teachers, n_classes): return nn.ModuleList(nn.Linear(n_features, n) for n in of_teachers)
+    def loss(self, student:torch.Tensor, teachers:list) -> torch.Tensor:
+        pairs = [(F.normalize(layer(student), dim=1), F.normalize(h, dim=1)) for layer,h in zip(self.head, teachers, strict=True)]
+        return sum((mine - h).square().sum(1).mean() for mine,h in pairs) / len(pairs)
+
+
+# ---- terms of the base classes ----------------------------------------------------------------------------------------
+
+class ClassTerm(DistillationTerm):
+    """A term that compares the student's logits of the base classes with the teacher's, or with the mean of several teachers'
+
+    A logit is the cosine of the features with a vector of the class, divided by the temperature `T`. The student's vectors are trained
+    beside it. The teacher's are the mean features of the classes, so that any network can teach, also one without a classifier. A subclass
+    computes the term in `of_logits`.
+    """
+    def __init__(self, weight:float=1., T:float=0.1):
+        super().__init__(weight)
+        self.T = T
+    def make_head(self, n_features, of_teachers, n_classes): return nn.Linear(n_features, n_classes, bias=False)
+    def before_fit(self):
+        super().before_fit()
+        self.means = self.learn.teacher.class_means()
+    def loss(self, student:torch.Tensor, teachers:list) -> torch.Tensor:
+        z_g = torch.stack([relatedness(h, means) for h,means in zip(teachers, self.means, strict=True)]).mean(0)
+        return self.of_logits(relatedness(student, self.head.weight)/self.T, z_g/self.T, self.yb[0].as_subclass(torch.Tensor))
+    def of_logits(self, student:torch.Tensor, teacher:torch.Tensor, y:torch.Tensor) -> torch.Tensor:
+        "The term, a scalar, from logits (B, C) of the student and the teacher, and the classes y (B)"
+        raise NotImplementedError
+
+def kl(student, teacher):
+    "Mean over the rows of KL(teacher || student), from log-probabilities (B, C)"
+    return F.kl_div(student, teacher, reduction='batchmean', log_target=True)
+
+
+class LogitKD(ClassTerm):
+    "L_kd: the student's probabilities of the base classes follow the teacher's, as in Hinton's distillation (arXiv 1503.02531)"
+    parts = ('L_kd',)
+    def of_logits(self, student, teacher, y): return kl(student.log_softmax(1), teacher.log_softmax(1))
+
+
+class DecoupledKD(ClassTerm):
+    """L_dkd: decoupled knowledge distillation (DKD, arXiv 2203.08679), the KL of target or not, and `beta` times that among the others
+
+    Logit distillation weighs the second one by the teacher's doubt in the target.
+    """
+    parts = ('L_dkd',)
+    def __init__(self, weight:float=1., T:float=0.1, beta:float=8.):
+        super().__init__(weight, T)
+        self.beta = beta
+    def of_logits(self, student, teacher, y):
+        target = y.unsqueeze(1)
+        others = torch.arange(student.shape[1] - 1, device=y.device).expand(len(y), -1)
+        others = others + (others >= target) # the other classes of each image
+        def parts(z):
+            rest = z.gather(1, others)
+            either = torch.cat([z.gather(1, target), rest.logsumexp(1, keepdim=True)], 1)
+            return either.log_softmax(1),rest.log_softmax(1)
+        return sum(weight*kl(mine, its) for weight,mine,its in zip((1., self.beta), parts(student), parts(teacher)))
+
+
+class DIST(ClassTerm):
+    """L_dist: the student's probabilities correlate with the teacher's, within each image and within each class (DIST, arXiv 2205.10536)
+
+    It is 1 minus the mean Pearson correlation of the rows, plus the same of the columns, of the probabilities (B, C).
+    """
+    parts = ('L_dist',)
+    def of_logits(self, student, teacher, y):
+        p,q = student.softmax(1),teacher.softmax(1)
+        return 2 - pearson(p, q).mean() - pearson(p.T, q.T).mean()
+
+def pearson(a, b):
+    "Pearson correlation of each row of a (N, M) with that of b"
+    return F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True), dim=1)

@@ -1,10 +1,16 @@
 """Other terms of distillation: each by loops over the images, alone and beside the relatedness, with one teacher and with two."""
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import Grab, fit, like_data, net, stage_two_learner
+from torch import nn
 
+from grdd_fastai.core.errors import UserError
+from grdd_fastai.data.blocks import plain_dl
+from grdd_fastai.fewshot.embed import embed
 from grdd_fastai.models.create import create_backbone
-from grdd_fastai.terms import RelationalKD, SimilarityPreserving
+from grdd_fastai.terms import DIST, DecoupledKD, DistillationTerm, FeatureRegression, LogitKD, RelationalKD, SimilarityPreserving
 
 
 def huber(a, b): return (a - b)**2/2 if abs(a - b) < 1 else abs(a - b) - .5
@@ -69,3 +75,100 @@ def test_a_weight_adds_the_term_to_stage_two(data, setting, term):
     x = learn.grab.x[0].as_subclass(torch.Tensor)
     with torch.no_grad(): value = float(term().loss(net(1).train()(x), [teacher.eval()(x)]))
     assert losses[1] - losses[0] == pytest.approx(3*value, rel=1e-3) and shown[term.parts[0]] > 0
+
+
+# ---- terms with layers of their own -----------------------------------------------------------------------------------
+
+def test_feature_regression_by_loops():
+    "With two teachers, each of which has its own linear map; it is zero for a student that only the map sets apart from the teacher"
+    torch.manual_seed(0)
+    student,*teachers = (torch.randn(7, d) for d in (5, 9, 4))
+    term = FeatureRegression()
+    term.head = term.make_head(5, [9, 4], 3)
+    def angle(a, b): return 2 - 2*float(a @ b / (a.norm()*b.norm()))
+    want = sum(angle(layer.weight @ h + layer.bias, teacher[i]) for layer,teacher in zip(term.head, teachers, strict=True)
+               for i,h in enumerate(student)) / (2*len(student))
+    assert float(term.loss(student, teachers)) == pytest.approx(want, rel=1e-5)
+    assert float(term.loss(student, [3*layer(student) for layer in term.head])) == pytest.approx(0., abs=1e-6)
+
+def naive_kd(z_e, z_g, y):
+    p,q = z_g.softmax(1),z_e.softmax(1)
+    return float((p*(p.log() - q.log())).sum(1).mean())
+
+def naive_dist(z_e, z_g, y):
+    p,q = z_e.softmax(1).numpy(),z_g.softmax(1).numpy()
+    rows = [np.corrcoef(p[i], q[i])[0, 1] for i in range(len(p))]
+    columns = [np.corrcoef(p[:, c], q[:, c])[0, 1] for c in range(p.shape[1])]
+    return 2 - np.mean(rows) - np.mean(columns)
+
+def naive_dkd(z_e, z_g, y):
+    "An image at a time, by probabilities: target or not, and the other classes among themselves"
+    total = 0.
+    for e,g,c in zip(z_e, z_g, y.tolist(), strict=True):
+        p,q = g.softmax(0),e.softmax(0)
+        pt,qt = float(p[c]),float(q[c])
+        total += pt*np.log(pt/qt) + (1 - pt)*np.log((1 - pt)/(1 - qt))
+        rest = [i for i in range(len(e)) if i != c]
+        total += 8*sum(float(p[i])/(1 - pt)*np.log(float(p[i])/(1 - pt)*(1 - qt)/float(q[i])) for i in rest)
+    return total / len(z_e)
+
+OF_CLASSES = {LogitKD:naive_kd, DIST:naive_dist, DecoupledKD:naive_dkd}
+
+@pytest.mark.parametrize('term', OF_CLASSES, ids=lambda t: t.__name__)
+def test_a_term_of_the_classes_by_loops(term):
+    torch.manual_seed(0)
+    z_e,z_g,y = torch.randn(7, 4).double(),torch.randn(7, 4).double(),torch.tensor([0, 1, 2, 3, 3, 0, 2])
+    assert float(term().of_logits(z_e, z_g, y)) == pytest.approx(OF_CLASSES[term](z_e, z_g, y), rel=1e-6)
+    assert float(term().of_logits(z_g, z_g, y)) == pytest.approx(0., abs=1e-6)
+
+def test_dkd_takes_logit_distillation_apart():
+    "Eq. 7 of its paper: for one image, L_kd is the KL of target or not plus 1 - p(target) times the KL among the other classes"
+    torch.manual_seed(0)
+    for c in range(4):
+        z_e,z_g,y = torch.randn(1, 4).double(),torch.randn(1, 4).double(),torch.tensor([c])
+        doubt = 1 - float(z_g.softmax(1)[0, c])
+        assert float(DecoupledKD(beta=doubt).of_logits(z_e, z_g, y)) == pytest.approx(float(LogitKD().of_logits(z_e, z_g, y)))
+
+@pytest.mark.parametrize('setting, term', [('kd_weight', LogitKD), ('dkd_weight', DecoupledKD), ('dist_weight', DIST),
+                                           ('regression_weight', FeatureRegression)])
+def test_a_term_with_layers_trains_them_beside_the_student(data, setting, term):
+    "The first step's loss by hand: the teacher's logits come from its mean features of the base classes, the student's from its new layer"
+    teacher = like_data(create_backbone('convnet4', 0, 16, 5), data)
+    learn = stage_two_learner(data, teacher, net(1), cbs=Grab(), keep_best=False, kl_weight=0., gamma=0., T=.2, **{setting:3.})
+    fit(learn)
+    name = next(iter(learn.model.heads))
+    x,before = learn.grab.x[0].as_subclass(torch.Tensor),learn.grab.weights[0]
+    with torch.no_grad(): h_e,h_g = net(1).train()(x),teacher.eval()(x)
+    if term is FeatureRegression:
+        mine = F.linear(h_e, before[f'heads.{name}.0.weight'], before[f'heads.{name}.0.bias'])
+        want = float((F.normalize(mine, dim=1) - F.normalize(h_g, dim=1)).square().sum(1).mean())
+    else:
+        h,y = embed(teacher, plain_dl(data, 'train'))
+        means = torch.stack([F.normalize(h[y == c], dim=1).mean(0) for c in range(6)])
+        z_e,z_g = (F.normalize(a, dim=1) @ F.normalize(b, dim=1).T / .2 for a,b in ((h_e, before[f'heads.{name}.weight']), (h_g, means)))
+        dls = learn.dls
+        dls.train.epoch = 0
+        labels = torch.as_tensor(np.asarray(data.train.y)[np.asarray(dls.train.get_idxs())[:len(x)]])
+        want = float(term().of_logits(z_e, z_g, labels))
+    assert learn.grab.losses[0] == pytest.approx(3*want, rel=1e-3)
+    after = learn.model.state_dict()
+    changed = {k.split('.')[0] for k,v in before.items() if not torch.equal(v, after[k])}
+    assert changed == {'backbone', 'heads'}
+
+def test_a_term_of_ones_own_may_train_layers(data):
+    "It is given as a callback; the start of the student is not changed by it"
+    class Own(DistillationTerm):
+        parts = ('L_own',)
+        def make_head(self, n_features, of_teachers, n_classes): return nn.Linear(n_features, of_teachers[0] + n_classes)
+        def loss(self, student, teachers): return self.head(student).square().mean()
+    teacher = like_data(create_backbone('convnet4', 0, 16, 5), data)
+    learn = stage_two_learner(data, teacher, net(1), cbs=Own(2.), keep_best=False)
+    assert learn.model.heads['own'].weight.shape == (64 + 6, 64)
+    for a,b in zip(learn.model.backbone.state_dict().values(), net(1).state_dict().values(), strict=True): assert torch.equal(a, b)
+    fit(learn)
+    assert learn.recorder.values[-1][list(learn.recorder.metric_names[1:]).index('L_own')] > 0
+
+def test_layers_need_the_teachers_features(data):
+    teacher = like_data(create_backbone('convnet4', 6, 16, 5), data)
+    learn = stage_two_learner(data, teacher, net(1), kd_weight=1., teacher_output='logits')
+    with pytest.raises(UserError, match="LogitKD compares features: give teacher_output='features'"): fit(learn)

@@ -14,6 +14,7 @@ __all__ = ['write_report']
 
 TITLES = dict(table2='Table 2: category labels, episodic labels, global relatedness', ablations='Figure 4: the components of GRDD',
               sweep='Figure 6: gamma and T', pairs='Which images are related to which: stage two from random weights',
+              distillations='What the student learns from the teacher: relatedness, and other distillation',
               readings='Readings of what the paper leaves open')
 FIGURES = dict(figure3='Figure 3: t-SNE of five novel classes', figure5="Figure 5: the teacher's relatedness over T")
 WEIGHTS = 'grdd_fastai/weights'

@@ -12,7 +12,8 @@ from ..core.device import cpu_seed
 from ..core.errors import UserError, first_line
 from ..core.storage import MAX_SIDE
 
-__all__ = ['check_backbone', 'pretrained_tag', 'create_backbone', 'check_input_config', 'input_config', 'seeing', 'features']
+__all__ = ['check_backbone', 'pretrained_tag', 'create_backbone', 'check_input_config', 'input_config', 'seeing', 'features',
+           'feature_size']
 
 
 def check_backbone(arch, px=None, pretrained=False):
@@ -121,3 +122,9 @@ def features(model:torch.nn.Module, x:torch.Tensor, mirror:bool=False) -> torch.
     if mirror: return (features(model, x) + features(model, x.flip(-1)))/2
     if hasattr(model, 'forward_head'): return model.forward_head(model.forward_features(x), pre_logits=True)
     return model(x)
+
+def feature_size(model:torch.nn.Module) -> int:
+    "Size D of the `features` of a timm model; UserError for a module that does not name it"
+    size = getattr(model, 'head_hidden_size', None) or getattr(model, 'num_features', None)
+    if size is None: raise UserError(f'{type(model).__name__} does not say how many features it has: give it an attribute num_features')
+    return size

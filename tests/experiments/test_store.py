@@ -5,6 +5,7 @@ import threading
 import numpy as np
 import pytest
 from helpers import ROWS, net_weights
+from safetensors.torch import load_file
 
 from grdd_fastai.experiments.store import NetworkStore
 from grdd_fastai.experiments.table import EL, GR, table
@@ -84,3 +85,11 @@ def test_two_processes_share_what_one_trains(small, tmp_path):
     for t in threads: t.start()
     for t in threads: t.join()
     assert out['a'].equals(out['b']) and len(net_weights(tmp_path)) == 4
+
+def test_a_term_that_trains_layers_comes_to_the_same_bits_after_stops(small, tmp_path):
+    small,rows,sessions = small | dict(episodes=8),{'x':GR | dict(stage_two=dict(kd_weight=1., regression_weight=1.))},0
+    table('a', rows, out=tmp_path/'a', **small)
+    while not len(table('a', rows, out=tmp_path/'b', max_minutes=1e-9, **small).scored): sessions += 1
+    student, = (k for k in net_weights(tmp_path/'a') if k.startswith('gr'))
+    assert sessions > 3 and net_weights(tmp_path/'a') == net_weights(tmp_path/'b')
+    assert not [k for k in load_file(tmp_path/'a'/student/'net.safetensors') if 'heads' in k or 'backbone' in k] # the student alone

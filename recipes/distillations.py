@@ -1,0 +1,43 @@
+"""Compare the relatedness with other things that a student can learn from a teacher, with students that start from random weights
+
+    python recipes/distillations.py --data cifar-fs.zip         # trains a ResNet-12 teacher for 90 epochs first, which needs a GPU
+    python recipes/distillations.py --demo                      # three minutes on two cores, no download
+
+All rows see the same images and learn from the labels of the episodes (L_rt). Each adds a term that compares the student with the teacher,
+the last ones two. The teacher's features of 20 views of each image are computed once, before the training of the first row.
+"""
+from fastcore.meta import delegates
+from fastcore.script import call_parse
+
+from grdd_fastai.distillation import TERMS
+from grdd_fastai.experiments.plots import plot_rows, save_figure
+from grdd_fastai.experiments.table import EL, GR, table
+from grdd_fastai.settings import exact_flags
+
+START = dict(init='random', teacher_view='views', pairs='all')
+RELATEDNESS = ('labels', 'relatedness')
+def only(*versus, **weights): return GR | dict(versus=versus, stage_two=START | dict(kl_weight=0.) | weights)
+def also(**weights): return GR | dict(versus=('relatedness',), stage_two=START | weights)
+
+ROWS = {
+    'labels':                             EL | dict(stage_two=dict(init='random')),
+    'relatedness':                        GR | dict(versus=('labels',), stage_two=START), # of all pairs
+    'relatedness of support and queries': GR | dict(versus=RELATEDNESS, stage_two=START | dict(pairs='episode')), # as in the paper
+    'logits':                             only(*RELATEDNESS, kd_weight=5.),
+    'DKD':                                only(*RELATEDNESS, dkd_weight=1.),
+    'DIST':                               only(*RELATEDNESS, dist_weight=5.),
+    'features':                           only(*RELATEDNESS, regression_weight=5.),
+    'RKD':                                only(*RELATEDNESS, rkd_weight=50.),
+    'similarity':                         only(*RELATEDNESS, similarity_weight=3000.),
+    'relatedness and logits':             also(kd_weight=5.),
+    'relatedness and features':           also(regression_weight=5.),
+}
+
+@call_parse
+@exact_flags
+@delegates(table, but=['name', 'all_rows', 'init', 'teacher_view', 'pairs', 'kl_weight', *TERMS]) # which the rows set
+def main(**kwargs):
+    "What a student learns from a teacher"
+    made = table('distillations', ROWS, **kwargs)
+    if len(made.scored): save_figure(plot_rows(made.scored, 'What the student learns from'), made.path('distillations'))
+    made.check()
