@@ -14,7 +14,7 @@ from ..core.distributed import log
 from ..core.errors import UserError
 from ..core.storage import atomic_write, digest, output_folder, user_path, write_json
 from ..data.episodes import QUERY_SAMPLERS, check_episode
-from ..fewshot.classifiers import CLASSIFIERS, split_names, with_base_mean
+from ..fewshot.classifiers import get_classifier, split_names, with_base_mean, without_settings
 from ..fewshot.embed import cached_features
 from ..fewshot.evaluate import evaluate
 from ..fewshot.stats import compare
@@ -38,7 +38,7 @@ def score_networks(
     ways:str='5', # classes per episode, separated by commas
     shots:str='1,5', # support images per class, separated by commas
     queries:str='15', # query images per class, separated by commas
-    # classifiers, separated by commas, or all: cosine, prototype, simpleshot_l2n, nearest_neighbour, ridge, logistic, tim_gd, tim_adm, ...
+    # classifiers, separated by commas, with settings as in 'tim_adm(scale=6)', or all: cosine, prototype, simpleshot_l2n, logistic, ...
     classifiers:str='cosine',
     query_distribution:str='balanced', # queries per class: balanced, or dirichlet, which is uneven with the same sum
     support_views:Annotated[int, 'number of augmented views that replace each support image; 0 keeps the image itself', at_least(0)]=0,
@@ -109,7 +109,7 @@ def score_networks(
 
 def row(network, way, shot, query, name, e):
     "The table's entries for the `Evaluation` `e` of a network with the classifier `name`"
-    f = CLASSIFIERS[name]
+    f = without_settings(get_classifier(name))
     return dict(network=network, way=way, shot=shot, query=query, classifier=name, accuracy=round(e.accuracy, 3), ci95=round(e.ci95, 3),
                 n=len(e.episodes), transductive=f.transductive, balanced=f.balanced, episodes=e.episode_id)
 

@@ -5,7 +5,9 @@ and NQ query images, D features, C classes; support (E, NS, D), support_y 0..C-1
 prediction is the argmax of the logits. Episodes do not influence each other. Half precision is computed in float32. A registered
 classifier raises UserError for features that are not finite and for a class without support images.
 """
+import ast
 import inspect
+import re
 from collections.abc import Callable
 from functools import partial, wraps
 
@@ -15,8 +17,8 @@ import torch.nn.functional as F
 from ..core.errors import UserError
 from ..losses import full_precision
 
-__all__ = ['CLASSIFIERS', 'register_classifier', 'check_classifier_settings', 'get_classifier', 'split_names', 'with_base_mean',
-           'prototypes']
+__all__ = ['CLASSIFIERS', 'register_classifier', 'check_classifier_settings', 'get_classifier', 'without_settings', 'split_names',
+           'with_base_mean', 'prototypes']
 
 
 CLASSIFIERS = {} # name -> function with the attributes `transductive`, `balanced` and `chunk_multiplier` (see `register_classifier`)
@@ -90,20 +92,42 @@ def check_scale(h):
 
 FORMER_NAMES = dict(centroid='prototype', centroid_cosine='prototype_cosine', neighbour='nearest_neighbour') # of version 0.1
 
-def get_classifier(name):
-    "The classifier with this name; a function is returned unchanged; UserError with the list of names for an unknown name"
+def get_classifier(name:str|Callable) -> Callable:
+    """The classifier with this name, which may have settings in parentheses: 'tim_adm' or 'tim_adm(scale=6, steps=100)'
+
+    A function is returned unchanged. UserError with the list of names for an unknown name, and for settings that it does not have.
+    """
     if callable(name): return name
-    if isinstance(name, str): name = FORMER_NAMES.get(name, name)
-    if not isinstance(name, str) or name not in CLASSIFIERS:
+    base,settings = split_settings(name) if isinstance(name, str) else (name, {})
+    if not isinstance(base, str) or base not in CLASSIFIERS:
         known = ', '.join(CLASSIFIERS)
-        raise UserError(f'unknown classifier {name!r}: it is one of {known}')
-    return CLASSIFIERS[name]
+        raise UserError(f'unknown classifier {base!r}: it is one of {known}')
+    if not settings: return CLASSIFIERS[base]
+    check_classifier_settings(base, settings)
+    return partial(CLASSIFIERS[base], **settings)
+
+def split_settings(text):
+    "(name, dict of settings) of a text such as 'tim_adm(scale=6, steps=100)'; UserError for a text of another form"
+    name,bracket,inside = text.strip().partition('(')
+    settings = {}
+    for part in inside.strip().removesuffix(')').split(',') if bracket else []:
+        k,_,v = part.partition('=')
+        try: settings[k.strip()] = ast.literal_eval(v.strip())
+        except (ValueError, SyntaxError): settings = None
+        if settings is None or not k.strip().isidentifier():
+            raise UserError(f"the classifier {text!r} is not understood: write its settings as in 'tim_adm(scale=6, steps=100)'")
+    name = name.strip()
+    return FORMER_NAMES.get(name, name),settings
+
+def without_settings(classifier):
+    "The registered function behind a classifier, which may be a function with settings"
+    return getattr(classifier, 'func', classifier)
 
 
 def split_names(classifiers):
-    "The names in a text that separates them by commas, or of all classifiers; UserError for a name that is none"
+    "The names, with their settings, in a text that separates them by commas, or of all classifiers; UserError for a name that is none"
     if not isinstance(classifiers, str): raise UserError(f'--classifiers is {classifiers!r}: give names separated by commas')
-    names = list(CLASSIFIERS) if classifiers == 'all' else [name.strip() for name in classifiers.split(',')]
+    names = list(CLASSIFIERS) if classifiers == 'all' else [name.strip() for name in re.split(r',(?![^(]*\))', classifiers)]
     for name in names: get_classifier(name)
     return names
 
@@ -114,8 +138,8 @@ def with_base_mean(names, base_features):
     `base_features()` returns features (N, D); it is called only if `simpleshot_cl2n` is among `names`.
     """
     classifiers = {name:get_classifier(name) for name in names}
-    if 'simpleshot_cl2n' in classifiers:
-        classifiers['simpleshot_cl2n'] = partial(classifiers['simpleshot_cl2n'], mean=base_features().mean(0))
+    for name,f in classifiers.items():
+        if without_settings(f) is CLASSIFIERS['simpleshot_cl2n']: classifiers[name] = partial(f, mean=base_features().mean(0))
     return classifiers
 
 

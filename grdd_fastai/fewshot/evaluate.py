@@ -10,7 +10,7 @@ from ..core.device import ieee_float32
 from ..core.distributed import all_gather, rank_world
 from ..core.errors import UserError, first_line
 from ..data.episodes import BLOCK, QUERY_SAMPLERS
-from .classifiers import check_scale, get_classifier
+from .classifiers import check_scale, get_classifier, without_settings
 from .stats import Evaluation
 
 __all__ = ['evaluate']
@@ -65,7 +65,8 @@ def evaluate(
     n_query:int=15, # query images per class
     n_episodes:int=10_000, # number of episodes
     seed:int=0, # seed of the episodes
-    # name in `CLASSIFIERS`, function `(support, support_y, query) -> logits`, list of names, or dict name -> function
+    # name in `CLASSIFIERS`, with settings as in 'tim_adm(scale=6)' or without; function `(support, support_y, query) -> logits`; list of
+    # names; or dict name -> function
     classifier:str|Callable|list|dict='cosine',
     query_distribution:str='balanced', # 'balanced': n_query of each class; 'dirichlet': as many in total, unbalanced (`sample_unbalanced`)
     # features of augmented views (V, N, D) that replace h in the support: the support augmentation of RFS (arXiv 2003.11539)
@@ -96,7 +97,7 @@ def evaluate(
     if not isinstance(n_episodes, int | np.integer) or isinstance(n_episodes, bool) or not 1 <= n_episodes <= MAX_EPISODES:
         raise UserError(f'{n_episodes!r} episodes are asked for: it must be at least 1 and at most {MAX_EPISODES}')
     support_features,V = (h, 1) if views is None else (views.flatten(0, 1), len(views))
-    functions = [getattr(f, 'func', f) for f in classifiers.values()] # `func` is the function in a partial
+    functions = [without_settings(f) for f in classifiers.values()]
     budget = CHUNK_BYTES[h.device.type != 'cpu'] * max(getattr(f, 'chunk_multiplier', 1) for f in functions)
     size = max(1, budget // max(1, n_way*(V*k_shot + n_query)*h[0].numel()*h.element_size()))
     # one array per classifier, because many small arrays would fragment the memory

@@ -303,7 +303,7 @@ class StopOnNaN(Callback):
     run_valid = False
     def __init__(self, stage): self.stage = stage
     def after_loss(self):
-        if not LateNumber.is_late(self.learn.loss): self.check(self.epoch, self.iter, float(self.learn.loss))
+        if not LateNumber.is_late(self.learn.loss): self.check(self.epoch, self.iter, float(self.learn.loss.detach()))
     def after_batch(self):
         if self.learn.light_recorder.arrived: self.check(*self.learn.light_recorder.arrived)
     def after_train(self): self.after_batch()

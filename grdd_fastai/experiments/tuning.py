@@ -1,0 +1,83 @@
+"""Classifiers' settings that are chosen on the validation classes: the program behind recipes/tune_classifiers.py."""
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated
+
+import pandas as pd
+
+from ..core.distributed import log
+from ..core.errors import UserError
+from ..core.storage import atomic_write, digest, output_folder, user_path, write_json
+from ..data.episodes import QUERY_SAMPLERS, check_episode
+from ..fewshot.classifiers import split_names
+from ..fewshot.embed import cached_features
+from ..fewshot.tune import tune
+from ..models.create import input_config
+from ..models.pretrained import load_network
+from ..runs.options import DataOptions
+from ..runs.provenance import command, device_name, git_commit, now, versions
+from ..settings import between, checked, from_flags, with_flags
+from .table import check_choice, check_writable, whole_numbers
+
+__all__ = ['tune_classifiers']
+
+
+SEED = 2 # of the episodes: neither those that choose the epoch of a training nor those of the scores on the validation classes
+
+
+@checked
+@with_flags(files=DataOptions)
+def tune_classifiers(
+    network:str, # network: a timm name with weights, a folder of a run or of recipes/publish.py, or a weights file of a run
+    files=None, # the given `DataOptions`
+    classifiers:str='tim_adm', # classifiers, separated by commas, with settings to start from as in 'tim_adm(scale=6)', or without
+    shots:str='1,5', # support images per class, separated by commas; the settings are chosen for each
+    query_distribution:str='balanced', # queries per class: balanced, or dirichlet, which is uneven with the same sum
+    mirror:bool=False, # average the features of each image with those of its mirror image
+    episodes:Annotated[int, 'number of validation episodes on which all settings are compared', between(1, 10**8)]=2000,
+    rounds:Annotated[int, 'number of times that each setting is changed', between(1, 100)]=2,
+    px:int=None, # side of the images in pixels (as the network takes them)
+    out:str='runs/evaluation', # folder for the record and a table of all that was tried
+    results:str=None, # second folder for the record (in this project: results)
+) -> dict:
+    """Choose the settings of classifiers on the validation classes, and say the command that scores them on the novel classes
+
+    Returns (classifier, shot) -> the classifier with its settings as text. UserError for a network, flags, data or folders that cannot be
+    used.
+    """
+    files = from_flags(DataOptions(), files)
+    check_choice('--query-distribution', query_distribution, QUERY_SAMPLERS)
+    names,shots = split_names(classifiers),whole_numbers('shots', shots)
+    check_writable(out, results)
+    out,results = user_path(out),results and user_path(results)
+    net = load_network(network)
+    if px is None: px = input_config(net)[0]
+    data = files.load(px)
+    for shot in shots: check_episode(data.val, 5, shot, 15 if query_distribution == 'balanced' else 75)
+    h,y = cached_features(net, data, 'val', cache=files.cache, mirror=mirror)
+    found,tables = {},[]
+    for name in names:
+        for shot in shots:
+            text,table = tune(h, y, name, shot, episodes, rounds=rounds, seed=SEED, query_distribution=query_distribution)
+            found[name, shot] = text
+            tables.append(table.assign(shot=shot))
+            at = table.set_index('classifier').accuracy
+            log(f'{shot}-shot: {text}: {at[text]:.2f} % on the validation classes, {at.iloc[0]:.2f} % before')
+    if not found: raise UserError('no classifier or no shot is given: name one of each')
+    tables = pd.concat(tables, ignore_index=True)
+    record = dict(network=Path(network).name, weights=digest(net.state_dict()), split='val', queries=query_distribution, mirror=mirror,
+                  seed=SEED, episodes=episodes, px=px, chosen=[dict(classifier=k, shot=shot, chosen=v) for (k,shot),v in found.items()],
+                  tried=tables.round(3).to_dict('records'), data=dict(name=data.name, fingerprint=data.fingerprint),
+                  command=command(), commit=git_commit(), device=device_name(), versions=versions(), time=now())
+    asked = [record[k] for k in ('weights', 'queries', 'mirror', 'seed', 'episodes', 'px')] + [names, shots, rounds, data.fingerprint]
+    name = f'tuned-{record["network"]}-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:6]}'
+    for folder,flag in [(out, '--out'), *([(results, '--results')] if results else [])]:
+        with output_folder(folder, flag) as f: write_json(f/f'{name}.json', record)
+    atomic_write(out/f'{name}.csv', tables.to_csv(index=False))
+    for shot in shots:
+        texts = ','.join(text for (_,k),text in found.items() if k == shot)
+        log(f"score them: python recipes/evaluate_weights.py {network} --score novel --shots {shot} --classifiers '{texts}'"
+            + (' --mirror' if mirror else '') + (f' --query-distribution {query_distribution}' if query_distribution != 'balanced' else ''))
+    print(json.dumps(dict(record=str(out/f'{name}.json'), chosen=record['chosen'])))
+    return found
