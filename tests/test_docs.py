@@ -135,6 +135,7 @@ def test_the_packages_weights_load_in_timm_alone(short):
 
 def test_what_the_page_on_extending_makes_is_used(short):
     scope = run(ROOT/'docs'/'extending.md')
+    assert 'L_to' in scope['own'].recorder.metric_names
     assert 'L_pairs' in scope['meta'].recorder.metric_names and scope['learn'].model.backbone.num_features == 16
     frames = [pd.read_csv(f'my-data/{s}.csv').assign(split=s) for s in ('train', 'val', 'test')]
     pd.concat(frames).to_csv('labels.csv', index=False)
