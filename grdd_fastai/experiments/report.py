@@ -1,7 +1,7 @@
 """Write RESULTS.md, and the measured parts of README.md, docs/method.md and benchmarks/README.md, from the records in results/
 
-Each number in the tables comes from a record, which holds the command that gives the number again. The text of results/NOTES.md stands
-above the tables.
+Each number in the tables comes from a record, which holds the command that gives the number again. The texts of results/LEARNT.md and
+results/NOTES.md stand above the tables.
 """
 import json
 import statistics
@@ -21,9 +21,9 @@ WEIGHTS = 'grdd_fastai/weights'
 CLASSES = dict(val='validation', novel='novel')
 MARKS = '<!-- measured: written by recipes/report.py -->','<!-- /measured -->'
 NETWORKS = dict(convnet4='ConvNet-4, 64-64-64-64', resnet12='ResNet-12', resnet12_320='ResNet-12, half as wide')
-GRDD_TIM = ( # transductive accuracies of the paper, 5-way 1-shot and 5-shot
-    ('GRDD-TIM, ConvNet-4, the paper', 'tim', 'all, taken to be balanced', '79.9 ± 0.2', '87.9 ± 0.2'),
-    ('GRDD-TIM, ResNet-12, the paper', 'tim', 'all, taken to be balanced', '85.4 ± 0.2', '91.1 ± 0.2'))
+CHOSEN = 'as chosen on the validation classes'
+PAPER = '[2107.05583](https://arxiv.org/abs/2107.05583)'
+GRDD_TIM = {'ConvNet-4':('79.9 ± 0.2', '87.9 ± 0.2'), 'ResNet-12':('85.4 ± 0.2', '91.1 ± 0.2')} # the paper's, 5-way 1-shot and 5-shot
 COSINE,RFS = 'cosine','logistic regression, five views of each support image'
 PUBLISHED = ( # inductive accuracies that papers give for the novel classes of CIFAR-FS, 5-way 1-shot and 5-shot
     ('GRDD from a ResNet-12, the paper', 'ConvNet-4, width not given', COSINE, '69.3 ± 0.9', '84.7 ± 0.6', '2107.05583'),
@@ -34,15 +34,21 @@ PUBLISHED = ( # inductive accuracies that papers give for the novel classes of C
     ('IER-distill', 'ResNet-12', "the paper's", '77.87 ± 0.85', '89.74 ± 0.57', '2103.01315'))
 HEAD = '''# Results
 
-`python recipes/report.py` writes this file from the [records](results/). Each row of a table links the records of its training seeds. A
-record holds the command, the seed, the settings, the data fingerprint and the commit of the scoring. For each network it also holds the
-commit, device, threads and minutes of the training. The command of a record, at the commit of its scoring, gives the number again.
+`python recipes/report.py` writes this file from the [records](results/). Accuracies are in percent, on 5-way episodes of the novel classes
+of CIFAR-FS with 15 queries per class, and ± is the 95% interval over 10,000 episodes (of the paper: 600). Numbers of one table can be
+compared only where network and classifier are the same.
+'''
+HOW_TO_READ = '''## How to read the tables
 
-Accuracies are in percent, on 5-way episodes with 15 queries per class, by the sum of cosines. ± is the 95% interval over episodes, and sd
-is the standard deviation over training seeds. Differences are paired, which means that both networks see the same episodes, and they are
-in percentage points. A difference is **bold** if there are several seeds and the interval of every seed lies on the same side of zero.
-Only such an order counts. A seed is the seed of both stages of the student, or of stage two alone where a table says so. A teacher of
-another architecture is the same network for all seeds.
+Each row of a table links the records of its training seeds. A record holds the command, the seed, the settings, the data fingerprint and
+the commit of the scoring. For each network it also holds the commit, device, threads and minutes of the training. The command of a record,
+at the commit of its scoring, gives the number again.
+
+Accuracies are those of the sum of cosines unless a table names another classifier. ± is the 95% interval over episodes, and sd is the
+standard deviation over training seeds. Differences are paired, which means that both networks see the same episodes, and they are in
+percentage points. A difference is **bold** if there are several seeds and the interval of every seed lies on the same side of zero. Only
+such an order counts. A seed is the seed of both stages of the student, or of stage two alone where a table says so. A teacher of another
+architecture is the same network for all seeds.
 
 Settings were chosen on the validation classes; the novel classes are scored at the end. The paper's numbers are on the novel classes
 after 90 + 15 epochs, and can be compared only with networks of the paper's own architectures.
@@ -186,32 +192,60 @@ def published_table(root):
         rows.append([f'**`{name}`, ours**', network, COSINE, *accuracies, f'[card]({WEIGHTS}/{name}/README.md)'])
         if chosen := chosen_on_validation(root/'results', name, measured['sha256']):
             words,accuracies,source = chosen
-            rows.append([f'`{name}`, as chosen on the validation classes', network, words, *accuracies, f'[record](results/{source})'])
+            rows.append([f'`{name}`, {CHOSEN}', network, words, *accuracies, f'[record](results/{source})'])
     rows += [[*cells, f'[{arxiv}](https://arxiv.org/abs/{arxiv})'] for *cells,arxiv in PUBLISHED]
     return markdown_table(['5-way, novel classes of CIFAR-FS', 'network', 'classifier', '1-shot', '5-shot', 'source'], rows)
 
-def chosen_on_validation(results, name, sha256):
-    """Words, accuracies on the novel classes and record of the inductive classifier with the best mean accuracy on the validation classes
+def teachers_table(root):
+    "Table of the published networks in the folder weights/, which taught those of the package; empty without one"
+    rows = []
+    for path in sorted((root/'weights').glob('*/measured.json')):
+        scores = json.loads(path.read_text())['scores'].get('novel', {})
+        if {'1-shot', '5-shot'} - scores.keys(): continue
+        name = path.parent.name
+        accuracies = [accuracy_text(scores[k]) for k in ('1-shot', '5-shot')]
+        rows.append([f'`{name}`', NETWORKS[name.partition('.')[0]], COSINE, *accuracies, f'[card](weights/{name}/README.md)'])
+    return markdown_table(['the teacher', 'network', 'classifier', '1-shot', '5-shot', 'source'], rows) if rows else ''
 
-    The records are those of recipes/evaluate_weights.py on the weights with this checksum; None without such records.
+def transductive_table(root):
+    "Table of the package's weights with classifiers that see all queries of an episode together, beside the paper's; empty without records"
+    rows = []
+    for path in sorted((root/WEIGHTS).glob('*/measured.json')):
+        name,sha256 = path.parent.name,json.loads(path.read_text())['sha256']
+        network = NETWORKS[name.partition('.')[0]]
+        for shot in (1, 5):
+            if not (chosen := chosen_on_validation(root/'results', name, sha256, (shot,), transductive=True)): continue
+            words,accuracies,source = chosen
+            cells = [accuracies[0] if k == shot else '' for k in (1, 5)]
+            rows.append([f'`{name}`, {CHOSEN}', network, words, *cells, f'[record](results/{source})'])
+    if not rows: return ''
+    theirs = [['GRDD-TIM, the paper', network, 'TIM', *accuracies, PAPER] for network,accuracies in GRDD_TIM.items()]
+    return markdown_table(['all queries together, equally many of each class', 'network', 'classifier', '1-shot', '5-shot', 'source'],
+                          rows + theirs)
+
+def chosen_on_validation(results, name, sha256, shots=(1, 5), transductive=False):
+    """Words, accuracies on the novel classes and record of the classifier with the best mean accuracy of `shots` on the validation classes
+
+    The records are those of recipes/evaluate_weights.py on the weights with this checksum; None without such records. The classifier is an
+    inductive one, or a transductive one.
     """
     found = {} # (classifier, mirror, support views, split) -> accuracies by shot, and the record's name
     for path in sorted(results.glob('inference-*.json')):
         r = json.loads(path.read_text())
         if r.get('weights', {}).get(name) != sha256 or r['queries'] != 'balanced': continue
         for s in r['scores']:
-            if s['transductive'] or (s['way'], s['query']) != (5, 15): continue
+            if s['transductive'] != transductive or (s['way'], s['query']) != (5, 15) or s['shot'] not in shots: continue
             by_shot,_ = found.setdefault((s['classifier'], r.get('mirror', False), r['support_views'], r['split']), ({}, path.name))
             by_shot[s['shot']] = s
-    whole = {k:by_shot for k,(by_shot,_) in found.items() if {1, 5} <= by_shot.keys()}
+    whole = {k:by_shot for k,(by_shot,_) in found.items() if {*shots} <= by_shot.keys()}
     on_both = [how for *how,split in whole if split == 'val' and (*how, 'novel') in whole]
     if not on_both: return None
-    best = max(on_both, key=lambda how: whole[(*how, 'val')][1]['accuracy'] + whole[(*how, 'val')][5]['accuracy'])
+    best = max(on_both, key=lambda how: sum(whole[(*how, 'val')][shot]['accuracy'] for shot in shots))
     classifier,mirror,views = best
     words = [f'`{classifier}`', *(['features averaged with those of the mirror image'] if mirror else []),
              *([f'{views} views of each support image'] if views else [])]
     by_shot,source = found[(*best, 'novel')]
-    return ', '.join(words),[accuracy_text(by_shot[shot]) for shot in (1, 5)],source
+    return ', '.join(words),[accuracy_text(by_shot[shot]) for shot in shots],source
 
 def inference(folder):
     "Tables of all classifiers on the published weights: one for each record of recipes/evaluate_weights.py"
@@ -233,7 +267,8 @@ def inference(folder):
         plain = not (r['support_views'] or r.get('mirror'))
         comparable = (r['split'] == 'novel' and r['queries'] == 'balanced' and r['data']['name'] == 'cifar_fs' and plain
                       and kinds == [(5, 1, 15), (5, 5, 15)])
-        if comparable: rows += GRDD_TIM
+        if comparable:
+            rows += [[f'GRDD-TIM, {k}, the paper', 'tim', 'all, taken to be balanced', *accuracies] for k,accuracies in GRDD_TIM.items()]
         head = ['network', 'classifier', 'queries seen', *(f'{w}-way {k}-shot, {q} queries' for w,k,q in kinds)]
         parts.append(markdown_table(head, rows) + '\n')
     return parts
@@ -291,8 +326,11 @@ def benchmark_tables(path):
 
 def results(root, found):
     "Text of RESULTS.md, from the `records` found in the checkout `root`"
-    notes = root/'results'/'NOTES.md'
+    learnt,notes = root/'results'/'LEARNT.md',root/'results'/'NOTES.md'
     parts = [HEAD, '## Beside the paper and the best published\n', published_table(root) + '\n']
+    parts += [table + '\n' for table in (transductive_table(root), teachers_table(root)) if table]
+    if learnt.exists(): parts.append(learnt.read_text())
+    parts.append(HOW_TO_READ)
     if notes.exists(): parts.append(notes.read_text())
     for name,title in TITLES.items():
         for split,rows in sorted(found[name].items()): # the novel classes come before val
