@@ -6,6 +6,7 @@ import torch
 from fastai.callback.core import Callback
 from helpers import ROOT, launch, leavings, net, recipe, settings, stage_one_learner, stage_two_learner
 
+from grdd_fastai.core.device import seed_generators
 from grdd_fastai.data.augment import train_augmentation
 from grdd_fastai.runs.checkpoint import Checkpoint, Deadline, SkipBatches, StopOnNaN
 from grdd_fastai.training.optim import muon
@@ -43,6 +44,12 @@ def test_deterministic_runs_repeat_and_resume_to_the_bit(csv_set, cache, tmp_pat
     assert json.loads((tmp_path/'c'/'result.json').read_text())['status'] == 'stopped'
     recipe('cifarfs_5w1s')(out=str(tmp_path/'c'), resume=True, **how)
     assert leavings(tmp_path/'a') == leavings(tmp_path/'b') == leavings(tmp_path/'c')
+
+def test_generators_are_seeded_as_by_torch():
+    seed_generators('cuda', 7)
+    ours = torch.rand(3, device='cuda'),torch.rand(3)
+    torch.manual_seed(7)
+    assert all(torch.equal(torch.rand(3, device=x.device), x) for x in ours)
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')

@@ -138,6 +138,29 @@ def test_the_classifier_that_did_best_on_the_validation_classes_stands_beside_th
     record('novel', mirror=True, logistic=(66., 79.))
     assert chosen_on_validation(tmp_path, 'net', 'mine')[0] == '`logistic`, features averaged with those of the mirror image'
     assert chosen_on_validation(tmp_path, 'net', 'unknown') is None
+    assert chosen_on_validation(tmp_path, 'net', 'mine', (5,), transductive=True) == ('`tim_adm`', ['85.00 ± 0.20'], 'inference-3.json')
+
+def test_the_head_of_the_results_has_a_table_for_each_way_to_see_the_queries(checkout, tmp_path):
+    "For all queries together each shot has its own classifier; the teacher has its own table; what was learnt comes before the tables"
+    (tmp_path/'results').mkdir()
+    (tmp_path/'results'/'LEARNT.md').write_text('## What was learnt\n')
+    for folder,name,shots in (('grdd_fastai/weights', 'convnet4.x', (1., 2.)), ('weights', 'resnet12.y', (3., 4.))):
+        (tmp_path/folder/name).mkdir(parents=True)
+        (tmp_path/folder/name/'measured.json').write_text(json.dumps(dict(sha256='mine', scores=dict(novel={
+            f'{k}-shot':score(v) for k,v in zip((1, 5), shots)}))))
+    for split,add in (('val', 0.), ('novel', 10.)):
+        scores = [dict(network='convnet4.x', classifier=k, way=5, query=15, shot=shot, accuracy=acc + add, ci95=.2, n=10_000,
+                       transductive=True, balanced=True)
+                  for k,both in {'tim_adm(scale=6)':(60., 61.), 'pt_map':(59., 63.)}.items() for shot,acc in zip((1, 5), both)]
+        (tmp_path/'results'/f'inference-{split}.json').write_text(json.dumps(dict(
+            split=split, queries='balanced', support_views=0, mirror=True, weights={'convnet4.x':'mine'}, data=dict(name='cifar_fs'),
+            commit='c'*40, device='cpu', scores=scores)))
+    head = checkout([]).split('## How to read the tables')[0]
+    lines = [[c.strip() for c in line.strip('|').split('|')] for line in head.splitlines() if line.startswith('| `')]
+    mirrored = ', features averaged with those of the mirror image'
+    assert [line[2:5] for line in lines] == [['`tim_adm(scale=6)`' + mirrored, '70.00 ± 0.20', ''],
+                                             ['`pt_map`' + mirrored, '', '73.00 ± 0.20'], ['cosine', '3.00 ± 0.20', '4.00 ± 0.20']]
+    assert head.index('GRDD-TIM, the paper') < head.index('`resnet12.y`') < head.index('## What was learnt')
 
 
 # ---- report: what is committed ----------------------------------------------------------------------------------------
@@ -146,7 +169,8 @@ RECORDS = sorted((ROOT/'results').glob('*/*.json'))
 
 @pytest.mark.skipif(not RECORDS, reason='no records in results/')
 def test_what_is_committed_is_what_the_records_say(tmp_path):
-    for f in ('results','docs','benchmarks','grdd_fastai/weights'): shutil.copytree(ROOT/f, tmp_path/f)
+    for f in ('results','docs','benchmarks','grdd_fastai/weights','weights'):
+        shutil.copytree(ROOT/f, tmp_path/f, ignore=shutil.ignore_patterns('*.safetensors'))
     shutil.copy(ROOT/'README.md', tmp_path)
     recipe('report')(root=str(tmp_path))
     for f in ('RESULTS.md','README.md','docs/method.md','benchmarks/README.md'):

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 
 __all__ = ['keep_freed_memory', 'free_memory', 'sent', 'amp', 'autocast_dtype', 'deterministic', 'fastest_convolutions', 'ieee_float32',
-           'cpu_seed', 'LateNumber']
+           'seed_generators', 'cpu_seed', 'LateNumber']
 
 
 M_TRIM_THRESHOLD,M_MMAP_THRESHOLD = -1,-3 # names and numbers from <malloc.h>
@@ -107,6 +107,16 @@ def ieee_float32():
     finally:
         for f,old in zip(flags, before): setattr(f, name, old)
 
+
+def seed_generators(device, seed):
+    """Seed the random generators of the CPU and of `device`
+
+    torch.manual_seed seeds those of all kinds of devices, and for each kind that is not there it writes down the call stack, which takes
+    a good part of the time of a small training step.
+    """
+    torch.default_generator.manual_seed(seed)
+    kind = torch.device(device).type
+    if kind not in ('cpu', 'meta'): getattr(torch, kind).manual_seed(seed)
 
 @contextlib.contextmanager
 def cpu_seed(seed):

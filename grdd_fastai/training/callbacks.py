@@ -5,7 +5,7 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import AvgSmoothLoss, Recorder, ValueMetric
 
-from ..core.device import LateNumber, amp, autocast_dtype
+from ..core.device import LateNumber, amp, autocast_dtype, seed_generators
 from ..core.distributed import rank_world
 
 __all__ = ['UndoAfterFit', 'Autocast', 'amp_dtype', 'Seeded', 'SmoothLoss', 'LightRecorder', 'ShowsMetrics', 'LossTerm']
@@ -61,7 +61,7 @@ class Seeded(UndoAfterFit):
         if hasattr(self.dl, 'epoch'): self.dl.epoch = self.epochs_done + self.epoch - 1 # the loader adds 1 when its epoch begins
     def before_batch(self):
         step = (self.seed*1_000_003 + self.epochs_done + self.epoch)*1_000_003 + self.iter
-        if self.training: torch.manual_seed((step + rank_world()[0]*1_000_000_007) % 2**63) # each process has its own seed
+        if self.training: seed_generators(self.dls.device, (step + rank_world()[0]*1_000_000_007) % 2**63) # each process has its own
     def after_epoch(self): self.finished = self.epoch + 1
     def after_fit(self):
         self.epochs_done += self.finished

@@ -4,7 +4,7 @@ import os
 from contextlib import contextmanager, suppress
 
 import torch
-from fastai.callback.core import CancelEpochException
+from fastai.callback.core import CancelEpochException, event
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner
@@ -35,6 +35,11 @@ class FewShotLearner(Learner):
                 with suppress(AttributeError): cb.after_fit() # a callback whose before_fit was not reached has nothing to undo
             raise
         finally: self.first_epoch = 0
+    def _call_one(self, event_name):
+        "As fastai's, without the calls of callbacks that have nothing to do in an event, which took as long as the others"
+        if not hasattr(event, event_name): raise Exception(f'there is no event {event_name}')
+        for cb in self.cbs.sorted('order'):
+            if event_name in vars(cb) or hasattr(type(cb), event_name) or event_name == 'after_fit': cb(event_name)
     def validate(self, *args, **kwargs): return L([self.few_shot_accuracy.measure().accuracy])
     @contextmanager
     def distrib_ctx(self, sync_bn=True):

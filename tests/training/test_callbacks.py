@@ -10,7 +10,7 @@ from fastai.learner import AvgSmoothLoss
 from helpers import Grab, fit, net, same_state, stage_one_learner, stage_two_learner
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from grdd_fastai.core.device import LateNumber, autocast_dtype
+from grdd_fastai.core.device import LateNumber, autocast_dtype, seed_generators
 from grdd_fastai.models.create import create_backbone
 from grdd_fastai.training.callbacks import Autocast, LossTerm
 
@@ -151,3 +151,9 @@ def test_totals_that_a_checkpoint_brings_back_go_to_the_gpu():
         term.totals = dict(L_x=[1.5, 2])
         term.set_loss(torch.zeros((), device='cuda'), L_x=torch.ones((), device='cuda'))
         assert term.totals['L_x'][0].device.type == 'cuda' and term.totals['L_x'][1] == 3
+
+def test_generators_are_seeded_as_by_torch():
+    seed_generators('cpu', 2**40)
+    ours = torch.rand(3)
+    torch.manual_seed(2**40)
+    assert torch.equal(torch.rand(3), ours)

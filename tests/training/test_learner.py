@@ -5,9 +5,11 @@ import warnings
 import pytest
 import torch
 from fastai.callback.core import Callback, CancelFitException
+from fastai.learner import Learner
 from helpers import fit, net, same_state, stage_one_learner, stage_two_learner
 
 from grdd_fastai.core.errors import UserError
+from grdd_fastai.training.learner import FewShotLearner
 
 
 class Stop(Callback):
@@ -104,3 +106,26 @@ def test_formats_can_be_turned_off(data):
     assert weights[0].is_contiguous(memory_format=torch.channels_last) and not weights[1].is_contiguous(memory_format=torch.channels_last)
     for learn in (a, b): fit(learn, 1, .01)
     assert a.recorder.values[-1][0] == pytest.approx(b.recorder.values[-1][0], rel=1e-4)
+
+
+def test_each_callback_hears_the_events_that_it_hears_from_fastais_own_call(data, monkeypatch):
+    "One that a class defines, one that a keyword defines, and those of a callback that is switched off until the next fit"
+    def heard():
+        names = []
+        class Own(Callback):
+            def before_batch(self): names.append(f'batch {self.epoch} {self.iter}')
+            def after_epoch(self): names.append('epoch')
+            def after_fit(self): names.append('fit')
+        class Off(Callback):
+            def before_fit(self): self.run = False
+            def after_batch(self): names.append('never')
+        off = Off()
+        by_keyword = Callback(before_step=lambda _: names.append('step'))
+        learn = stage_one_learner(data, rotation=False, keep_best=False, cbs=[Own(), by_keyword, off])
+        fit(learn, 2, .01)
+        with pytest.raises(Exception, match='before_lunch'): learn('before_lunch')
+        return names,off.run
+    ours = heard()
+    assert 'batch 1 0' in ours[0] and {'step', 'epoch', 'fit'} < {*ours[0]} and 'never' not in ours[0] and ours[1]
+    monkeypatch.setattr(FewShotLearner, '_call_one', Learner._call_one)
+    assert heard() == ours
