@@ -40,7 +40,7 @@ class Distill(Settings):
     dist_weight: Annotated[float, 'weight of DIST, which compares correlations of the probabilities of the base classes', at_least(0),
                            recorded(absent=0.)] = 0.
     decouple: Annotated[bool, 'one softmax for each support image; without, one over the whole matrix'] = True
-    T_squared: Annotated[bool, "also weight L_kl by T squared, as Hinton's distillation does",
+    T_squared: Annotated[bool, "also weight L_kl, and no other term, by T squared, as Hinton's distillation does",
                          recorded('hinton'), flag('t_squared')] = False
     reverse: Annotated[bool, 'KL(student || teacher) instead of the default KL(teacher || student)'] = False
     reduction: Annotated[str, "how the KL of an episode's groups are reduced: mean, or sum (Eq. 12)", one_of('mean', 'sum')] = 'mean'
@@ -65,7 +65,7 @@ class Distill(Settings):
 OF_RELATEDNESS = ('T', 'kl_weight', 'decouple', 'T_squared', 'reverse', 'reduction', 'center', 'pairs') # the settings of `RelatednessKL`
 
 
-# the settings of the other terms' weights
+# name of the setting of a weight -> the term that it belongs to
 TERMS = dict(rkd_weight=RelationalKD, similarity_weight=SimilarityPreserving, regression_weight=FeatureRegression,
              kd_weight=LogitKD, dkd_weight=DecoupledKD, dist_weight=DIST)
 
@@ -98,7 +98,7 @@ class Teacher(UndoAfterFit):
     ):
         for k,v in dict(teacher_view=view, teacher_output=output, teacher_mirror=mirror).items(): declared(Distill)[k].checked(v)
         self.networks,self.view,self.output,self.mirror = as_list(networks),view,output,mirror
-        self.known,self.known_for = [],None
+        self.known,self.known_for,self.means = [],None,None
         self.to_come = teacher_features if callable(teacher_features) else None
         self.were,self.seeing = [],[] # networks with their modes and flags before the fit; networks that take the images of the loader
         for net in self.networks:
@@ -129,7 +129,7 @@ class Teacher(UndoAfterFit):
         norm = normalisation(self.dls)
         stats = norm and [v.flatten().tolist() for v in (norm.mean, norm.std)]
         self.seeing = [seeing(net, side, stats).to(self.dls.device) for net in self.networks]
-        self.rows_epoch = None
+        self.rows_epoch = self.means = None
         if self.to_come:
             self.know(self.to_come())
             self.to_come = None
@@ -141,8 +141,7 @@ class Teacher(UndoAfterFit):
         train = self.dls.train
         what = tuple(id(net) for net in self.networks),id(train.dataset)
         if self.known_for == what: return
-        if not self.known or self.known_for:
-            self.known = [embed(net, train.plain(), mirror=self.mirror)[0] for net in self.seeing]
+        if not self.known or self.known_for: self.known = self.clean_features()
         self.known,self.known_for = [h.to(self.dls.device) for h in self.known],what
         self.check_rows()
 
@@ -172,17 +171,19 @@ class Teacher(UndoAfterFit):
 
         The features are those of the first of the views, or of clean images, which are embedded for this if they are not known.
         """
-        train = self.dls.train
-        y = torch.as_tensor(np.asarray(train.labels()), device=self.dls.device)
+        if self.means is not None: return self.means
+        y = torch.as_tensor(np.asarray(self.dls.train.labels()), device=self.dls.device)
         if self.view == 'views':
             rows = np.arange(len(y))
             hs = [h.of(np.zeros_like(rows), rows) for h in self.known]
-        elif self.view == 'clean': hs = self.known
-        else: hs = [embed(net, train.plain(), mirror=self.mirror)[0] for net in self.seeing]
+        else: hs = self.known if self.view == 'clean' else self.clean_features()
         def means(h):
             h = F.normalize(h.to(y.device), dim=1)
             return F.normalize(h.new_zeros(self.dls.c, h.shape[1]).index_add_(0, y, h), dim=1)
-        return [means(h) for h in hs]
+        self.means = [means(h) for h in hs]
+        return self.means
+
+    def clean_features(self): return [embed(net, self.dls.train.plain(), mirror=self.mirror)[0] for net in self.seeing]
 
     def before_batch(self): self.of_batch = None
 
@@ -223,7 +224,8 @@ class Teacher(UndoAfterFit):
             net.train(training)
             for p,grad in grads: p.requires_grad_(grad)
         self.were,self.seeing = [],[]
-    def __getstate__(self): return self.__dict__ | dict(known=[], known_for=None, to_come=None) # an exported Learner brings no features
+    def __getstate__(self): # an exported Learner brings no features
+        return self.__dict__ | dict(known=[], known_for=None, to_come=None, means=None)
 
 
 def as_list(o):

@@ -183,6 +183,7 @@ def meta_learner(
     e = dls.train
     if not isinstance(e, EpisodicDL): raise UserError('meta_learner trains on episodes: make dls with episodic_dls')
     if isinstance(student, Learner): student = backbone_of(student)
+    if isinstance(student, StudentNet): student = student.backbone
     if not isinstance(student, str | nn.Module):
         raise UserError(f'the student is a {type(student).__name__}: give a network, a Learner of one, or the name of a timm model')
     model = create_backbone(student, 0, dls.one_batch()[0].shape[-1], s.seed) if isinstance(student, str) else copy.deepcopy(student)
@@ -193,8 +194,10 @@ def meta_learner(
     terms = []
     if teacher is not None:
         teachers = [backbone_of(t) if isinstance(t, Learner) else t for t in as_list(teacher)]
+        teachers = [t.backbone if isinstance(t, StudentNet) else t for t in teachers]
         terms = [*distillation(teachers, s.distill, teacher_features), ShowL_rt()]
-        with cpu_seed(s.seed): model = with_heads(model, [*terms, *L(kwargs.get('cbs'))], teachers, dls.c)
+        kwargs['cbs'] = [cb() if isinstance(cb, type) else cb for cb in L(kwargs.get('cbs'))]
+        with cpu_seed(s.seed): model = with_heads(model, [*terms, *kwargs['cbs']], teachers, dls.c)
     gamma = s.distill.gamma if terms else 1.
     return few_shot_learner(dls, model, EpisodicLoss(e.n_way, e.k_shot, e.n_query, s.scale, s.mean, gamma), terms, seed=s.seed,
                             valid=dict(k_shot=e.k_shot) | (valid or {}), **kwargs)
@@ -211,8 +214,8 @@ def with_heads(student, cbs, teachers, n_classes):
     "A `StudentNet` of the student and the layers of those of the callbacks that train some, or the student itself if there are none"
     heads = {}
     for term in cbs:
-        if not isinstance(term, DistillationTerm) or type(term).make_head is DistillationTerm.make_head: continue
-        heads[term.name] = term.make_head(feature_size(student), [feature_size(t) for t in teachers], n_classes)
+        if not isinstance(term, DistillationTerm) or not term.trains_layers(): continue
+        heads[term.name] = term.make_layers(feature_size(student), [feature_size(t) for t in teachers], n_classes)
     return StudentNet(student, heads) if heads else student
 
 

@@ -18,19 +18,21 @@ class DistillationTerm(LossTerm):
     """A term of stage two's loss that compares the student's features of a batch with the teachers'
 
     A subclass names its one part of the loss in `parts` and computes it in `loss`. It runs after `Teacher`, which it needs in the Learner.
-    A term that trains layers of its own beside the student returns them in `make_head` and finds them in `head`.
+    A term that trains layers of its own beside the student returns them in `make_layers` and finds them in `own_layers`.
     """
     weight = 1.
     by_episode = False # whether `loss` gets one episode at a time; the term is then their mean
-    head = None # the term's layers in the Learner's model, during and after a fit
+    own_layers = None # the term's layers in the Learner's model, during and after a fit
     def __init__(self, weight:float=1.): self.weight = weight
-    def make_head(self, n_features:int, of_teachers:list, n_classes:int) -> nn.Module|None:
-        """Layers that are trained with the student and dropped after the training; None for a term without
+    def make_layers(self, n_features:int, of_teachers:list, n_classes:int) -> nn.Module|None:
+        """Layers that are trained beside the student and that a recipe saves no more; None for a term without
 
         `n_features` is the size of the student's features, `of_teachers` is the size of each teacher's, `n_classes` is that of the base
         classes.
         """
         return None
+    @classmethod
+    def trains_layers(cls): return cls.make_layers is not DistillationTerm.make_layers
     def before_fit(self):
         super().before_fit()
         if not hasattr(self.learn, 'teacher'):
@@ -38,8 +40,10 @@ class DistillationTerm(LossTerm):
         if sum(cb.name == self.name for cb in self.learn.cbs) > 1:
             raise UserError(f'{type(self).__name__} is there twice: its weight and settings are those of meta_learner, or leave one out')
         heads = getattr(unwrapped(self.model), 'heads', {})
-        if self.name in heads: self.head = heads[self.name]
-        if self.head is not None and self.learn.teacher.output != 'features':
+        self.own_layers = heads[self.name] if self.name in heads else None
+        if self.own_layers is None and self.trains_layers():
+            raise UserError(f'{type(self).__name__} trains layers of its own: give it when the Learner is made, meta_learner(..., cbs=)')
+        if self.own_layers is not None and self.learn.teacher.output != 'features':
             raise UserError(f"{type(self).__name__} compares features: give teacher_output='features' with it")
     def loss(self, student:torch.Tensor, teachers:list) -> torch.Tensor:
         """The term, a scalar: `student` are features (B, D), `teachers` a list of features (B, D'), both in float32
@@ -91,13 +95,13 @@ class SimilarityPreserving(DistillationTerm):
 class FeatureRegression(DistillationTerm):
     """L_fr: a linear layer turns the student's features into the teacher's, or a layer for each of several teachers
 
-    It is the hint of FitNets (arXiv 1412.6550) at the features. Both sides have unit length: the term is the mean squared distance of an
-    image's two vectors, 2 - 2 cos.
+    It is the hint of FitNets (arXiv 1412.6550), but at the features instead of a layer in the middle, and both sides have unit length. The
+    term is the mean squared distance of an image's two vectors, 2 - 2 cos.
     """
     parts = ('L_fr',)
-    def make_head(self, n_features, of_teachers, n_classes): return nn.ModuleList(nn.Linear(n_features, n) for n in of_teachers)
+    def make_layers(self, n_features, of_teachers, n_classes): return nn.ModuleList(nn.Linear(n_features, n) for n in of_teachers)
     def loss(self, student:torch.Tensor, teachers:list) -> torch.Tensor:
-        pairs = [(F.normalize(layer(student), dim=1), F.normalize(h, dim=1)) for layer,h in zip(self.head, teachers, strict=True)]
+        pairs = [(F.normalize(layer(student), dim=1), F.normalize(h, dim=1)) for layer,h in zip(self.own_layers, teachers, strict=True)]
         return sum((mine - h).square().sum(1).mean() for mine,h in pairs) / len(pairs)
 
 
@@ -108,18 +112,18 @@ class ClassTerm(DistillationTerm):
 
     A logit is the cosine of the features with a vector of the class, divided by the temperature `T`. The student's vectors are trained
     beside it. The teacher's are the mean features of the classes, so that any network can teach, also one without a classifier. A subclass
-    computes the term in `of_logits`.
+    computes the term in `of_logits`. The terms are not multiplied by T squared, as Hinton's distillation and DKD are: choose the weight.
     """
     def __init__(self, weight:float=1., T:float=0.1):
         super().__init__(weight)
         self.T = T
-    def make_head(self, n_features, of_teachers, n_classes): return nn.Linear(n_features, n_classes, bias=False)
+    def make_layers(self, n_features, of_teachers, n_classes): return nn.Linear(n_features, n_classes, bias=False)
     def before_fit(self):
         super().before_fit()
         self.means = self.learn.teacher.class_means()
     def loss(self, student:torch.Tensor, teachers:list) -> torch.Tensor:
         z_g = torch.stack([relatedness(h, means) for h,means in zip(teachers, self.means, strict=True)]).mean(0)
-        return self.of_logits(relatedness(student, self.head.weight)/self.T, z_g/self.T, self.yb[0].as_subclass(torch.Tensor))
+        return self.of_logits(relatedness(student, self.own_layers.weight)/self.T, z_g/self.T, self.yb[0].as_subclass(torch.Tensor))
     def of_logits(self, student:torch.Tensor, teacher:torch.Tensor, y:torch.Tensor) -> torch.Tensor:
         "The term, a scalar, from logits (B, C) of the student and the teacher, and the classes y (B)"
         raise NotImplementedError
@@ -136,9 +140,10 @@ class LogitKD(ClassTerm):
 
 
 class DecoupledKD(ClassTerm):
-    """L_dkd: decoupled knowledge distillation (DKD, arXiv 2203.08679), the KL of target or not, and `beta` times that among the others
+    """L_dkd: decoupled knowledge distillation (DKD, arXiv 2203.08679)
 
-    Logit distillation weighs the second one by the teacher's doubt in the target.
+    It is the KL of the two probabilities (target, any other class), plus `beta` times the KL among the other classes. In plain logit
+    distillation this factor is 1 minus the teacher's probability of the target. The weight does not rise slowly, as it does in DKD's code.
     """
     parts = ('L_dkd',)
     def __init__(self, weight:float=1., T:float=0.1, beta:float=8.):
@@ -158,7 +163,8 @@ class DecoupledKD(ClassTerm):
 class DIST(ClassTerm):
     """L_dist: the student's probabilities correlate with the teacher's, within each image and within each class (DIST, arXiv 2205.10536)
 
-    It is 1 minus the mean Pearson correlation of the rows, plus the same of the columns, of the probabilities (B, C).
+    It is 1 minus the mean Pearson correlation of the rows, plus the same of the columns, of the probabilities (B, C). A column has the
+    images of one step; each of several processes takes its own.
     """
     parts = ('L_dist',)
     def of_logits(self, student, teacher, y):

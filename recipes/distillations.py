@@ -3,15 +3,16 @@
     python recipes/distillations.py --data cifar-fs.zip         # trains a ResNet-12 teacher for 90 epochs first, which needs a GPU
     python recipes/distillations.py --demo                      # three minutes on two cores, no download
 
-All rows see the same images and learn from the labels of the episodes (L_rt). Each adds a term that compares the student with the teacher,
-the last ones two. The teacher's features of 20 views of each image are computed once, before the training of the first row.
+All rows see the same views of the same images and learn from the labels of the episodes (L_rt), the first row from these alone. Each other
+row adds a term that compares the student with the teacher; the last two rows add two terms. The teacher's features of 20 views of each
+image are computed once, before the training of the first row.
 """
 from fastcore.meta import delegates
 from fastcore.script import call_parse
 
 from grdd_fastai.distillation import TERMS
 from grdd_fastai.experiments.plots import plot_rows, save_figure
-from grdd_fastai.experiments.table import EL, GR, table
+from grdd_fastai.experiments.table import GR, table
 from grdd_fastai.settings import exact_flags
 
 START = dict(init='random', teacher_view='views', pairs='all')
@@ -20,7 +21,7 @@ def only(*versus, **weights): return GR | dict(versus=versus, stage_two=START | 
 def also(**weights): return GR | dict(versus=('relatedness',), stage_two=START | weights)
 
 ROWS = {
-    'labels':                             EL | dict(stage_two=dict(init='random')),
+    'labels':                             only(),
     'relatedness':                        GR | dict(versus=('labels',), stage_two=START), # of all pairs
     'relatedness of support and queries': GR | dict(versus=RELATEDNESS, stage_two=START | dict(pairs='episode')), # as in the paper
     'logits':                             only(*RELATEDNESS, kd_weight=5.),

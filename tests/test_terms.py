@@ -8,8 +8,10 @@ from torch import nn
 
 from grdd_fastai.core.errors import UserError
 from grdd_fastai.data.blocks import plain_dl
+from grdd_fastai.distillation import Distill
 from grdd_fastai.fewshot.embed import embed
 from grdd_fastai.models.create import create_backbone
+from grdd_fastai.stage_two import StageTwo, stage_two
 from grdd_fastai.terms import DIST, DecoupledKD, DistillationTerm, FeatureRegression, LogitKD, RelationalKD, SimilarityPreserving
 
 
@@ -84,12 +86,12 @@ def test_feature_regression_by_loops():
     torch.manual_seed(0)
     student,*teachers = (torch.randn(7, d) for d in (5, 9, 4))
     term = FeatureRegression()
-    term.head = term.make_head(5, [9, 4], 3)
+    term.own_layers = term.make_layers(5, [9, 4], 3)
     def angle(a, b): return 2 - 2*float(a @ b / (a.norm()*b.norm()))
-    want = sum(angle(layer.weight @ h + layer.bias, teacher[i]) for layer,teacher in zip(term.head, teachers, strict=True)
+    want = sum(angle(layer.weight @ h + layer.bias, teacher[i]) for layer,teacher in zip(term.own_layers, teachers, strict=True)
                for i,h in enumerate(student)) / (2*len(student))
     assert float(term.loss(student, teachers)) == pytest.approx(want, rel=1e-5)
-    assert float(term.loss(student, [3*layer(student) for layer in term.head])) == pytest.approx(0., abs=1e-6)
+    assert float(term.loss(student, [3*layer(student) for layer in term.own_layers])) == pytest.approx(0., abs=1e-6)
 
 def naive_kd(z_e, z_g, y):
     p,q = z_g.softmax(1),z_e.softmax(1)
@@ -159,8 +161,8 @@ def test_a_term_of_ones_own_may_train_layers(data):
     "It is given as a callback; the start of the student is not changed by it"
     class Own(DistillationTerm):
         parts = ('L_own',)
-        def make_head(self, n_features, of_teachers, n_classes): return nn.Linear(n_features, of_teachers[0] + n_classes)
-        def loss(self, student, teachers): return self.head(student).square().mean()
+        def make_layers(self, n_features, of_teachers, n_classes): return nn.Linear(n_features, of_teachers[0] + n_classes)
+        def loss(self, student, teachers): return self.own_layers(student).square().mean()
     teacher = like_data(create_backbone('convnet4', 0, 16, 5), data)
     learn = stage_two_learner(data, teacher, net(1), cbs=Own(2.), keep_best=False)
     assert learn.model.heads['own'].weight.shape == (64 + 6, 64)
@@ -172,3 +174,34 @@ def test_layers_need_the_teachers_features(data):
     teacher = like_data(create_backbone('convnet4', 6, 16, 5), data)
     learn = stage_two_learner(data, teacher, net(1), kd_weight=1., teacher_output='logits')
     with pytest.raises(UserError, match="LogitKD compares features: give teacher_output='features'"): fit(learn)
+
+def test_a_term_with_layers_is_given_when_the_learner_is_made(data):
+    "As an instance or a class; later there is no place for its layers, and an error says so"
+    class Own(DistillationTerm):
+        parts = ('L_own',)
+        def make_layers(self, n_features, of_teachers, n_classes): return nn.Linear(n_features, 1)
+        def loss(self, student, teachers): return self.own_layers(student).square().mean()
+    teacher = like_data(create_backbone('convnet4', 0, 16, 5), data)
+    fit(stage_two_learner(data, teacher, net(1), cbs=Own))
+    with pytest.raises(UserError, match=r'Own trains layers of its own: give it when the Learner is made, meta_learner\(\.\.\., cbs=\)'):
+        fit(stage_two_learner(data, teacher, net(1)), cbs=Own())
+
+def test_a_student_with_layers_starts_and_teaches_another_as_its_network_does(data):
+    first = fit(stage_two_learner(data, like_data(create_backbone('convnet4', 0, 16, 5), data), net(1), kd_weight=1.))
+    a,b = (fit(stage_two_learner(data, given, given, cbs=Grab())) for given in (first.model, first.model.backbone))
+    assert a.grab.losses == b.grab.losses and a.model.state_dict().keys() == b.model.state_dict().keys()
+
+def test_the_means_of_the_classes_are_those_of_the_features_that_are_known(data):
+    "Of clean images, known or embedded, and of the first view; all terms share them"
+    teacher = like_data(create_backbone('convnet4', 0, 16, 5), data)
+    h,y = embed(teacher, plain_dl(data, 'train'))
+    want = torch.stack([F.normalize(F.normalize(h[y == c], dim=1).mean(0), dim=0) for c in range(6)])
+    for how in (dict(), dict(teacher_view='clean'), dict(teacher_view='clean', teacher_features=h)):
+        learn = fit(stage_two_learner(data, teacher, net(1), kd_weight=1., dist_weight=1., **how))
+        assert torch.allclose(learn.logit_kd.means[0], want, atol=1e-4) and learn.logit_kd.means is learn.dist.means
+    two = StageTwo(n_way=3, n_query=2, n_episodes=2, epochs=1, distill=Distill(kd_weight=1., teacher_view='views', views=3))
+    learn,fit_it = stage_two(data, two, net(1), teacher, amp=False)
+    with learn.no_bar(), learn.no_logging(): fit_it(learn)
+    first = torch.from_numpy(np.asarray(learn.teacher.known[0].arrays[0], np.float32))
+    want = torch.stack([F.normalize(F.normalize(first[y == c], dim=1).mean(0), dim=0) for c in range(6)])
+    assert torch.allclose(learn.logit_kd.means[0], want, atol=1e-4)

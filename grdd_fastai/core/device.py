@@ -111,12 +111,14 @@ def ieee_float32():
 def seed_generators(device, seed):
     """Seed the random generators of the CPU and of `device`
 
-    torch.manual_seed seeds those of all kinds of devices, and for each kind that is not there it writes down the call stack, which takes
-    a good part of the time of a small training step.
+    torch.manual_seed seeds those of all kinds of devices, and for each kind that is not there it records a stack trace, which takes a good
+    part of the time of a small training step.
     """
     torch.default_generator.manual_seed(seed)
     kind = torch.device(device).type
-    if kind not in ('cpu', 'meta'): getattr(torch, kind).manual_seed(seed)
+    if kind in ('cpu', 'meta'): return
+    module = torch.get_device_module(kind)
+    getattr(module, 'manual_seed_all', module.manual_seed)(seed)
 
 @contextlib.contextmanager
 def cpu_seed(seed):

@@ -35,8 +35,8 @@ PUBLISHED = ( # inductive accuracies that papers give for the novel classes of C
 HEAD = '''# Results
 
 `python recipes/report.py` writes this file from the [records](results/). Accuracies are in percent, on 5-way episodes of the novel classes
-of CIFAR-FS with 15 queries per class, and ± is the 95% interval over 10,000 episodes (of the paper: 600). Numbers of one table can be
-compared only where network and classifier are the same.
+of CIFAR-FS with 15 queries per class. ± is the 95% interval, ours over 10,000 episodes, that of others as they published it. Networks and
+classifiers differ from row to row: their columns say what is compared with what.
 '''
 HOW_TO_READ = '''## How to read the tables
 

@@ -1,23 +1,23 @@
 """Classifiers' settings that are chosen on the validation classes: the program behind recipes/tune_classifiers.py."""
 import hashlib
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import pandas as pd
 
 from ..core.distributed import log
-from ..core.errors import UserError
 from ..core.storage import atomic_write, digest, output_folder, user_path, write_json
 from ..data.episodes import QUERY_SAMPLERS, check_episode
 from ..fewshot.classifiers import split_names
 from ..fewshot.embed import cached_features
-from ..fewshot.tune import tune
+from ..fewshot.tune import tunable, tune
 from ..models.create import input_config
 from ..models.pretrained import load_network
 from ..runs.options import DataOptions
 from ..runs.provenance import command, device_name, git_commit, now, versions
-from ..settings import between, checked, from_flags, with_flags
+from ..settings import between, checked, flag_name, from_flags, with_flags
 from .table import check_choice, check_writable, whole_numbers
 
 __all__ = ['tune_classifiers']
@@ -49,6 +49,7 @@ def tune_classifiers(
     files = from_flags(DataOptions(), files)
     check_choice('--query-distribution', query_distribution, QUERY_SAMPLERS)
     names,shots = split_names(classifiers),whole_numbers('shots', shots)
+    for name in names: tunable(name) # an error before any work is done
     check_writable(out, results)
     out,results = user_path(out),results and user_path(results)
     net = load_network(network)
@@ -64,11 +65,11 @@ def tune_classifiers(
             tables.append(table.assign(shot=shot))
             at = table.set_index('classifier').accuracy
             log(f'{shot}-shot: {text}: {at[text]:.2f} % on the validation classes, {at.iloc[0]:.2f} % before')
-    if not found: raise UserError('no classifier or no shot is given: name one of each')
     tables = pd.concat(tables, ignore_index=True)
+    tried = tables.round(3).astype(object).where(tables.notna(), None) # settings with which a classifier fails have no accuracy
     record = dict(network=Path(network).name, weights=digest(net.state_dict()), split='val', queries=query_distribution, mirror=mirror,
                   seed=SEED, episodes=episodes, px=px, chosen=[dict(classifier=k, shot=shot, chosen=v) for (k,shot),v in found.items()],
-                  tried=tables.round(3).to_dict('records'), data=dict(name=data.name, fingerprint=data.fingerprint),
+                  tried=tried.to_dict('records'), data=dict(name=data.name, fingerprint=data.fingerprint),
                   command=command(), commit=git_commit(), device=device_name(), versions=versions(), time=now())
     asked = [record[k] for k in ('weights', 'queries', 'mirror', 'seed', 'episodes', 'px')] + [names, shots, rounds, data.fingerprint]
     name = f'tuned-{record["network"]}-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:6]}'
@@ -77,7 +78,9 @@ def tune_classifiers(
     atomic_write(out/f'{name}.csv', tables.to_csv(index=False))
     for shot in shots:
         texts = ','.join(text for (_,k),text in found.items() if k == shot)
-        log(f"score them: python recipes/evaluate_weights.py {network} --score novel --shots {shot} --classifiers '{texts}'"
-            + (' --mirror' if mirror else '') + (f' --query-distribution {query_distribution}' if query_distribution != 'balanced' else ''))
+        flags = dict(data=files.data, cache=files.cache, px=px, score='novel', shots=shot, classifiers=texts,
+                     query_distribution=query_distribution)
+        words = [w for k,v in flags.items() if v is not None for w in (flag_name(k), str(v))]
+        log('score them: ' + shlex.join(['python', 'recipes/evaluate_weights.py', network, *words, *(['--mirror'] if mirror else [])]))
     print(json.dumps(dict(record=str(out/f'{name}.json'), chosen=record['chosen'])))
     return found

@@ -108,15 +108,15 @@ def get_classifier(name:str|Callable) -> Callable:
 
 def split_settings(text):
     "(name, dict of settings) of a text such as 'tim_adm(scale=6, steps=100)'; UserError for a text of another form"
-    name,bracket,inside = text.strip().partition('(')
-    settings = {}
-    for part in inside.strip().removesuffix(')').split(',') if bracket else []:
-        k,_,v = part.partition('=')
-        try: settings[k.strip()] = ast.literal_eval(v.strip())
-        except (ValueError, SyntaxError): settings = None
-        if settings is None or not k.strip().isidentifier():
-            raise UserError(f"the classifier {text!r} is not understood: write its settings as in 'tim_adm(scale=6, steps=100)'")
-    name = name.strip()
+    try:
+        call = ast.parse(text.strip(), mode='eval').body
+        if isinstance(call, ast.Name): name,settings = call.id,{}
+        else:
+            if call.args: raise ValueError('a value without a name')
+            name,settings = call.func.id,{k.arg:ast.literal_eval(k.value) for k in call.keywords}
+    except (AttributeError, ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        if text.strip().replace('-', '_').isidentifier(): return text.strip(),{} # a name that no classifier has
+        raise UserError(f"the classifier {text!r} is not understood: write its settings as in 'tim_adm(scale=6, steps=100)'") from None
     return FORMER_NAMES.get(name, name),settings
 
 def without_settings(classifier):

@@ -17,11 +17,17 @@ FACTORS = 1/4,1/2,2.,4. # by which a setting is changed
 
 
 def tunable(classifier:str) -> dict:
-    "The settings of a classifier that `tune` changes, with their values: numbers larger than 0, but neither counts nor tolerances"
-    name,given = split_settings(classifier)
-    known = dict(list(inspect.signature(without_settings(get_classifier(name))).parameters.items())[3:])
+    """The settings of a classifier that `tune` changes, with their values: numbers larger than 0, but neither counts nor tolerances
+
+    UserError for a classifier without such settings.
+    """
+    if not isinstance(classifier, str): raise UserError('the classifier is a function: give its name, see register_classifier')
+    known = dict(list(inspect.signature(without_settings(get_classifier(classifier))).parameters.items())[3:])
+    given = split_settings(classifier)[1]
     values = {k:p.default for k,p in known.items()} | given
-    return {k:float(v) for k,v in values.items() if isinstance(known[k].default, float) and v > 0 and not k.startswith('tol')}
+    found = {k:float(v) for k,v in values.items() if isinstance(known[k].default, float) and v > 0 and not k.startswith('tol')}
+    if not found: raise UserError(f'{classifier} has no settings that can be tuned: choose another classifier')
+    return found
 
 def with_values(classifier, values):
     "The classifier's text with these settings, such as 'tim_adm(scale=6)'"
@@ -43,14 +49,14 @@ def tune(
     """(classifier with the settings of the highest accuracy, table of all that was tried)
 
     One setting after the other is multiplied by each of the `factors`, and the value with the highest mean accuracy stays. The text that is
-    returned, such as 'tim_adm(scale=6, ce_weight=0.05)', is a classifier wherever a name is one. Choose on the validation classes: on the
-    episodes themselves the accuracy is a little too high. UserError for a classifier without such settings.
+    returned, such as 'tim_adm(scale=6, ce_weight=0.05)', is a classifier wherever a name is one. On these same episodes its accuracy is too
+    high, because it was chosen on them: choose on the validation classes, and report others. UserError for a classifier without such
+    settings.
     """
     start = tunable(classifier)
     if only is not None and (wrong := [k for k in only if k not in start]):
         raise UserError(f'{wrong[0]} is no setting of {classifier} that can be tuned: these are {", ".join(start) or "none"}')
     values = {k:v for k,v in start.items() if only is None or k in only}
-    if not values: raise UserError(f'{classifier} has no settings that can be tuned: choose another classifier')
     tried = {} # text -> accuracy and interval
     def accuracy(values):
         text = with_values(classifier, values)

@@ -310,4 +310,4 @@ class StopOnNaN(Callback):
     def check(self, epoch, step, loss):
         if math.isfinite(loss): return
         raise UserError(f'{self.stage}, epoch {epoch}, step {step}: the loss is {loss}: '
-                        'lower the learning rate, or let that of stage one rise slowly (--warmup 1); the last good checkpoint is kept')
+                        'lower the learning rate; the last good checkpoint is kept')

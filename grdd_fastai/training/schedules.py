@@ -4,6 +4,7 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from fastcore.foundation import L
 
+from ..core.errors import UserError
 from .distributed import effective_step
 
 __all__ = ['SCHEDULES', 'poly', 'step_down', 'fit_function']
@@ -14,7 +15,7 @@ SCHEDULES = ('poly', 'step', 'one_cycle') # for each, a Learner has a method fit
 def poly(lr, power=0.9, warmup=0.):
     """Learning rate of stage one (section 4.1) as a function of `pos`, which goes from 0 to 1 over the training: lr * (1 - pos)^power
 
-    In the part `warmup` at the beginning it is lower and rises linearly to that, which the paper does not have.
+    In the first part `warmup` of the training the rate is multiplied by a factor that rises from 0 to 1. The paper has no warm-up.
     """
     return lambda pos: lr * (1 - pos)**power * (min(1., pos/warmup) if warmup else 1.)
 
@@ -24,7 +25,11 @@ def step_down(lr, last=1/3, factor=0.1):
 
 @patch
 def fit_poly(self:Learner, n_epoch, lr=0.05, power=0.9, warmup=0., cbs=None, **kwargs):
-    "Fit with the paper's 'poly' learning rate of stage one, which rises from 0 in the first `warmup` epochs"
+    """Fit with the paper's 'poly' learning rate of stage one, which in the first `warmup` epochs rises from 0
+
+    UserError if the warm-up is as long as the training.
+    """
+    if not 0 <= warmup < n_epoch: raise UserError(f'the warm-up has {warmup} of {n_epoch} epochs: it must be shorter than the training')
     self.fit(n_epoch, lr, cbs=L(ParamScheduler({'lr':poly(lr, power, warmup/n_epoch)})) + L(cbs), **kwargs)
 
 @patch

@@ -49,7 +49,8 @@ def test_a_photo_classifier_takes_settings_in_the_name():
     assert list(a.predict(list(images[4:]))) == list(b.predict(list(images[4:])))
 
 @pytest.mark.parametrize('wrong, says', [
-    ('tim_adm(scale)', 'is not understood'), ('tim_adm(scale=)', 'is not understood'), ('tim_adm(2=3)', 'is not understood'),
+    ('tim_adm(scale)', 'is not understood'), ('tim_adm(scale=6', 'is not understood'), ('tim_adm(scale=6, scale=7)', 'is not understood'),
+     ('tim_adm(scale=)', 'is not understood'), ('tim_adm(2=3)', 'is not understood'),
     ('tim_adm(scael=3)', "tim_adm has no setting 'scael'"), ('tim_adm(scale=-1)', 'scale is -1'),
     ('magic(a=1)', "unknown classifier 'magic'"), ("tim_adm(scale='x')", "scale is 'x'")])
 def test_settings_that_cannot_be_are_a_sentence(wrong, says):
@@ -87,7 +88,7 @@ def test_the_recipe_says_how_to_score_what_it_chose(two_nets, faint, cache, tmp_
     record = json.loads(next((tmp_path/'results').glob('tuned-*.json')).read_text())
     chosen = record['chosen'][0]['chosen']
     assert record['mirror'] and chosen in [t['classifier'] for t in record['tried']] and len(record['tried']) == 1 + 4*4
-    assert f"--score novel --shots 1 --classifiers '{chosen}' --mirror" in said.err
+    assert f"--score novel --shots 1 --classifiers '{chosen}' --query-distribution balanced --mirror" in said.err
     recipe('evaluate_weights')(net, data=str(faint), cache=str(cache), score='novel', shots='1', classifiers=chosen, mirror=True,
                                test_episodes=20, out=str(tmp_path/'out'))
     assert json.loads(capsys.readouterr().out.splitlines()[-1])['rows'] == 1
