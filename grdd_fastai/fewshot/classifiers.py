@@ -112,8 +112,8 @@ def split_settings(text):
         call = ast.parse(text.strip(), mode='eval').body
         if isinstance(call, ast.Name): name,settings = call.id,{}
         else:
-            if call.args: raise ValueError('a value without a name')
             name,settings = call.func.id,{k.arg:ast.literal_eval(k.value) for k in call.keywords}
+            if call.args or None in settings or len(settings) < len(call.keywords): raise ValueError('not one value for each name')
     except (AttributeError, ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         if text.strip().replace('-', '_').isidentifier(): return text.strip(),{} # a name that no classifier has
         raise UserError(f"the classifier {text!r} is not understood: write its settings as in 'tim_adm(scale=6, steps=100)'") from None
