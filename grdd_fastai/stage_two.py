@@ -114,7 +114,7 @@ def known_features(
     check_view(s)
     if view == 'same': return None
     def of_one(t):
-        net = backbone_of(t) if isinstance(t, Learner) else t
+        net = network_of(t)
         if view == 'views': return view_features(net, data, s.distill.n_views, s.jitter, cache, amp, mirror, after_each)
         return cached_features(seeing(net, data.px, data.stats), data, 'train', stats=data.stats, cache=cache, mirror=mirror)[0]
     return [of_one(t) for t in teacher] if isinstance(teacher, list | tuple) else of_one(teacher)
@@ -146,7 +146,7 @@ def stage_two(
     dls = episodic_dls(data, n_way, s.k_shot, n_query, s.n_episodes, s.episodes_per_step,
                        aug=train_augmentation(data.px, s.jitter, s.augment), seed=s.seed,
                        views=s.distill.n_views if teacher is not None and s.distill else None)
-    if isinstance(student, Learner): student = backbone_of(student)
+    student = network_of(student)
     if s.init == 'random':
         arch = student if isinstance(student, str) else (getattr(student, 'pretrained_cfg', None) or {}).get('architecture')
         if arch is None: raise UserError(f'the student is a {type(student).__name__} without a timm name: its weights cannot be drawn anew')
@@ -182,8 +182,7 @@ def meta_learner(
     check_dls(dls)
     e = dls.train
     if not isinstance(e, EpisodicDL): raise UserError('meta_learner trains on episodes: make dls with episodic_dls')
-    if isinstance(student, Learner): student = backbone_of(student)
-    if isinstance(student, StudentNet): student = student.backbone
+    student = network_of(student)
     if not isinstance(student, str | nn.Module):
         raise UserError(f'the student is a {type(student).__name__}: give a network, a Learner of one, or the name of a timm model')
     model = create_backbone(student, 0, dls.one_batch()[0].shape[-1], s.seed) if isinstance(student, str) else copy.deepcopy(student)
@@ -193,8 +192,7 @@ def meta_learner(
         raise UserError('a setting of the distillation is given without a teacher: give teacher=, or neither for episodic labels alone')
     terms = []
     if teacher is not None:
-        teachers = [backbone_of(t) if isinstance(t, Learner) else t for t in as_list(teacher)]
-        teachers = [t.backbone if isinstance(t, StudentNet) else t for t in teachers]
+        teachers = [network_of(t) for t in as_list(teacher)]
         terms = [*distillation(teachers, s.distill, teacher_features), ShowL_rt()]
         kwargs['cbs'] = [cb() if isinstance(cb, type) else cb for cb in L(kwargs.get('cbs'))]
         with cpu_seed(s.seed): model = with_heads(model, [*terms, *kwargs['cbs']], teachers, dls.c)
@@ -209,6 +207,11 @@ class StudentNet(nn.Module):
         super().__init__()
         self.backbone,self.heads = backbone,nn.ModuleDict(heads)
     def forward(self, x): return features(self.backbone, x)
+
+def network_of(o):
+    "The network of a Learner or a `StudentNet`; anything else as it is"
+    if isinstance(o, Learner): return backbone_of(o)
+    return o.backbone if isinstance(o, StudentNet) else o
 
 def with_heads(student, cbs, teachers, n_classes):
     "A `StudentNet` of the student and the layers of those of the callbacks that train some, or the student itself if there are none"

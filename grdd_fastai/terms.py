@@ -118,9 +118,11 @@ class ClassTerm(DistillationTerm):
         super().__init__(weight)
         self.T = T
     def make_layers(self, n_features, of_teachers, n_classes): return nn.Linear(n_features, n_classes, bias=False)
+    @property
+    def means(self): return self.learn.teacher.class_means()
     def before_fit(self):
         super().before_fit()
-        self.means = self.learn.teacher.class_means()
+        self.learn.teacher.class_means() # computed now, and not within the first step
     def loss(self, student:torch.Tensor, teachers:list) -> torch.Tensor:
         z_g = torch.stack([relatedness(h, means) for h,means in zip(teachers, self.means, strict=True)]).mean(0)
         return self.of_logits(relatedness(student, self.own_layers.weight)/self.T, z_g/self.T, self.yb[0].as_subclass(torch.Tensor))

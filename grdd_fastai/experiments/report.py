@@ -22,7 +22,6 @@ CLASSES = dict(val='validation', novel='novel')
 MARKS = '<!-- measured: written by recipes/report.py -->','<!-- /measured -->'
 NETWORKS = dict(convnet4='ConvNet-4, 64-64-64-64', resnet12='ResNet-12', resnet12_320='ResNet-12, half as wide')
 CHOSEN = 'as chosen on the validation classes'
-PAPER = '[2107.05583](https://arxiv.org/abs/2107.05583)'
 GRDD_TIM = {'ConvNet-4':('79.9 ± 0.2', '87.9 ± 0.2'), 'ResNet-12':('85.4 ± 0.2', '91.1 ± 0.2')} # the paper's, 5-way 1-shot and 5-shot
 COSINE,RFS = 'cosine','logistic regression, five views of each support image'
 PUBLISHED = ( # inductive accuracies that papers give for the novel classes of CIFAR-FS, 5-way 1-shot and 5-shot
@@ -180,48 +179,50 @@ def table_summary(rows):
 
 # ---- other parts of the report ----------------------------------------------------------------------------------------
 
+def published_networks(root, folder):
+    "name, words on the network, and `measured.json`, of each network that recipes/publish.py wrote to `folder`"
+    for path in sorted((root/folder).glob('*/measured.json')):
+        name = path.parent.name
+        yield name,NETWORKS[name.partition('.')[0]],json.loads(path.read_text())
+
+def published_head(what): return [what, 'network', 'classifier', '1-shot', '5-shot', 'source']
+
+def arxiv_link(number): return f'[{number}](https://arxiv.org/abs/{number})'
+
+def card_row(what, name, network, measured, folder):
+    "Cells of a network with the accuracies of its card, which are those of the cosine on the novel classes"
+    accuracies = [accuracy_text(measured['scores']['novel'][k]) for k in ('1-shot', '5-shot')]
+    return [what, network, COSINE, *accuracies, f'[card]({folder}/{name}/README.md)']
+
 def published_table(root):
     "Table of the package's weights beside the numbers of the paper and the best published ones"
     rows = []
-    for path in sorted((root/WEIGHTS).glob('*/measured.json')):
-        measured = json.loads(path.read_text())
-        scores = measured['scores']['novel']
-        name = path.parent.name
-        accuracies = [accuracy_text(scores[k]) for k in ('1-shot','5-shot')]
-        network = NETWORKS[name.partition('.')[0]]
-        rows.append([f'**`{name}`, ours**', network, COSINE, *accuracies, f'[card]({WEIGHTS}/{name}/README.md)'])
+    for name,network,measured in published_networks(root, WEIGHTS):
+        rows.append(card_row(f'**`{name}`, ours**', name, network, measured, WEIGHTS))
         if chosen := chosen_on_validation(root/'results', name, measured['sha256']):
             words,accuracies,source = chosen
             rows.append([f'`{name}`, {CHOSEN}', network, words, *accuracies, f'[record](results/{source})'])
-    rows += [[*cells, f'[{arxiv}](https://arxiv.org/abs/{arxiv})'] for *cells,arxiv in PUBLISHED]
-    return markdown_table(['5-way, novel classes of CIFAR-FS', 'network', 'classifier', '1-shot', '5-shot', 'source'], rows)
+    rows += [[*cells, arxiv_link(number)] for *cells,number in PUBLISHED]
+    return markdown_table(published_head('5-way, novel classes of CIFAR-FS'), rows)
 
 def teachers_table(root):
-    "Table of the published networks in the folder weights/, which taught those of the package; empty without one"
-    rows = []
-    for path in sorted((root/'weights').glob('*/measured.json')):
-        scores = json.loads(path.read_text())['scores'].get('novel', {})
-        if {'1-shot', '5-shot'} - scores.keys(): continue
-        name = path.parent.name
-        accuracies = [accuracy_text(scores[k]) for k in ('1-shot', '5-shot')]
-        rows.append([f'`{name}`', NETWORKS[name.partition('.')[0]], COSINE, *accuracies, f'[card](weights/{name}/README.md)'])
-    return markdown_table(['the teacher', 'network', 'classifier', '1-shot', '5-shot', 'source'], rows) if rows else ''
+    "Table of the teachers, which are the published networks in the folder weights/; empty if there are none"
+    rows = [card_row(f'`{name}`', name, network, measured, 'weights') for name,network,measured in published_networks(root, 'weights')
+            if {'1-shot', '5-shot'} <= measured['scores'].get('novel', {}).keys()]
+    return markdown_table(published_head('the teacher'), rows) if rows else ''
 
 def transductive_table(root):
     "Table of the package's weights with classifiers that see all queries of an episode together, beside the paper's; empty without records"
     rows = []
-    for path in sorted((root/WEIGHTS).glob('*/measured.json')):
-        name,sha256 = path.parent.name,json.loads(path.read_text())['sha256']
-        network = NETWORKS[name.partition('.')[0]]
+    for name,network,measured in published_networks(root, WEIGHTS):
         for shot in (1, 5):
-            if not (chosen := chosen_on_validation(root/'results', name, sha256, (shot,), transductive=True)): continue
+            if not (chosen := chosen_on_validation(root/'results', name, measured['sha256'], (shot,), transductive=True)): continue
             words,accuracies,source = chosen
             cells = [accuracies[0] if k == shot else '' for k in (1, 5)]
             rows.append([f'`{name}`, {CHOSEN}', network, words, *cells, f'[record](results/{source})'])
     if not rows: return ''
-    theirs = [['GRDD-TIM, the paper', network, 'TIM', *accuracies, PAPER] for network,accuracies in GRDD_TIM.items()]
-    return markdown_table(['all queries together, equally many of each class', 'network', 'classifier', '1-shot', '5-shot', 'source'],
-                          rows + theirs)
+    rows += [['GRDD-TIM, the paper', network, 'TIM', *accuracies, arxiv_link('2107.05583')] for network,accuracies in GRDD_TIM.items()]
+    return markdown_table(published_head('all queries together, equally many of each class'), rows)
 
 def chosen_on_validation(results, name, sha256, shots=(1, 5), transductive=False):
     """Words, accuracies on the novel classes and record of the classifier with the best mean accuracy of `shots` on the validation classes

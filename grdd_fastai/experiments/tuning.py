@@ -8,7 +8,7 @@ from typing import Annotated
 import pandas as pd
 
 from ..core.distributed import log
-from ..core.storage import atomic_write, digest, output_folder, user_path, write_json
+from ..core.storage import digest, user_path
 from ..data.episodes import QUERY_SAMPLERS, check_episode
 from ..fewshot.classifiers import split_names
 from ..fewshot.embed import cached_features
@@ -18,6 +18,7 @@ from ..models.pretrained import load_network
 from ..runs.options import DataOptions
 from ..runs.provenance import command, device_name, git_commit, now, versions
 from ..settings import between, checked, flag_name, from_flags, with_flags
+from .score import write_tables
 from .table import check_choice, check_writable, whole_numbers
 
 __all__ = ['tune_classifiers']
@@ -73,9 +74,7 @@ def tune_classifiers(
                   command=command(), commit=git_commit(), device=device_name(), versions=versions(), time=now())
     asked = [record[k] for k in ('weights', 'queries', 'mirror', 'seed', 'episodes', 'px')] + [names, shots, rounds, data.fingerprint]
     name = f'tuned-{record["network"]}-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:6]}'
-    for folder,flag in [(out, '--out'), *([(results, '--results')] if results else [])]:
-        with output_folder(folder, flag) as f: write_json(f/f'{name}.json', record)
-    atomic_write(out/f'{name}.csv', tables.to_csv(index=False))
+    write_tables(out, results, name, tables, pd.DataFrame(), record)
     for shot in shots:
         texts = ','.join(text for (_,k),text in found.items() if k == shot)
         flags = dict(data=files.data, cache=files.cache, px=px, score='novel', shots=shot, classifiers=texts,
