@@ -40,7 +40,7 @@ class Distill(Settings):
     dist_weight: Annotated[float, 'weight of DIST, which compares correlations of the probabilities of the base classes', at_least(0),
                            recorded(absent=0.)] = 0.
     decouple: Annotated[bool, 'one softmax for each support image; without, one over the whole matrix'] = True
-    T_squared: Annotated[bool, "also weight L_kl, and no other term, by T squared, as Hinton's distillation does",
+    T_squared: Annotated[bool, "multiply L_kl, and no other term, by T squared, as Hinton's distillation does",
                          recorded('hinton'), flag('t_squared')] = False
     reverse: Annotated[bool, 'KL(student || teacher) instead of the default KL(teacher || student)'] = False
     reduction: Annotated[str, "how the KL of an episode's groups are reduced: mean, or sum (Eq. 12)", one_of('mean', 'sum')] = 'mean'
@@ -169,7 +169,7 @@ class Teacher(UndoAfterFit):
     def class_means(self):
         """The mean of the features of each base class, at unit length, for each teacher: a list of (C, D) on the device
 
-        The features are those of the first of the views, or of clean images, which are embedded for this if they are not known.
+        They are of the first view if the features of views are known, and of clean images otherwise, which are embedded if necessary.
         """
         if self.means is not None: return self.means
         y = torch.as_tensor(np.asarray(self.dls.train.labels()), device=self.dls.device)
@@ -183,7 +183,9 @@ class Teacher(UndoAfterFit):
         self.means = [means(h) for h in hs]
         return self.means
 
-    def clean_features(self): return [embed(net, self.dls.train.plain(), mirror=self.mirror)[0] for net in self.seeing]
+    def clean_features(self):
+        "Features of all clean base images by each teacher: a list of (N, D)"
+        return [embed(net, self.dls.train.plain(), mirror=self.mirror)[0] for net in self.seeing]
 
     def before_batch(self): self.of_batch = None
 

@@ -74,7 +74,7 @@ class StageOne(Settings):
 
 # type of the parameter `teacher_epochs` of a program, with its help and its bound
 TeacherEpochs = Annotated[int, "epochs of the teacher's stage one (as --epochs)", between(1, 10**6)]
-OF_DATA_AND_FIT = ('arch', 'epochs', 'schedule', 'lr', 'warmup', 'opt', 'bs', 'jitter', 'augment') # all other settings are the Learner's
+OF_DATA_AND_FIT = ('arch', 'epochs', 'schedule', 'lr', 'warmup', 'opt', 'bs', 'jitter', 'augment') # `global_learner` takes the others
 
 
 def stage_one(data:FewShotData, s:StageOne, **kwargs) -> tuple[Learner, Callable]:

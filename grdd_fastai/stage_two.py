@@ -120,7 +120,7 @@ def known_features(
     return [of_one(t) for t in teacher] if isinstance(teacher, list | tuple) else of_one(teacher)
 
 
-# all other settings are the Learner's
+# the settings that `meta_learner` does not take
 OF_DATA_AND_FIT = ('n_way', 'k_shot', 'n_query', 'n_episodes', 'episodes_per_step', 'epochs', 'schedule', 'lr', 'opt', 'init', 'jitter',
                    'augment', 'views')
 
@@ -175,7 +175,7 @@ def meta_learner(
     valid:dict|None=None, # episodes of the validation classes: n_way=5, k_shot as in training, n_query=15, n_episodes=1000, seed=0
     **kwargs # of `few_shot_learner`, such as amp, keep_best and cbs, and of fastai's `Learner`
 ) -> Learner:
-    """Learner of the meta-learner psi; `learn.model` is the network, or a `StudentNet` of it where a term trains layers of its own
+    """Learner of the meta-learner psi; `learn.model` is the network, or a `StudentNet` with it if a term trains layers of its own
 
     UserError for data, networks or settings that do not fit.
     """
@@ -202,7 +202,7 @@ def meta_learner(
 
 
 class StudentNet(nn.Module):
-    "The meta-learner in training: the backbone psi, and by name of a term the layers that this term trains beside it"
+    "The student in training: the backbone psi, and the layers that terms of the loss train beside it, in `heads` by the name of the term"
     def __init__(self, backbone:nn.Module, heads:dict):
         super().__init__()
         self.backbone,self.heads = backbone,nn.ModuleDict(heads)
@@ -214,7 +214,7 @@ def network_of(o):
     return o.backbone if isinstance(o, StudentNet) else o
 
 def with_heads(student, cbs, teachers, n_classes):
-    "A `StudentNet` of the student and the layers of those of the callbacks that train some, or the student itself if there are none"
+    "Wrap the student in a `StudentNet` if one of the callbacks is a term with layers of its own; return the student itself otherwise"
     heads = {}
     for term in cbs:
         if not isinstance(term, DistillationTerm) or not term.trains_layers(): continue

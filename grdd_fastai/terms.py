@@ -25,14 +25,16 @@ class DistillationTerm(LossTerm):
     own_layers = None # the term's layers in the Learner's model, during and after a fit
     def __init__(self, weight:float=1.): self.weight = weight
     def make_layers(self, n_features:int, of_teachers:list, n_classes:int) -> nn.Module|None:
-        """Layers that are trained beside the student and that a recipe saves no more; None for a term without
+        """Make the layers that are trained beside the student; None for a term without layers. A recipe does not save them.
 
         `n_features` is the size of the student's features, `of_teachers` is the size of each teacher's, `n_classes` is that of the base
         classes.
         """
         return None
     @classmethod
-    def trains_layers(cls): return cls.make_layers is not DistillationTerm.make_layers
+    def trains_layers(cls):
+        "Whether this class of terms makes layers"
+        return cls.make_layers is not DistillationTerm.make_layers
     def before_fit(self):
         super().before_fit()
         if not hasattr(self.learn, 'teacher'):
@@ -111,8 +113,8 @@ class ClassTerm(DistillationTerm):
     """A term that compares the student's logits of the base classes with the teacher's, or with the mean of several teachers'
 
     A logit is the cosine of the features with a vector of the class, divided by the temperature `T`. The student's vectors are trained
-    beside it. The teacher's are the mean features of the classes, so that any network can teach, also one without a classifier. A subclass
-    computes the term in `of_logits`. The terms are not multiplied by T squared, as Hinton's distillation and DKD are: choose the weight.
+    beside it. The teacher's are the mean features of the classes, so that a network without a classifier can teach, too. A subclass
+    computes the term in `of_logits`. Unlike in Hinton's distillation and DKD, the term is not multiplied by T squared.
     """
     def __init__(self, weight:float=1., T:float=0.1):
         super().__init__(weight)
@@ -145,7 +147,8 @@ class DecoupledKD(ClassTerm):
     """L_dkd: decoupled knowledge distillation (DKD, arXiv 2203.08679)
 
     It is the KL of the two probabilities (target, any other class), plus `beta` times the KL among the other classes. In plain logit
-    distillation this factor is 1 minus the teacher's probability of the target. The weight does not rise slowly, as it does in DKD's code.
+    distillation this factor is 1 minus the teacher's probability of the target. Unlike in DKD's code, the weight is
+    the same from the first step on.
     """
     parts = ('L_dkd',)
     def __init__(self, weight:float=1., T:float=0.1, beta:float=8.):
@@ -166,7 +169,7 @@ class DIST(ClassTerm):
     """L_dist: the student's probabilities correlate with the teacher's, within each image and within each class (DIST, arXiv 2205.10536)
 
     It is 1 minus the mean Pearson correlation of the rows, plus the same of the columns, of the probabilities (B, C). A column has the
-    images of one step; each of several processes takes its own.
+    images of one step; in a distributed fit, those of one process.
     """
     parts = ('L_dist',)
     def of_logits(self, student, teacher, y):

@@ -3,8 +3,8 @@
     python recipes/tune_classifiers.py convnet4.grdd_cifarfs --data cifar-fs.zip --classifiers tim_adm,pt_map --mirror
 
 The published settings of a classifier belong to the network of its paper. Here one setting after the other is halved, doubled, and so on,
-on 2,000 episodes of the validation classes, apart for each shot. The program prints what it chose and the command that scores this on the
-novel classes.
+on 2,000 episodes of the validation classes. Each number of shots gets its own settings. The program prints what it chose, and the command
+that scores the choice on the novel classes.
 """
 from fastcore.meta import delegates
 from fastcore.script import call_parse

@@ -141,7 +141,7 @@ def test_the_classifier_that_did_best_on_the_validation_classes_stands_beside_th
     assert chosen_on_validation(tmp_path, 'net', 'mine', (5,), transductive=True) == ('`tim_adm`', ['85.00 ± 0.20'], 'inference-3.json')
 
 def test_the_head_of_the_results_has_a_table_for_each_way_to_see_the_queries(checkout, tmp_path):
-    "For all queries together each shot has its own classifier; the teacher has its own table; what was learnt comes before the tables"
+    "Each shot has its own transductive classifier, teachers have a table of their own, and then comes what was learnt"
     (tmp_path/'results').mkdir()
     (tmp_path/'results'/'LEARNT.md').write_text('## What was learnt\n')
     for folder,name,shots in (('grdd_fastai/weights', 'convnet4.x', (1., 2.)), ('weights', 'resnet12.y', (3., 4.))):

@@ -82,7 +82,7 @@ def test_a_weight_adds_the_term_to_stage_two(data, setting, term):
 # ---- terms with layers of their own -----------------------------------------------------------------------------------
 
 def test_feature_regression_by_loops():
-    "With two teachers, each of which has its own linear map; it is zero for a student that only the map sets apart from the teacher"
+    "Each of two teachers has its own linear map; the term is zero where the maps give the teachers' features, at any length"
     torch.manual_seed(0)
     student,*teachers = (torch.randn(7, d) for d in (5, 9, 4))
     term = FeatureRegression()
@@ -104,7 +104,7 @@ def naive_dist(z_e, z_g, y):
     return 2 - np.mean(rows) - np.mean(columns)
 
 def naive_dkd(z_e, z_g, y):
-    "An image at a time, by probabilities: target or not, and the other classes among themselves"
+    "By probabilities of one image at a time: those of (target, any other class), and those of the other classes among themselves"
     total = 0.
     for e,g,c in zip(z_e, z_g, y.tolist(), strict=True):
         p,q = g.softmax(0),e.softmax(0)
@@ -124,7 +124,7 @@ def test_a_term_of_the_classes_by_loops(term):
     assert float(term().of_logits(z_g, z_g, y)) == pytest.approx(0., abs=1e-6)
 
 def test_dkd_takes_logit_distillation_apart():
-    "Eq. 7 of its paper: for one image, L_kd is the KL of target or not plus 1 - p(target) times the KL among the other classes"
+    "Eq. 7 of DKD: for one image, L_kd is the KL of (target, any other class) plus 1 - p(target) times the KL among the other classes"
     torch.manual_seed(0)
     for c in range(4):
         z_e,z_g,y = torch.randn(1, 4).double(),torch.randn(1, 4).double(),torch.tensor([c])
@@ -158,7 +158,7 @@ def test_a_term_with_layers_trains_them_beside_the_student(data, setting, term):
     assert changed == {'backbone', 'heads'}
 
 def test_a_term_of_ones_own_may_train_layers(data):
-    "It is given as a callback; the start of the student is not changed by it"
+    "The term is given as a callback, and the student starts from the same weights as without it"
     class Own(DistillationTerm):
         parts = ('L_own',)
         def make_layers(self, n_features, of_teachers, n_classes): return nn.Linear(n_features, of_teachers[0] + n_classes)
@@ -176,7 +176,7 @@ def test_layers_need_the_teachers_features(data):
     with pytest.raises(UserError, match="LogitKD compares features: give teacher_output='features'"): fit(learn)
 
 def test_a_term_with_layers_is_given_when_the_learner_is_made(data):
-    "As an instance or a class; later there is no place for its layers, and an error says so"
+    "It may be an instance or a class. A fit is too late: the model has no place for the layers, and an error says so"
     class Own(DistillationTerm):
         parts = ('L_own',)
         def make_layers(self, n_features, of_teachers, n_classes): return nn.Linear(n_features, 1)
@@ -192,7 +192,7 @@ def test_a_student_with_layers_starts_and_teaches_another_as_its_network_does(da
     assert a.grab.losses == b.grab.losses and a.model.state_dict().keys() == b.model.state_dict().keys()
 
 def test_the_means_of_the_classes_are_those_of_the_features_that_are_known(data):
-    "Of clean images, known or embedded, and of the first view; all terms share them"
+    "They are of clean images, known or embedded, or of the first view; all terms share them"
     teacher = like_data(create_backbone('convnet4', 0, 16, 5), data)
     h,y = embed(teacher, plain_dl(data, 'train'))
     want = torch.stack([F.normalize(F.normalize(h[y == c], dim=1).mean(0), dim=0) for c in range(6)])

@@ -32,7 +32,7 @@ def free_memory(device):
 
 
 def sent(x, device):
-    "Copy the tensor `x` to `device`; the host waits except with CUDA, since elsewhere `x` may be freed too early (pytorch#189690)"
+    "Copy the tensor `x` to `device`; only with CUDA the host does not wait, because elsewhere `x` may be freed too early (pytorch#189690)"
     return x.to(device, non_blocking=torch.device(device).type == 'cuda')
 
 

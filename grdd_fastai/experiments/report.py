@@ -22,7 +22,7 @@ CLASSES = dict(val='validation', novel='novel')
 MARKS = '<!-- measured: written by recipes/report.py -->','<!-- /measured -->'
 NETWORKS = dict(convnet4='ConvNet-4, 64-64-64-64', resnet12='ResNet-12', resnet12_320='ResNet-12, half as wide')
 CHOSEN = 'as chosen on the validation classes'
-GRDD_TIM = {'ConvNet-4':('79.9 ± 0.2', '87.9 ± 0.2'), 'ResNet-12':('85.4 ± 0.2', '91.1 ± 0.2')} # the paper's, 5-way 1-shot and 5-shot
+GRDD_TIM = {'ConvNet-4':('79.9 ± 0.2', '87.9 ± 0.2'), 'ResNet-12':('85.4 ± 0.2', '91.1 ± 0.2')} # the paper's accuracies, 1-shot and 5-shot
 COSINE,RFS = 'cosine','logistic regression, five views of each support image'
 PUBLISHED = ( # inductive accuracies that papers give for the novel classes of CIFAR-FS, 5-way 1-shot and 5-shot
     ('GRDD from a ResNet-12, the paper', 'ConvNet-4, width not given', COSINE, '69.3 ± 0.9', '84.7 ± 0.6', '2107.05583'),

@@ -67,7 +67,7 @@ class NetworkStore:
         return self.out/f'{kind}-{arch}-s{settings["seed"]}-{key}'
 
     def train(self, kind, arch, settings, make):
-        "Train the Learner with the fit, both returned by `make(run)`, and return the `Trained` network; `settings` go into its record"
+        "Train the Learner by the fit function that `make(run)` returns with it; return the `Trained` network, recorded with the `settings`"
         folder = self.folder(kind, arch, settings)
         minutes = None if self.end is None else max(1e-9, (self.end - time.monotonic())/60)
         with redirect_stdout(sys.stderr), Run(folder, settings, resume=True, max_minutes=minutes, plan=['net'], wait=True) as run:

@@ -1,4 +1,4 @@
-"""Classifiers' settings that are chosen on the validation classes: the program behind recipes/tune_classifiers.py."""
+"""Choose the settings of classifiers on the validation classes: the program behind recipes/tune_classifiers.py."""
 import hashlib
 import json
 import shlex
@@ -33,13 +33,13 @@ def tune_classifiers(
     network:str, # network: a timm name with weights, a folder of a run or of recipes/publish.py, or a weights file of a run
     files=None, # the given `DataOptions`
     classifiers:str='tim_adm', # classifiers, separated by commas, with settings to start from as in 'tim_adm(scale=6)', or without
-    shots:str='1,5', # support images per class, separated by commas; the settings are chosen for each
+    shots:str='1,5', # support images per class, separated by commas; each number gets its own settings
     query_distribution:str='balanced', # queries per class: balanced, or dirichlet, which is uneven with the same sum
     mirror:bool=False, # average the features of each image with those of its mirror image
     episodes:Annotated[int, 'number of validation episodes on which all settings are compared', between(1, 10**8)]=2000,
-    rounds:Annotated[int, 'number of times that each setting is changed', between(1, 100)]=2,
+    rounds:Annotated[int, 'most rounds in which every setting is changed', between(1, 100)]=2,
     px:int=None, # side of the images in pixels (as the network takes them)
-    out:str='runs/evaluation', # folder for the record and a table of all that was tried
+    out:str='runs/evaluation', # folder for the record, and for a table of all settings that were tried
     results:str=None, # second folder for the record (in this project: results)
 ) -> dict:
     """Choose the settings of classifiers on the validation classes, and say the command that scores them on the novel classes
@@ -67,7 +67,7 @@ def tune_classifiers(
             at = table.set_index('classifier').accuracy
             log(f'{shot}-shot: {text}: {at[text]:.2f} % on the validation classes, {at.iloc[0]:.2f} % before')
     tables = pd.concat(tables, ignore_index=True)
-    tried = tables.round(3).astype(object).where(tables.notna(), None) # settings with which a classifier fails have no accuracy
+    tried = tables.round(3).astype(object).where(tables.notna(), None) # a classifier that failed has no accuracy
     record = dict(network=Path(network).name, weights=digest(net.state_dict()), split='val', queries=query_distribution, mirror=mirror,
                   seed=SEED, episodes=episodes, px=px, chosen=[dict(classifier=k, shot=shot, chosen=v) for (k,shot),v in found.items()],
                   tried=tried.to_dict('records'), data=dict(name=data.name, fingerprint=data.fingerprint),

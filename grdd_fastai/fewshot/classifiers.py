@@ -120,12 +120,12 @@ def split_settings(text):
     return FORMER_NAMES.get(name, name),settings
 
 def without_settings(classifier):
-    "The registered function behind a classifier, which may be a function with settings"
+    "The function of a classifier without the settings that its name, or a `partial`, fixes"
     return getattr(classifier, 'func', classifier)
 
 
 def split_names(classifiers):
-    "The names, with their settings, in a text that separates them by commas, or of all classifiers; UserError for a name that is none"
+    "Split a text at the commas between classifiers, which may have settings; 'all' gives every name; UserError for an unknown classifier"
     if not isinstance(classifiers, str): raise UserError(f'--classifiers is {classifiers!r}: give names separated by commas')
     names = list(CLASSIFIERS) if classifiers == 'all' else [name.strip() for name in re.split(r',(?![^(]*\))', classifiers)]
     for name in names: get_classifier(name)

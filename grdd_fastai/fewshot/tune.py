@@ -1,4 +1,4 @@
-"""Settings of a classifier, chosen on the episodes of classes that are not those to report: the validation classes."""
+"""Choose the settings of a classifier on episodes of the validation classes."""
 import inspect
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ FACTORS = 1/4,1/2,2.,4. # by which a setting is changed
 
 
 def tunable(classifier:str) -> dict:
-    """The settings of a classifier that `tune` changes, with their values: numbers larger than 0, but neither counts nor tolerances
+    """The settings of a classifier that `tune` changes, with their values: positive real numbers, without counts and tolerances
 
     UserError for a classifier without such settings.
     """
@@ -39,19 +39,19 @@ def tune(
     h:torch.Tensor|np.ndarray, # features (N, D) of the validation classes
     y:torch.Tensor|np.ndarray|list, # their classes (N)
     classifier:str, # name of a classifier, with the settings to start from in parentheses, or without
-    k_shot:int=1, # support images per class; another shot may want other settings
+    k_shot:int=1, # support images per class, on which the best settings depend
     n_episodes:int=2000, # number of episodes, the same for all settings
     only:Sequence|None=None, # names of the settings to change; None: all of `tunable`
     factors:Sequence=FACTORS, # by which a setting is changed
-    rounds:int=2, # times that each setting is changed, unless nothing gets better
+    rounds:int=2, # most rounds in which every setting is changed; the search ends earlier if a round improves nothing
     **kwargs # of `evaluate`, such as n_way, n_query, seed, query_distribution
 ) -> tuple[str, pd.DataFrame]:
     """(classifier with the settings of the highest accuracy, table of all that was tried)
 
     One setting after the other is multiplied by each of the `factors`, and the value with the highest mean accuracy stays. The text that is
-    returned, such as 'tim_adm(scale=6, ce_weight=0.05)', is a classifier wherever a name is one. On these same episodes its accuracy is too
-    high, because it was chosen on them: choose on the validation classes, and report others. UserError for a classifier without such
-    settings.
+    returned, such as 'tim_adm(scale=6, ce_weight=0.05)', can be given wherever a classifier's name can. Its accuracy on these episodes is
+    biased upwards, because they chose it: choose on the validation classes, and report other classes. UserError for a classifier without
+    settings that can be tuned.
     """
     start = tunable(classifier)
     if only is not None and (wrong := [k for k in only if k not in start]):
@@ -63,7 +63,7 @@ def tune(
         if text not in tried:
             try: e = evaluate(h, y, k_shot=k_shot, n_episodes=n_episodes, classifier=text, **kwargs)
             except UserError:
-                if not tried: raise # the settings to start from
+                if not tried: raise # already the settings to start from fail
                 tried[text] = float('nan'),float('nan')
             else: tried[text] = e.accuracy,e.ci95
         return tried[text][0]

@@ -36,7 +36,7 @@ class FewShotLearner(Learner):
             raise
         finally: self.first_epoch = 0
     def _call_one(self, event_name):
-        "As fastai's, but only callbacks that define the event are called, because a call that does nothing takes time as well"
+        "Call the callbacks that define the event; fastai calls all of them, which costs time in every step"
         if not hasattr(event, event_name): raise Exception(f'there is no event {event_name}')
         for cb in self.cbs.sorted('order'):
             if event_name in vars(cb) or hasattr(type(cb), event_name) or event_name == 'after_fit': cb(event_name)

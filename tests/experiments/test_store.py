@@ -57,7 +57,7 @@ def test_other_settings_and_other_seeds_are_other_networks(data, tmp_path):
     assert a != b and a == store.folder('cl', 'x', dict(reversed(record.items())))
 
 def test_a_compiled_network_goes_to_the_same_folder(data, tmp_path):
-    "Both stages are compiled, by a backend that traces and runs as it is"
+    "Both stages are compiled by a backend that records each graph and runs it unchanged"
     def names(compile):
         store = NetworkStore(data, tmp_path/str(bool(compile)), compile=compile)
         cl = store.stage_one_net(StageOne(arch='convnet4', epochs=1, rotation=False))

@@ -1,4 +1,4 @@
-"""Settings in a classifier's name, and settings that are chosen on episodes."""
+"""A classifier's name may have settings, and `tune` chooses settings on episodes."""
 import itertools
 import json
 from functools import partial
@@ -22,7 +22,7 @@ def h(): return torch.eye(8)[Y] + .8*torch.randn(len(Y), 8, generator=torch.Gene
 
 @pytest.fixture
 def peaked():
-    "A classifier whose best settings are known: it sees the cosines best at a=6 and b=0.5, and `c`, `tol` and `whether` change nothing"
+    "A classifier with known best settings: noise is added to the cosines unless a=6 and b=0.5; `c`, `tol` and `whether` change nothing"
     @register_classifier('peaked')
     def peaked(support, support_y, query, a=1.5, b=2., c=3, tol=1., whether=True):
         noise = abs(np.log(a/6)) + abs(np.log(b/.5))
@@ -65,7 +65,7 @@ def test_tuning_finds_the_peak(h, peaked):
     assert table.classifier.is_unique and table.classifier[0] == 'peaked(a=1.5, b=2)'
 
 def test_tuning_ends_where_a_search_of_all_neighbours_finds_nothing_better(h):
-    "For two settings of TIM on other episodes, by one setting at a time"
+    "Two settings of TIM are tuned, and then each is changed by each factor"
     how = dict(n_episodes=80, k_shot=1, seed=3)
     text,_ = tune(h, Y, 'tim_adm(steps=10)', only=['scale', 'marginal_weight'], rounds=9, **how)
     values = get_classifier(text).keywords

@@ -19,7 +19,7 @@ def test_schedules_by_hand(data):
     assert np.allclose(learn.recorder.lrs, [.05*(1-i/4)**.9 for i in range(4)])
 
 def test_a_warmup_by_hand(data):
-    "Two of six steps: the rate begins at 0, is at the half after one step, and then that of the schedule without a warm-up"
+    "The warm-up takes two of six steps: the rate is 0, then half of the plain schedule's rate, and the plain schedule's rate from then on"
     learn,fit = stage_one(data, StageOne(arch='convnet4', epochs=3, lr=.05, warmup=1, rotation=False, bs=len(data.train)//2))
     with learn.no_bar(), learn.no_logging(): fit(learn)
     plain = [.05*(1-i/6)**.9 for i in range(6)]
