@@ -187,14 +187,18 @@ def model_card(net, about, name, load, n_base):
         px=about['px'], mean=mean, std=std, n=max(e['n'] for by_shot in scores.values() for e in by_shot.values()),
         table=markdown_table(['classes', *shots], rows), check=CHECK, n_base=n_base, training=training(about))
 
+def stages_of(settings, of=None):
+    "The recorded settings of each stage of a network's training, by the stage's name; the teacher's come in between"
+    if 'student' not in settings: return {of or 'network':settings}
+    prefix = f"{of}'s " if of else ''
+    teacher = stages_of(settings['teacher'], f'{prefix}teacher') if settings['teacher'] else {}
+    return {f'{prefix}start':settings['student']} | teacher | {f'{prefix}stage two':settings}
+
 def training(about):
     "Markdown list that says how the network was trained"
-    settings,made = about['settings'],about['trained']
-    if 'student' in settings: stages = {'start':settings['student'], 'teacher':settings['teacher'], 'stage two':settings}
-    else: stages = {'network':settings}
+    made = about['trained']
     lines = []
-    for stage,used in stages.items():
-        if not used: continue
+    for stage,used in stages_of(about['settings']).items():
         words = ', '.join(f'{k} {v}' for k,v in used.items() if k not in ('student','teacher'))
         lines.append(f'- {stage}: {words}')
     if made['command']: lines.append(f'- command: `OMP_NUM_THREADS={made["torch_threads"]} {made["command"]}`') # older runs have none

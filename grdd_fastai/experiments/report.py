@@ -14,6 +14,7 @@ __all__ = ['write_report']
 
 TITLES = dict(table2='Table 2: category labels, episodic labels, global relatedness', ablations='Figure 4: the components of GRDD',
               sweep='Figure 6: gamma and T', pairs='Which images are related to which: stage two from random weights',
+              teachers='Teachers, and what their students learn: stage two from random weights',
               distillations='What the student learns from the teacher: relatedness, and other distillation',
               readings='Readings of what the paper leaves open')
 FIGURES = dict(figure3='Figure 3: t-SNE of five novel classes', figure5="Figure 5: the teacher's relatedness over T")
@@ -137,9 +138,15 @@ def section(rows, split, root):
 
 def from_random(record):
     "Words on a row without a stage one of its student: its architecture and the length of stage two"
-    return f'{record["student"]["arch"]}, random weights; stage two: {record["epochs"]} epochs of {record["episodes"]} episodes'
+    return f'{record["student"]["arch"]}, random weights; {stage_two_words(record)}'
 
-def described(record): return StageOne.from_record(record).described()
+def stage_two_words(record): return f'stage two: {record["epochs"]} epochs of {record["episodes"]} {record["way"]}-way episodes'
+
+def described(record):
+    "Words on the training of a network: its stage one and, where it has one, its stage two"
+    if 'student' not in record: return StageOne.from_record(record).described()
+    if record['student'].keys() == {'arch'}: return from_random(record)
+    return f'{described(record["student"])}; {stage_two_words(record)}'
 
 def by_start(rows):
     """Group the rows by the student's stage one, with the most epochs first: yields (words on the stage one of psi and phi, rows)

@@ -29,7 +29,8 @@ __all__ = ['CL', 'EL', 'GR', 'Table', 'table']
 
 
 # The three supervisions of Table 2. A row names the role, 'student' or 'teacher', whose architecture its network psi has, and the role of
-# its teacher phi. If both have the same role, phi is psi's own stage one. `stage_one` and `stage_two` are settings that the row changes.
+# its teacher phi. If both have the same role, phi is psi's own stage one. Instead of a role, phi can be another row, whose network of seed
+# 0 is the teacher. `stage_one` and `stage_two` are settings that the row changes.
 CL = dict(psi='student')
 EL = dict(psi='student', stage_two={})
 GR = dict(psi='student', phi='teacher', stage_two={})
@@ -163,11 +164,12 @@ def train(store, row, roles, seed, stage_two, start):
     psi,phi = row['psi'],row.get('phi')
     if 'stage_two' in row:
         two = stage_two[not phi].but(**row['stage_two'] | dict(seed=seed))
-        if phi: check_teacher(roles[phi], two) # before anything is trained for the row
+        if phi: check_teacher(roles[phi['psi'] if isinstance(phi, dict) else phi], two) # before anything is trained for the row
     if 'stage_two' not in row: return dict(net=one(psi, start))
     student = None if two.init == 'random' else one(psi, start)
     teacher = None
-    if phi and roles[phi] == roles[psi]: teacher = one(phi, start + 1) if row.get('independent') else student or one(phi, start)
+    if isinstance(phi, dict): teacher = train(store, phi, roles, 0, stage_two, 0)['net']
+    elif phi and roles[phi] == roles[psi]: teacher = one(phi, start + 1) if row.get('independent') else student or one(phi, start)
     elif phi: teacher = one(phi, 0) # all seeds have the same teacher
     return dict(student=student, teacher=teacher, net=store.stage_two_net(student or roles[psi].arch, teacher, two))
 

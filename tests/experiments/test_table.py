@@ -51,6 +51,20 @@ def test_a_row_from_random_weights_needs_no_stage_one_of_its_student(small, tmp_
     card = (tmp_path/'convnet4.mine'/'README.md').read_text()
     assert 'trained by GR on' in card and '- start: arch convnet4\n' in card and 'init random' in card
 
+def test_a_row_may_be_the_teacher_of_another(small, tmp_path):
+    "Its network of seed 0 teaches all seeds; report and model card tell both stages of the teacher"
+    distilled = GR | dict(psi='teacher', stage_two=dict(lr=1e-3))
+    rows = dict(a=distilled, b=GR | dict(phi=distilled, stage_two=dict(init='random')))
+    made = table('a', rows, out=tmp_path/'out', results=tmp_path/'results'/'results', seeds='0,1', **small)
+    assert {made.nets['b', seed]['teacher'].folder for seed in (0, 1)} == {made.nets['a', 0]['net'].folder}
+    r = json.loads(next((tmp_path/'results'/'results'/'a').glob('b-*-s1-*.json')).read_text())
+    assert r['settings']['teacher'] == made.nets['a', 0]['net'].settings and r['networks']['teacher']['arch'] == 'convnet4_128'
+    recipe('publish')(str(made.nets['b', 0]['net'].folder), data=small['data'], cache=small['cache'], out=str(tmp_path/'convnet4.mine'),
+                      test_episodes=40)
+    card = (tmp_path/'convnet4.mine'/'README.md').read_text()
+    stages = [line.split(':')[0] for line in card.splitlines() if line.startswith('- ')]
+    assert stages == ['- start', "- teacher's start", "- teacher's teacher", "- teacher's stage two", '- stage two', '- command', '- data']
+
 def test_a_log_that_came_later_has_the_scorings_that_were_made_before(small, tmp_path):
     table('a', {'CL':CL}, out=tmp_path, score='novel', **small)
     table('a', {'CL':CL}, out=tmp_path, score='novel', results=tmp_path/'results', **small)

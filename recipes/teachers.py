@@ -1,0 +1,41 @@
+"""Compare teachers, alone and by the students that learn from them
+
+    python recipes/teachers.py --data cifar-fs.zip              # trains five ResNet-12s for 90 epochs each: a GPU's work
+    python recipes/teachers.py --demo                           # five minutes on two cores, no download
+
+The teachers of the first rows differ in one setting of stage one. The distilled teacher is the first one after a stage two in which it
+learns from itself. The students start from random weights, relate each image of an episode to all others, and have the same settings.
+"""
+from fastcore.meta import delegates
+from fastcore.script import call_parse
+
+from grdd_fastai.experiments.plots import plot_rows, save_figure
+from grdd_fastai.experiments.table import CL, GR, table
+from grdd_fastai.settings import exact_flags
+from grdd_fastai.stage_two import get_preset
+
+OF_ALL_ROWS = ('n_episodes', 'jitter', 'augment', 'seed') # settings that flags change for all rows
+ITSELF = {k:v for k,v in get_preset('muon').but(epochs=6).values().items() if k not in OF_ALL_ROWS}
+def teacher(*versus, **changes): return CL | dict(psi='teacher', versus=versus, stage_one=dict(rotation=True) | changes)
+def student(phi, *versus): return GR | dict(phi=phi, versus=versus, stage_two=dict(init='random', teacher_view='views', pairs='all'))
+
+TEACHER = teacher()
+DISTILLED = TEACHER | dict(phi=TEACHER, versus=['stage one'], stage_two=ITSELF)
+ROWS = {
+    'stage one':                      TEACHER,
+    'stage one with one angle':       teacher('stage one', rotations=1), # of the four for each image: a quarter of the cost
+    'stage one without rotation':     teacher('stage one', rotation=False),
+    'stage one with label smoothing': teacher('stage one', smoothing=0.1),
+    'distilled teacher':              DISTILLED,
+    'student of stage one':           student(TEACHER),
+    'student of distilled teacher':   student(DISTILLED, 'student of stage one'),
+}
+
+@call_parse
+@exact_flags
+@delegates(table, but=['name', 'all_rows', 'init', 'teacher_view', 'pairs', 'rotation', 'rotations', 'smoothing']) # which the rows set
+def main(**kwargs):
+    "Which teacher a student learns most from"
+    made = table('teachers', ROWS, **kwargs)
+    if len(made.scored): save_figure(plot_rows(made.scored, 'Teachers, and students of them'), made.path('teachers'))
+    made.check()
