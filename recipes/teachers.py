@@ -27,8 +27,8 @@ ROWS = {
     'stage one without rotation':     teacher('stage one', rotation=False),
     'stage one with label smoothing': teacher('stage one', smoothing=0.1),
     'distilled teacher':              DISTILLED,
-    'student of stage one':           student(TEACHER),
-    'student of distilled teacher':   student(DISTILLED, 'student of stage one'),
+    'student of stage one':           student(TEACHER, 'student of distilled teacher'),
+    'student of distilled teacher':   student(DISTILLED),
 }
 
 @call_parse
