@@ -218,7 +218,7 @@ SHIPPED = sorted(p.parent.name for p in WEIGHTS.glob('*/config.json'))
 @pytest.mark.parametrize('name', SHIPPED)
 def test_shipped_weights_are_timms(name):
     "By the tag, as the architecture's default, for another number of classes and for grey images; listed; small"
-    assert name in timm.list_pretrained() and (WEIGHTS/name/'model.safetensors').stat().st_size < 1e6
+    assert name in timm.list_pretrained() and (WEIGHTS/name/'model.safetensors').stat().st_size < 2e6
     a,b = (timm.create_model(n, pretrained=True).eval() for n in (name, name.partition('.')[0]))
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad(): assert torch.equal(a(x), b(x)) and a(x).shape == (2, a.num_features) and a.num_classes == 0
@@ -229,10 +229,11 @@ def test_shipped_weights_are_timms(name):
     fresh = timm.create_model(name.partition('.')[0], num_classes=0)
     assert not torch.equal(fresh.stages[0][0].weight, a.stages[0][0].weight)
 
-def test_shipped_convnet4_is_4_x_64():
-    net = timm.create_model('convnet4.grdd_cifarfs', pretrained=True)
-    assert ([m.out_channels for m in net.modules() if isinstance(m, torch.nn.Conv2d)] == [64]*4
-            and sum(p.numel() for p in net.parameters()) <= 115_000)
+@pytest.mark.parametrize('name, widths, most', [('convnet4', [64, 64, 64, 64], 115_000), ('convnet4_256', [64, 96, 128, 256], 470_000)])
+def test_shipped_networks_have_the_widths_of_their_names(name, widths, most):
+    net = timm.create_model(f'{name}.grdd_cifarfs', pretrained=True)
+    assert ([m.out_channels for m in net.modules() if isinstance(m, torch.nn.Conv2d)] == widths
+            and sum(p.numel() for p in net.parameters()) <= most)
 
 def test_a_wrong_tag_is_an_error():
     with pytest.raises(RuntimeError, match='tag'): timm.create_model('convnet4.grdd_nothing', pretrained=True)
