@@ -55,6 +55,8 @@ class StageOne(Settings):
     rotation_from: Annotated[str, 'what FC4 reads of the category prediction: logits or probabilities', one_of('logits', 'probabilities'),
                              heading(lambda v: '' if v == 'logits' else f'rotation from {v}')] = 'logits'
     smoothing: Annotated[float, 'label smoothing of the categories in stage one', at_least(0, below=1), recorded(absent=0.)] = 0.
+    ema_decay: Annotated[float, 'decay of the exponential moving average of the weights of stage one, which is measured and kept; 0 for '
+                         'the weights themselves', at_least(0, below=1), recorded(absent=0.)] = 0.
     jitter: Annotated[bool, 'colour jitter in both stages', recorded(absent=True)] = True
     augment: Annotated[str, f"augmentation of both stages' images: {' or '.join(AUGMENTATIONS)}; batch works on a batch at once, "
                        'albumentations on one image after the other', one_of(*AUGMENTATIONS), recorded(absent='albumentations'),
@@ -106,7 +108,7 @@ def global_learner(
         model = GlobalNet(backbone, s.rotation, s.rotation_from, s.head)
     terms = [Rotation(s.rotation_weight, s.rotations)] if s.rotation else []
     return few_shot_learner(dls, model, CrossEntropyLossFlat(label_smoothing=s.smoothing), terms, seed=s.seed, splitter=body_and_head,
-                            **kwargs)
+                            ema_decay=s.ema_decay, **kwargs)
 
 
 class CosineHead(nn.Module):

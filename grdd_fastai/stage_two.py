@@ -55,6 +55,8 @@ class StageTwo(Settings):
     opt: Annotated[str, f'optimiser of stage two: {", ".join(OPTIMISERS)}', one_of(*OPTIMISERS), recorded(absent='sgd'),
                    flag('meta_opt')] = 'sgd'
     init: Annotated[str, "weights that the student starts from: cl, its stage one's, or random", one_of('cl', 'random')] = 'cl'
+    ema_decay: Annotated[float, 'decay of the exponential moving average of the weights of stage two, which is measured and kept; 0 for '
+                         'the weights themselves', at_least(0, below=1), recorded(absent=0.), flag('meta_ema_decay')] = 0.
     scale: Annotated[float, 'logit scale of the regulariser L_rt', positive] = 10.
     mean: Annotated[bool, "L_rt on the mean cosine with a class's support; without, on the sum (Eq. 14)"] = True
     jitter: Annotated[bool, 'colour jitter in both stages', recorded(absent=True)] = True
@@ -198,7 +200,7 @@ def meta_learner(
         with cpu_seed(s.seed): model = with_heads(model, [*terms, *kwargs['cbs']], teachers, dls.c)
     gamma = s.distill.gamma if terms else 1.
     return few_shot_learner(dls, model, EpisodicLoss(e.n_way, e.k_shot, e.n_query, s.scale, s.mean, gamma), terms, seed=s.seed,
-                            valid=dict(k_shot=e.k_shot) | (valid or {}), **kwargs)
+                            ema_decay=s.ema_decay, valid=dict(k_shot=e.k_shot) | (valid or {}), **kwargs)
 
 
 class StudentNet(nn.Module):

@@ -14,6 +14,7 @@ from grdd_fastai.experiments.table import CL, GR, table
 from grdd_fastai.settings import exact_flags
 from grdd_fastai.stage_two import get_preset
 
+SET_BY_THE_ROWS = ('rotation', 'rotations', 'smoothing', 'ema_decay', 'init', 'teacher_view', 'pairs')
 OF_ALL_ROWS = ('n_episodes', 'jitter', 'augment', 'seed') # settings that flags change for all rows
 ITSELF = {k:v for k,v in get_preset('muon').but(epochs=6).values().items() if k not in OF_ALL_ROWS}
 def teacher(*versus, **changes): return CL | dict(psi='teacher', versus=versus, stage_one=dict(rotation=True) | changes)
@@ -26,6 +27,7 @@ ROWS = {
     'stage one with one angle':       teacher('stage one', rotations=1), # of the four for each image: a quarter of the cost
     'stage one without rotation':     teacher('stage one', rotation=False),
     'stage one with label smoothing': teacher('stage one', smoothing=0.1),
+    'stage one with moving average':  teacher('stage one', ema_decay=0.999), # of the weights
     'distilled teacher':              DISTILLED,
     'student of stage one':           student(TEACHER, 'student of distilled teacher'),
     'student of distilled teacher':   student(DISTILLED),
@@ -33,7 +35,7 @@ ROWS = {
 
 @call_parse
 @exact_flags
-@delegates(table, but=['name', 'all_rows', 'init', 'teacher_view', 'pairs', 'rotation', 'rotations', 'smoothing']) # which the rows set
+@delegates(table, but=['name', 'all_rows', *SET_BY_THE_ROWS])
 def main(**kwargs):
     "Which teacher a student learns most from"
     made = table('teachers', ROWS, **kwargs)

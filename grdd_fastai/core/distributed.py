@@ -115,7 +115,10 @@ def unwrapped(model):
 
 def backbone_of(learn):
     "The backbone that a Learner of either stage trains, without the heads of stage one and the wrapper of a distributed fit"
-    model = unwrapped(learn.model)
+    return without_heads(unwrapped(learn.model))
+
+def without_heads(model):
+    "The backbone of a network in training; a network without heads is its own backbone"
     return getattr(model, 'backbone', model)
 
 def log(text):

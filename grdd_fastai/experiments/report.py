@@ -21,7 +21,8 @@ FIGURES = dict(figure3='Figure 3: t-SNE of five novel classes', figure5="Figure 
 WEIGHTS = 'grdd_fastai/weights'
 CLASSES = dict(val='validation', novel='novel')
 MARKS = '<!-- measured: written by recipes/report.py -->','<!-- /measured -->'
-NETWORKS = dict(convnet4='ConvNet-4, 64-64-64-64', convnet4_256='ConvNet-4, 64-96-128-256', resnet12='ResNet-12', resnet12_320='ResNet-12, half as wide')
+NETWORKS = dict(convnet4='ConvNet-4, 64-64-64-64', convnet4_256='ConvNet-4, 64-96-128-256',
+                resnet12='ResNet-12', resnet12_320='ResNet-12, half as wide')
 CHOSEN = 'as chosen on the validation classes'
 GRDD_TIM = {'ConvNet-4':('79.9 ± 0.2', '87.9 ± 0.2'), 'ResNet-12':('85.4 ± 0.2', '91.1 ± 0.2')} # the paper's accuracies, 1-shot and 5-shot
 COSINE,RFS = 'cosine','logistic regression, five views of each support image'

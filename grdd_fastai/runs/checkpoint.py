@@ -83,8 +83,9 @@ class Deadline:
 # ---- a Learner's state as tensors and JSON ----------------------------------------------------------------------------
 
 def learner_state(learn):
-    "(tensors, meta) of a `FewShotLearner`: weights, optimiser, best weights so far, history and running means"
+    "(tensors, meta) of a `FewShotLearner`: weights, their moving average, optimiser, best weights so far, history and running means"
     tensors = {f'model/{k}':v for k,v in unwrapped(learn.model).state_dict().items()}
+    if hasattr(learn, 'ema'): tensors.update({f'ema/{k}':v for k,v in learn.ema.average.state_dict().items()})
     opt = learn.opt.state_dict()
     scalars = {}
     for i,state in opt['state'].items():
@@ -113,6 +114,7 @@ def load_learner_state(learn, tensors, meta, where='the checkpoint'):
     """
     device = learn.dls.device
     load_state(unwrapped(learn.model), with_prefix(tensors, 'model/'), where)
+    if hasattr(learn, 'ema'): load_state(learn.ema.average, with_prefix(tensors, 'ema/'), where)
     opt = learn.opt.opt if hasattr(learn.opt, 'opt') else learn.opt
     params = [p for g in opt.param_groups for p in g['params']]
     state = {}

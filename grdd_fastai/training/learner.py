@@ -15,6 +15,7 @@ from ..core.distributed import rank_world
 from ..core.errors import UserError
 from .callbacks import Autocast, LightRecorder, Seeded, SmoothLoss, UndoAfterFit
 from .distributed import Distributed
+from .ema import EMA
 from .optim import sgd
 from .validation import FewShotAccuracy, KeepBest
 
@@ -85,6 +86,7 @@ def few_shot_learner(
     keep_best=True, # at the end, load the weights of the epoch with the best accuracy on the validation classes
     channels_last=True, # channels_last memory format of the convolutions
     compile=False, # compile the network with torch.compile: True or a dict of its options; slower on a CPU (benchmarks/README.md)
+    ema_decay=0., # decay of a moving average of the weights (`EMA`), which is measured and kept; 0: the weights themselves
     valid=None, # dict of the settings of the validation episodes: n_way=5, k_shot=1, n_query=15, n_episodes=1000, seed=0
     opt_func=sgd, # fastai optimiser
     wd=5e-4, # weight decay
@@ -104,7 +106,7 @@ def few_shot_learner(
         names = ', '.join(known)
         raise UserError(f'valid has no setting {wrong!r}: its settings are {names}')
     cbs = [Seeded(seed), LightRecorder(), *([Autocast()] if amp else []), *stage_cbs, FewShotAccuracy(**valid),
-           *([KeepBest()] if keep_best else []), *L(cbs)]
+           *([EMA(ema_decay)] if ema_decay else []), *([KeepBest()] if keep_best else []), *L(cbs)]
     learn = FewShotLearner(dls, model, loss_func=loss_func, opt_func=opt_func, wd=wd, cbs=cbs, **kwargs)
     learn.recorder.smooth_loss = SmoothLoss(learn.recorder.smooth_loss.beta)
     learn.recorder.train_metrics = True

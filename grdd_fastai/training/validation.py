@@ -3,11 +3,12 @@ from fastai.callback.core import CancelValidException
 from fastai.callback.tracker import TrackerCallback
 from torch.nn.parallel import DistributedDataParallel
 
-from ..core.distributed import backbone_of, unwrapped
+from ..core.distributed import without_heads
 from ..data.episodes import indices_by_class
 from ..fewshot.embed import embed
 from ..fewshot.evaluate import evaluate
 from .callbacks import ShowsMetrics, amp_dtype
+from .ema import measured_network
 
 __all__ = ['FewShotAccuracy', 'KeepBest']
 
@@ -30,9 +31,9 @@ class FewShotAccuracy(ShowsMetrics):
         e = self.episodes
         indices_by_class(self.dls.valid.labels(), e['n_way'], e['k_shot'], e['n_query'], 'the validation set')
     def measure(self):
-        "`Evaluation` of the model with its present weights"
+        "`Evaluation` of the network with its present weights, or of their moving average"
         several = isinstance(self.model, DistributedDataParallel)
-        h,y = embed(backbone_of(self.learn), self.dls.valid.plain(), amp_dtype(self.learn), distributed=several)
+        h,y = embed(without_heads(measured_network(self.learn)), self.dls.valid.plain(), amp_dtype(self.learn), distributed=several)
         return evaluate(h, y, **self.episodes, distributed=several)
     def after_train(self):
         if not hasattr(self.learn, 'lr_finder'): self.last = self.measure().accuracy
@@ -54,7 +55,7 @@ class KeepBest(TrackerCallback):
         super().after_epoch()
         if self.new_best:
             self.best_epoch = self.epoch
-            self.best_state = {k:v.detach().clone() for k,v in unwrapped(self.model).state_dict().items()}
+            self.best_state = {k:v.detach().clone() for k,v in measured_network(self.learn).state_dict().items()}
     def after_fit(self):
         super().after_fit()
         if self.best_state: self.model.load_state_dict(self.best_state)

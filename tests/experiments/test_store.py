@@ -93,3 +93,13 @@ def test_a_term_that_trains_layers_comes_to_the_same_bits_after_stops(small, tmp
     student, = (k for k in net_weights(tmp_path/'a') if k.startswith('gr'))
     assert sessions > 3 and net_weights(tmp_path/'a') == net_weights(tmp_path/'b')
     assert not [k for k in load_file(tmp_path/'a'/student/'net.safetensors') if 'heads' in k or 'backbone' in k] # the student alone
+
+def test_a_moving_average_comes_to_the_same_bits_after_stops(small, tmp_path):
+    "In both stages; without it the weights are others"
+    small = small | dict(episodes=8)
+    def rows(**ema): return {'x':GR | dict(phi='student', stage_one=dict(bs=16) | ema, stage_two=ema)}
+    table('a', rows(ema_decay=.9), out=tmp_path/'a', **small)
+    while not len(table('a', rows(ema_decay=.9), out=tmp_path/'b', max_minutes=1e-9, **small).scored): pass
+    table('a', rows(), out=tmp_path/'c', **small)
+    a,b,c = (net_weights(tmp_path/f) for f in 'abc')
+    assert len(a) == len(c) == 2 and a == b and not set(a.values()) & set(c.values())
