@@ -20,6 +20,7 @@ from .data.blocks import category_dls, default_bs
 from .data.cache import FewShotData
 from .losses import relatedness
 from .models.create import create_backbone, feature_size, features
+from .models.resnet12 import set_drop_steps
 from .settings import Bound, Settings, at_least, between, declared, flag, heading, one_of, positive, recorded, with_settings
 from .training.callbacks import LossTerm
 from .training.learner import check_dls, few_shot_learner
@@ -55,6 +56,9 @@ class StageOne(Settings):
     rotation_from: Annotated[str, 'what FC4 reads of the category prediction: logits or probabilities', one_of('logits', 'probabilities'),
                              heading(lambda v: '' if v == 'logits' else f'rotation from {v}')] = 'logits'
     smoothing: Annotated[float, 'label smoothing of the categories in stage one', at_least(0, below=1), recorded(absent=0.)] = 0.
+    drop_ramp: Annotated[float|None, 'part of the steps of stage one after which the DropBlock of a ResNet-12 reaches its full rate '
+                         '(40,000 steps, as in official code)', Bound('above 0 and at most 1', lambda v: 0 < v <= 1),
+                         recorded(absent=None)] = None
     ema_decay: Annotated[float, 'decay of the exponential moving average of the weights of stage one, which is measured and kept; 0 for '
                          'the weights themselves', at_least(0, below=1), recorded(absent=0.)] = 0.
     jitter: Annotated[bool, 'colour jitter in both stages', recorded(absent=True)] = True
@@ -76,7 +80,7 @@ class StageOne(Settings):
 
 # type of the parameter `teacher_epochs` of a program, with its help and its bound
 TeacherEpochs = Annotated[int, "epochs of the teacher's stage one (as --epochs)", between(1, 10**6)]
-OF_DATA_AND_FIT = ('arch', 'epochs', 'schedule', 'lr', 'warmup', 'opt', 'bs', 'jitter', 'augment') # `global_learner` takes the others
+OF_DATA_AND_FIT = ('arch', 'epochs', 'schedule', 'lr', 'warmup', 'opt', 'bs', 'drop_ramp', 'jitter', 'augment') # `global_learner` takes the others
 
 
 def stage_one(data:FewShotData, s:StageOne, **kwargs) -> tuple[Learner, Callable]:
@@ -84,6 +88,7 @@ def stage_one(data:FewShotData, s:StageOne, **kwargs) -> tuple[Learner, Callable
     dls = category_dls(data, s.bs or default_bs(data), aug=train_augmentation(data.px, s.jitter, s.augment), seed=s.seed)
     own = {k:v for k,v in s.values().items() if k not in OF_DATA_AND_FIT}
     learn = global_learner(dls, s.arch, opt_func=OPTIMISERS[s.opt], **own, **kwargs)
+    if s.drop_ramp is not None: set_drop_steps(learn.model, max(1, round(s.drop_ramp*s.epochs*len(dls.train))))
     return learn,fit_function(s, dls.train.bs)
 
 

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .backbone import FewShotBackbone, cfg, cfgs_of_weights, create
 
-__all__ = ['ResNet12', 'ScheduledDropBlock']
+__all__ = ['ResNet12', 'ScheduledDropBlock', 'set_drop_steps']
 
 
 @register_notrace_module
@@ -39,6 +39,12 @@ class ScheduledDropBlock(nn.Module):
         corners = torch.rand(B, C, *places, device=x.device) < self.rate() * (H*W) / (k*k*places[0]*places[1]) # rate gamma of section 3.2
         kept = 1 - F.max_pool2d(F.pad(corners.float(), [k-1]*4), k, stride=1) # each corner becomes a square
         return x * (kept * (kept.numel() / kept.sum().clamp(min=1))).to(x.dtype)
+
+
+def set_drop_steps(net, n_steps):
+    "Let every `ScheduledDropBlock` of a network reach its full rate after `n_steps` training batches"
+    for m in net.modules():
+        if isinstance(m, ScheduledDropBlock): m.n_steps = n_steps
 
 
 class ResNet12Block(nn.Module):

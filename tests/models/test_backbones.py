@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers import fit, same_state, stage_one_learner
+from fastai.callback.core import Callback
+from helpers import fit, same_state, says, stage_one_learner
 from naive import BACKBONES, PUBLISHED, dropped_squares, kept_share, published_convnet4, published_resnet12_block
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
@@ -20,6 +21,7 @@ from grdd_fastai.fewshot.embed import embed
 from grdd_fastai.fewshot.evaluate import evaluate
 from grdd_fastai.models.backbone import WEIGHTS
 from grdd_fastai.models.resnet12 import ResNet12, ScheduledDropBlock
+from grdd_fastai.stage_one import StageOne, stage_one
 
 # ---- timm's contract --------------------------------------------------------------------------------------------------
 
@@ -209,6 +211,21 @@ def test_dropblock_counts_on_after_weights_are_loaded(data):
     learn.model.load_state_dict(start)
     fit(learn, 1, .01)
     assert drop.step.item() == 2 and drop.rate().item() == pytest.approx(.1*2/40_000) and not same_state(start, learn.model.state_dict())
+
+def test_dropblock_reaches_its_full_rate_in_a_part_of_the_steps(data):
+    "2 epochs of 2 steps: at half of them after one epoch; a network without DropBlock takes no notice"
+    learn,fit_it = stage_one(data, StageOne(arch='resnet12', epochs=2, bs=60, rotation=False, drop_ramp=.5), keep_best=False)
+    rates = []
+    class Rate(Callback):
+        run_valid = False
+        def after_batch(self): rates.extend(m.rate().item() for m in self.model.modules() if isinstance(m, ScheduledDropBlock))
+    learn.add_cb(Rate())
+    with learn.no_bar(), learn.no_logging(): fit_it(learn)
+    assert rates == pytest.approx([.05, .05, .1, .1, .1, .1, .1, .1])
+    stage_one(data, StageOne(arch='convnet4', drop_ramp=.5))
+
+@pytest.mark.parametrize('wrong', [0., 1.5])
+def test_a_ramp_that_cannot_be(wrong): says(lambda: StageOne(drop_ramp=wrong), 'drop_ramp is', 'above 0 and at most 1')
 
 
 # ---- the package's weights --------------------------------------------------------------------------------------------
