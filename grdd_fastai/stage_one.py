@@ -80,7 +80,7 @@ class StageOne(Settings):
 
 # type of the parameter `teacher_epochs` of a program, with its help and its bound
 TeacherEpochs = Annotated[int, "epochs of the teacher's stage one (as --epochs)", between(1, 10**6)]
-OF_DATA_AND_FIT = ('arch', 'epochs', 'schedule', 'lr', 'warmup', 'opt', 'bs', 'drop_ramp', 'jitter', 'augment') # `global_learner` takes the others
+OF_DATA_AND_FIT = ('arch', 'epochs', 'schedule', 'lr', 'warmup', 'opt', 'bs', 'drop_ramp', 'jitter', 'augment') # not of `global_learner`
 
 
 def stage_one(data:FewShotData, s:StageOne, **kwargs) -> tuple[Learner, Callable]:
