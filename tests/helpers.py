@@ -319,7 +319,10 @@ def steps(data):
     one = global_learner(category_dls(data, bs=40), create_backbone('convnet4', 6, 16), valid=valid, amp=False, keep_best=False)
     two = meta_learner(episodic_dls(data, 3, 1, 4, n_episodes=6, episodes_per_step=2), create_backbone('convnet4', 0, 16, seed=1),
                        create_backbone('convnet4', 0, 16, seed=2), valid=valid, amp=False, keep_best=False)
-    for learn in (one, two):
+    layers = meta_learner(episodic_dls(data, 3, 1, 4, n_episodes=6, episodes_per_step=2), create_backbone('convnet4', 0, 16, seed=1),
+                          create_backbone('convnet4', 0, 16, seed=2), kd_weight=1., regression_weight=1., ema_decay=.5, valid=valid,
+                          amp=False, keep_best=False) # terms that train layers; the fit ends with the moving average
+    for learn in (one, two, layers):
         with learn.distrib_ctx(), learn.no_bar(), learn.no_logging(): learn.fit(2, .005) # with larger ones float32's rounding grows
         assert rank_world()[1] == 1 or not hasattr(learn, 'distributed')
     h,y = embed(two.model, plain_dl(data, 'test', bs=32), distributed=several)
@@ -327,7 +330,7 @@ def steps(data):
     apart = global_learner(category_dls(data, bs=40), create_backbone('convnet4', 6, 16), valid=valid, amp=False)
     with apart.distrib_ctx(sync_bn=False), apart.no_bar(), apart.no_logging(): apart.fit(1, .05)
     assert all('forward' not in vars(m) for learn in (one, two, apart) for m in learn.model.modules())
-    return dict(one=one.model.state_dict(), two=two.model.state_dict(), h=h, y=y, norm=apart.model.state_dict(),
+    return dict(one=one.model.state_dict(), two=two.model.state_dict(), layers=layers.model.state_dict(), h=h, y=y, norm=apart.model.state_dict(),
                 lr=torch.tensor(one.opt.hypers[-1]['lr']),
                 accuracies=torch.from_numpy(evaluate(h, y, **WORDS, distributed=several).episodes),
                 shown=torch.tensor(list(one.recorder.values[-1])[:4]))

@@ -45,13 +45,14 @@ def both(faint, cache, tmp_path_factory):
     return steps(few_shot_data(faint, px=16, cache=cache)),torch.load(out/'0.pt'),torch.load(out/'1.pt')
 
 
-@pytest.mark.parametrize('stage', ['one', 'two'])
+@pytest.mark.parametrize('stage', ['one', 'two', 'layers'])
 def test_two_processes_take_the_steps_of_one(both, stage):
     alone,a,b = both
     start = create_backbone('convnet4', 6, 16).state_dict() if stage == 'one' else create_backbone('convnet4', 0, 16, seed=1).state_dict()
     for k,v in alone[stage].items():
         assert torch.equal(a[stage][k], b[stage][k]) and torch.allclose(a[stage][k], v, rtol=1e-3, atol=2e-5), k
         if k.endswith('0.0.weight'): assert (v - start[k.removeprefix('backbone.')]).abs().max() > 1e-3 # far more than that
+    assert stage != 'layers' or any(k.startswith('heads.') for k in alone[stage])
 
 @pytest.mark.parametrize('arch', ['resnet12', 'efficientnet_lite0'])
 def test_batch_norm_is_over_all_processes(both, arch):
