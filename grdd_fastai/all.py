@@ -13,12 +13,12 @@ from .experiments.plots import plot_relatedness, plot_tsne
 from .fewshot.classifiers import CLASSIFIERS, register_classifier
 from .fewshot.embed import cached_features, embed
 from .fewshot.evaluate import evaluate
-from .fewshot.predict import FewShotClassifier
 from .fewshot.stats import compare
 from .grdd import grdd
 from .losses import EpisodicLoss, relatedness
 from .models.create import create_backbone
 from .models.pretrained import load_network
+from .photos.classifier import FewShotClassifier
 from .stage_one import Rotation, StageOne, global_learner, stage_one
 from .stage_two import StageTwo, get_preset, known_features, meta_learner, stage_two
 from .terms import DistillationTerm

@@ -330,8 +330,8 @@ def steps(data):
     apart = global_learner(category_dls(data, bs=40), create_backbone('convnet4', 6, 16), valid=valid, amp=False)
     with apart.distrib_ctx(sync_bn=False), apart.no_bar(), apart.no_logging(): apart.fit(1, .05)
     assert all('forward' not in vars(m) for learn in (one, two, apart) for m in learn.model.modules())
-    return dict(one=one.model.state_dict(), two=two.model.state_dict(), layers=layers.model.state_dict(), h=h, y=y, norm=apart.model.state_dict(),
-                lr=torch.tensor(one.opt.hypers[-1]['lr']),
+    return dict(one=one.model.state_dict(), two=two.model.state_dict(), layers=layers.model.state_dict(), norm=apart.model.state_dict(),
+                h=h, y=y, lr=torch.tensor(one.opt.hypers[-1]['lr']),
                 accuracies=torch.from_numpy(evaluate(h, y, **WORDS, distributed=several).episodes),
                 shown=torch.tensor(list(one.recorder.values[-1])[:4]))
 

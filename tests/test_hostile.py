@@ -10,9 +10,9 @@ from helpers import NO_FOLDER, files_of, laid_out, posix, recipe, says, settings
 from grdd_fastai.data.cache import few_shot_data
 from grdd_fastai.data.sources import open_source, prepare
 from grdd_fastai.experiments.table import CL, EL, table
-from grdd_fastai.fewshot.predict import FewShotClassifier
 from grdd_fastai.models.create import create_backbone
 from grdd_fastai.models.pretrained import load_network
+from grdd_fastai.photos.classifier import FewShotClassifier
 
 CL_EL = {'CL':CL, 'CL+EL':EL}
 

@@ -1,21 +1,16 @@
 """Publish a trained network as a folder that timm loads: weights, config, measured accuracies and a model card."""
-import copy
 import os
 import queue
 import shlex
-import tempfile
 import threading
-from pathlib import Path
 
 from huggingface_hub import HfApi
-from safetensors.torch import save
-from timm.models._hub import save_config_for_hf
 
 from ..core.errors import UserError, first_line
-from ..core.storage import atomic_write, on_cpu, output_folder, read_json, user_path, write_json
+from ..core.storage import atomic_write, output_folder, read_json, user_path, write_json
 from ..fewshot.stats import mean_ci95
 from ..models.backbone import WEIGHTS
-from ..models.pretrained import load_network
+from ..models.pretrained import load_network, save_network
 from ..runs.provenance import command, public_word
 from ..settings import absent
 from ..stage_one import StageOne
@@ -133,15 +128,9 @@ def publish(
     """
     folder = user_path(folder, '--out')
     name = name or folder.name
-    net = copy.deepcopy(net).cpu().eval()
-    net.reset_classifier(0)
-    mean,std = about['stats']
-    cfg = dict(license=LICENSE, tag=name.partition('.')[2], input_size=(3, about['px'], about['px']))
     check_own(folder, about)
-    with output_folder(folder), tempfile.TemporaryDirectory() as tmp:
-        atomic_write(folder/'model.safetensors', save(on_cpu(net.state_dict()), metadata=dict(format='pt')))
-        save_config_for_hf(net, Path(tmp)/'config.json', dict(pretrained_cfg=cfg), data_config=dict(mean=mean, std=std, crop_pct=1.))
-        atomic_write(folder/'config.json', (Path(tmp)/'config.json').read_bytes())
+    with output_folder(folder):
+        save_network(net, folder, about['px'], *about['stats'], license=LICENSE, tag=name.partition('.')[2])
         write_json(folder/'measured.json', about)
         shipped = folder.resolve().parent == WEIGHTS
         load = f'hf-hub:{hub}' if hub else name if shipped else f'local-dir:{public_word(str(folder))}'

@@ -1,6 +1,8 @@
 """Trained networks by name or path, and the files with their weights."""
+import copy
 import inspect
 import re
+import tempfile
 from pathlib import Path
 
 import timm
@@ -8,12 +10,13 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import save
+from timm.models._hub import save_config_for_hf
 
 from ..core.errors import UserError, first_line
 from ..core.storage import atomic_write, check_state, digest, load_state, on_cpu, read_json, read_safetensors, user_path, write_json
 from .create import check_backbone, check_input_config, create_backbone
 
-__all__ = ['load_network', 'save_weights', 'load_weights']
+__all__ = ['load_network', 'save_network', 'save_weights', 'load_weights']
 
 
 RUNS = ('net', 'student_grdd') # names of the network that a run saves
@@ -124,6 +127,22 @@ def _from_hub(repo):
     except Exception as e:
         raise UserError(f'the weights of hf-hub:{repo} cannot be loaded ({first_line(e)}): check the name and the connection') from None
     return Path(files[0]).parent
+
+def save_network(net, folder, px, mean, std, **cfg):
+    """Write `model.safetensors` and timm's `config.json` of a timm model, without its classifier, for images of side `px` with mean and std
+
+    Further entries of its `pretrained_cfg` are given by keyword. `load_network` and timm's `local-dir:` read the folder.
+    """
+    folder = Path(folder)
+    net = copy.deepcopy(net).cpu().eval()
+    net.reset_classifier(0)
+    data = timm.data.resolve_model_data_config(net) | dict(input_size=(3, px, px), mean=tuple(mean), std=tuple(std))
+    with tempfile.TemporaryDirectory() as tmp:
+        save_config_for_hf(net, Path(tmp)/'config.json', dict(pretrained_cfg=dict(input_size=(3, px, px)) | cfg), data_config=data)
+        config = (Path(tmp)/'config.json').read_bytes()
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write(folder/'model.safetensors', save(on_cpu(net.state_dict()), metadata=dict(format='pt')))
+    atomic_write(folder/'config.json', config)
 
 def save_weights(model, path, **card):
     "Write the weights of `model` to `path`.safetensors, and `card` with their checksum to `path`.json; same weights give the same bytes"

@@ -8,8 +8,8 @@ from PIL import Image
 
 from grdd_fastai.data.cache import few_shot_data
 from grdd_fastai.data.images import decode
-from grdd_fastai.fewshot.predict import FewShotClassifier
 from grdd_fastai.models.create import create_backbone
+from grdd_fastai.photos.classifier import FewShotClassifier
 
 
 @pytest.mark.parametrize('mode, suffix',

@@ -11,9 +11,9 @@ from helpers import recipe
 from grdd_fastai.core.errors import UserError
 from grdd_fastai.fewshot.classifiers import CLASSIFIERS, get_classifier, register_classifier, split_names, with_base_mean
 from grdd_fastai.fewshot.evaluate import evaluate
-from grdd_fastai.fewshot.predict import FewShotClassifier
 from grdd_fastai.fewshot.tune import FACTORS, tune
 from grdd_fastai.models.create import create_backbone
+from grdd_fastai.photos.classifier import FewShotClassifier
 
 Y = np.repeat(np.arange(8), 20)
 

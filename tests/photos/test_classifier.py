@@ -1,7 +1,9 @@
 """A few images a class to predictions: those of the features by hand, and a sentence for what cannot be."""
 import os
+import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 import timm
 import torch
@@ -12,8 +14,8 @@ from PIL import Image
 from grdd_fastai.core.errors import UserError
 from grdd_fastai.data.blocks import category_dls, episodic_dls
 from grdd_fastai.data.cache import few_shot_data
-from grdd_fastai.fewshot.predict import FewShotClassifier
 from grdd_fastai.models.create import create_backbone, features
+from grdd_fastai.photos.classifier import FewShotClassifier
 from grdd_fastai.stage_one import global_learner
 from grdd_fastai.stage_two import meta_learner
 
@@ -105,7 +107,7 @@ def test_a_photo_that_is_none_gets_a_sentence(tmp_path, target):
     net = create_backbone('convnet4', 0)
     says(lambda: FewShotClassifier(net).fit([f, f], ['a', 'b']), 'photo.png cannot be read as an image')
 
-@pytest.mark.parametrize('images', [torch.zeros(2, 3, 8, 8), [5, 5], None, 7])
+@pytest.mark.parametrize('images', [torch.zeros(2, 4, 8, 8), torch.full((2, 3, 8, 8), 9.), [5, 5], None, 7])
 def test_images_that_are_none(images): says(lambda: FewShotClassifier(create_backbone('convnet4', 0)).fit(images, ['a', 'b']))
 
 @pytest.mark.parametrize('labels, says', [(['a', float('nan')], 'a label is missing'), (['a', None], 'a label is missing'),
@@ -130,3 +132,107 @@ def test_the_device_can_be_chosen():
     net = create_backbone('convnet4', 0, 16)
     assert next(FewShotClassifier(net, device='cpu').net.parameters()).device.type == 'cpu'
     says(lambda: FewShotClassifier(net, device='nonsense'), "the device 'nonsense'", 'cpu')
+
+
+# ---- the support changes ----------------------------------------------------------------------------------------------
+
+RNG = np.random.default_rng(0)
+IMAGES = [RNG.integers(0, 256, (30, 30, 3), np.uint8) for _ in range(9)]
+LABELS = list('aaabbbccc')
+
+@pytest.mark.parametrize('classifier', ['cosine', 'ridge'])
+def test_adding_and_removing_is_fitting_what_is_there_then(net, classifier):
+    whole = FewShotClassifier(net, classifier).fit(IMAGES, LABELS)
+    few = FewShotClassifier(net, classifier).partial_fit(IMAGES[3:8], LABELS[3:8]).add(IMAGES[:3], 'a').add(IMAGES[8], 'c')
+    assert few.vocab == list('abc') and np.allclose(few.logits(IMAGES), whole.logits(IMAGES), atol=1e-5)
+    few.remove('b')
+    want = FewShotClassifier(net, classifier).fit(IMAGES[:3] + IMAGES[6:], list('aaaccc'))
+    assert few.vocab == ['a', 'c'] and np.allclose(few.logits(IMAGES), want.logits(IMAGES), atol=1e-5)
+
+def test_changes_that_cannot_be_change_nothing(net):
+    few = FewShotClassifier(net).fit(IMAGES, LABELS)
+    before = few.logits(IMAGES)
+    says(lambda: few.remove('d'), "no class 'd'", 'a, b, c')
+    says(lambda: few.add(IMAGES[0], 5), 'some labels are text')
+    says(lambda: few.add('gone.png', 'a'), 'gone.png')
+    says(lambda: FewShotClassifier(net).fit(IMAGES[:4], list('aabb')).remove('a'), 'at least two')
+    assert few.logits(IMAGES).equals(before) and len(few.files) == 9
+
+@pytest.mark.parametrize('classifier', ['cosine', 'prototype_cosine', 'simpleshot_l2n', 'ridge', 'logistic'])
+def test_a_class_of_many_photos_is_not_favoured(classifier):
+    "Of a class far away, twenty photos in place of two do not draw the photos of the others"
+    torch.manual_seed(0)
+    centre = torch.randn(3, 40)
+    def of(c, n): return centre[c] + .3*torch.randn(n, 40)
+    class Known(torch.nn.Module): # images hold their features
+        pretrained_cfg = dict(input_size=(3, 1, 1), mean=(0.,)*3, std=(1.,)*3)
+        def __init__(self):
+            super().__init__()
+            self.w,self.rows = torch.nn.Parameter(torch.zeros(1)),[]
+        def forward(self, x): return torch.stack([self.rows.pop(0) for _ in x])
+    net = Known()
+    few = FewShotClassifier(net, classifier)
+    support = torch.cat([of(0, 2), of(1, 2), of(2, 20)])
+    net.rows = list(support)
+    few.fit([IMAGES[0]]*24, ['a']*2 + ['b']*2 + ['c']*20)
+    net.rows = list(torch.cat([of(0, 30), of(1, 30)]))
+    assert few.predict([IMAGES[0]]*60) == ['a']*30 + ['b']*30
+
+
+# ---- tables, scores and unreadable photos -----------------------------------------------------------------------------
+
+def test_unreadable_photos_are_left_out_with_a_warning(photos, net, tmp_path):
+    (tmp_path/'bad.png').write_bytes(b'no image')
+    few = FewShotClassifier.from_folder(photos/'few', net)
+    with pytest.warns(UserWarning, match=r'1 of 3 photos are left out: .*bad.png cannot be read'):
+        assert few.predict([photos/'more'/'red0.png', tmp_path/'bad.png', photos/'more'/'blue0.png']) == ['red', None, 'blue']
+    with pytest.warns(UserWarning): logits = few.logits([tmp_path/'bad.png', photos/'more'/'red0.png'])
+    assert logits.iloc[0].isna().all() and logits.iloc[1].notna().all()
+    files = sorted((photos/'few').rglob('*.png'))
+    with pytest.warns(UserWarning, match='1 of 10'):
+        again = FewShotClassifier(net).fit([*files, tmp_path/'bad.png'], [*(f.parent.name for f in files), 'red'])
+    assert torch.equal(again.support, few.support) and again.files == few.files
+    says(lambda: FewShotClassifier(net, errors='raise').fit([*files, tmp_path/'bad.png'], ['a']*5 + ['b']*5), 'bad.png')
+    says(lambda: FewShotClassifier(net).fit([*files, tmp_path/'bad.png'], ['a']*5 + ['b']*4 + ['c']), "no photo of class 'c'")
+    says(lambda: few.predict(tmp_path/'bad.png'), 'none of the photos can be read')
+    says(lambda: FewShotClassifier(net, errors='ignore'), "errors is 'ignore'")
+
+def test_the_table_by_hand(photos, net, tmp_path):
+    (tmp_path/'bad.png').write_bytes(b'no image')
+    few = FewShotClassifier.from_folder(photos/'few', net)
+    files = sorted((photos/'more').iterdir())
+    with pytest.warns(UserWarning): table = few.predict_table([*files, tmp_path/'bad.png'])
+    assert list(table.columns) == ['file', 'class', 'runner_up', 'nearest', 'distance', 'problem']
+    assert table.file.tolist() == [*map(str, files), str(tmp_path/'bad.png')] and table['class'].tolist()[:-1] == few.predict(files)
+    last = table.iloc[-1]
+    assert pd.isna(last['class']) and 'cannot be read' in last.problem and not any(table.problem[:-1])
+    h = few.embed(files[0])[0]
+    logits = few.logits(files[0]).iloc[0]
+    best = min((1 - float(torch.cosine_similarity(h, s, dim=0)), f) for s,f in zip(few.support, few.files, strict=True)
+               if f.split('/')[-2] == logits.idxmax())
+    assert table.runner_up[0] == logits.nlargest(2).index[1] and table.distance[0] == pytest.approx(best[0], abs=1e-4)
+    assert table.nearest[0] == best[1]
+
+def test_the_score_is_the_share_of_right_ones(photos, net):
+    few = FewShotClassifier.from_folder(photos/'few', net)
+    files = sorted((photos/'more').iterdir())
+    truth = [f.stem[:-1] for f in files]
+    assert few.score(photos/'more', truth) == 1 and few.score(files, ['red']*12) == pytest.approx(4/12)
+    says(lambda: few.score(files, ['red']), '12 images and 1 labels')
+
+def test_tables_of_files_and_classes(photos, net, tmp_path):
+    files = sorted((photos/'few').rglob('*.png'))
+    df = pd.DataFrame(dict(photo=[f.relative_to(photos) for f in files], kind=[f.parent.name for f in files]))
+    want = FewShotClassifier.from_folder(photos/'few', net)
+    few = FewShotClassifier.from_df(df, net, folder=photos, x='photo', y='kind')
+    df.to_csv(photos/'few.csv', index=False)
+    csv = FewShotClassifier.from_csv(photos/'few.csv', net, x='photo', y='kind')
+    assert few.vocab == csv.vocab == want.vocab and torch.equal(few.support, want.support) and torch.equal(csv.support, want.support)
+    says(lambda: FewShotClassifier.from_df(df, net), "no column 'filename'", 'photo, kind')
+    says(lambda: FewShotClassifier.from_csv(tmp_path/'gone.csv', net), 'gone.csv cannot be read')
+    says(lambda: FewShotClassifier.from_df(df.assign(photo=None), net, x='photo', y='kind'), '9 rows of the table have no file')
+
+def test_hidden_folders_are_no_class(photos, net, tmp_path):
+    shutil.copytree(photos/'few', tmp_path/'few')
+    write_images(tmp_path/'few'/'.cache', ['x.png'], 20)
+    assert FewShotClassifier.from_folder(tmp_path/'few', net).vocab == ['blue', 'green', 'red']

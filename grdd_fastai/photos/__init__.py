@@ -1,0 +1,1 @@
+"""From a few photos of each class to a classifier of photos."""

@@ -1,0 +1,280 @@
+"""A classifier of photos that is made from a few labelled photos of each class."""
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import timm
+import torch
+import torch.nn.functional as F
+from fastai.learner import Learner
+from fastai.torch_core import default_device
+from torch import nn
+
+from ..core.device import ieee_float32
+from ..core.distributed import backbone_of
+from ..core.errors import UserError, first_line
+from ..core.storage import MAX_SIDE, user_path
+from ..data.archives import IMAGES, Folder
+from ..fewshot.classifiers import check_classifier_settings, check_scale, get_classifier
+from ..fewshot.evaluate import checked_logits, is_missing
+from ..models.create import check_input_config, features, input_config
+from ..models.pretrained import load_network
+from .reading import UnreadablePhoto, list_photos, load_photos, photo_name, warn_of
+from .saving import load_classifier, save_classifier
+
+__all__ = ['FewShotClassifier']
+
+
+class FewShotClassifier:
+    """Few-shot classifier of photos: `FewShotClassifier('convnet4.grdd_cifarfs').fit(photos, labels).predict(others)`
+
+    Nothing is trained: the features of the photos are compared. Photos are whatever `list_photos` takes: files, folders, patterns, PIL
+    images, arrays, tensors. A photo that cannot be read is left out with a warning. A transductive classifier uses all photos of one
+    `predict` together. UserError for unusable photos, labels or settings.
+    """
+    def __init__(self,
+        # a Learner of this package, a timm model, or a name or path for `load_network`
+        network:str|Path|nn.Module|Learner='convnet4.grdd_cifarfs',
+        classifier:str|Callable='cosine', # name in `CLASSIFIERS`, or function `(support, support_y, query) -> logits`
+        bs:int=64, # photos embedded at a time
+        # side of the network's images in pixels; None: as in its `pretrained_cfg`, where our Learners note that of their data
+        px:int|None=None,
+        stats:Sequence|None=None, # (mean, std) to normalise images with; None: as in its `pretrained_cfg`
+        # device of the network; None: the device of a network that is given, and the fastest device for one that is loaded by name or path
+        device:str|torch.device|None=None,
+        mirror:bool=False, # average the features of each photo with those of its mirror image, which takes twice the time
+        allow_large:bool=False, # also decode images of 89 to 179 megapixels
+        errors:str='skip', # what an unreadable photo does: 'skip' leaves it out with a warning, 'raise' stops
+        **settings # settings of the classifier
+    ):
+        if isinstance(network, Learner): network = backbone_of(network)
+        given = isinstance(network, nn.Module)
+        self.net = (network if given else load_network(network)).eval()
+        self.network = None if given else str(network) # the name or path by which the network was loaded
+        if device is not None or not given: self.net.to(as_device(device))
+        if errors not in ('skip', 'raise'): raise UserError(f"errors is {errors!r}: it is 'skip' or 'raise'")
+        if not isinstance(bs, int) or bs < 1: raise UserError(f'bs is {bs!r}: it must be at least 1')
+        if px is not None and (not isinstance(px, int) or isinstance(px, bool) or not 1 <= px <= MAX_SIDE):
+            raise UserError(f'px is {px!r}: it must be from 1 to {MAX_SIDE}')
+        self.bs,self.mirror,self.allow_large,self.errors = bs,mirror,allow_large,errors
+        side,mean,std = input_config(self.net)
+        self.px = px or side
+        self.stats = (mean, std) if stats is None else pair_of(stats)
+        mean,std = (tuple(v) for v in self.stats)
+        config = timm.data.resolve_model_data_config(self.net) | dict(input_size=(3, self.px, self.px), mean=mean, std=std)
+        self.transform = timm.data.create_transform(**config)
+        check_classifier_settings(classifier, settings)
+        self.classifier = classifier
+        self.settings = settings
+        # the classes, and for each support photo its features, its class's place in `vocab` and its file; set by `fit`
+        self.vocab = self.support = self.support_y = self.files = None
+
+    # ---- the support --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_folder(cls, path:str|Path, *args, **kwargs) -> 'FewShotClassifier':
+        "A classifier fitted on a folder that holds one folder of photos for each class; UserError if it holds none"
+        if not (path := user_path(path)).is_dir():
+            raise UserError(f'there is no folder {path}: give one that has a folder of images for each class')
+        files = [path/f for f in Folder(path).files if f.count('/') == 1 and IMAGES.search(f) and not f.startswith('.')]
+        if not files: raise UserError(f'{path} has no folders of images: make one for each class, named after it')
+        return cls(*args, **kwargs).fit(files, [f.parent.name for f in files])
+
+    @classmethod
+    def from_df(cls, df:pd.DataFrame, *args, folder:str|Path='.', x:str='filename', y:str='label', **kwargs) -> 'FewShotClassifier':
+        "A classifier fitted on a table with the columns `x`, files relative to `folder`, and `y`, classes"
+        for column in (x, y):
+            if column not in df.columns:
+                names = ', '.join(map(str, df.columns))
+                raise UserError(f'the table has no column {column!r}, only {names}: name the columns of files and classes by x and y')
+        if missing := int(df[x].isna().sum()): raise UserError(f'{missing} rows of the table have no file: fill them in or leave them out')
+        folder = user_path(folder)
+        return cls(*args, **kwargs).fit([folder/str(f) for f in df[x]], df[y].tolist())
+
+    @classmethod
+    def from_csv(cls, path:str|Path, *args, folder:str|Path|None=None, **kwargs) -> 'FewShotClassifier':
+        "A classifier fitted on a CSV file as in `from_df`; files are relative to `folder`, by default that of the CSV"
+        path = user_path(path)
+        try: df = pd.read_csv(path, dtype=str)
+        except (OSError, ValueError) as e: raise UserError(f'{path} cannot be read as a CSV ({first_line(e)}): replace it') from None
+        return cls.from_df(df, *args, folder=path.parent if folder is None else folder, **kwargs)
+
+    def fit(self, photos, labels:Iterable) -> 'FewShotClassifier':
+        "Keep the features of a few `photos` of each class with their `labels` (text or numbers), and return self"
+        return self._keep(*self._embed_labelled(photos, labels))
+
+    def partial_fit(self, photos, labels:Iterable) -> 'FewShotClassifier':
+        "Add photos of classes that are there or new; without classes yet, the same as `fit`"
+        if self.vocab is None: return self.fit(photos, labels)
+        h,labels,files = self._embed_labelled(photos, labels)
+        return self._keep(torch.cat([self.support, h]), [*self._labels(), *labels], [*self.files, *files])
+
+    def add(self, photos, label) -> 'FewShotClassifier':
+        "Add photos of one class, which may be new"
+        photos = list_photos(photos)
+        return self.partial_fit(photos, [label]*len(photos))
+
+    def remove(self, label) -> 'FewShotClassifier':
+        "Remove a class with its photos; at least two classes must stay"
+        self._check_fitted()
+        if label not in self.vocab: raise UserError(f'there is no class {label!r}: the classes are {names_of(self.vocab)}')
+        keep = [i for i,o in enumerate(self._labels()) if o != label]
+        return self._keep(self.support[keep], [self._labels()[i] for i in keep], [self.files[i] for i in keep])
+
+    def _labels(self): return [self.vocab[i] for i in self.support_y.tolist()]
+
+    def _check_fitted(self):
+        if self.vocab is None: raise UserError('there are no classes yet: call fit with a few images of each first')
+
+    def _embed_labelled(self, photos, labels):
+        "Features, labels and files of the photos that can be read; UserError if a class has none"
+        photos = list_photos(photos)
+        try: labels = [labels] if isinstance(labels, str) else list(labels)
+        except TypeError: raise UserError('images and labels are no lists: give a list of each') from None
+        if len(photos) != len(labels): raise UserError(f'{len(photos)} images and {len(labels)} labels: give a label for each image')
+        check_labels(labels)
+        h,problems = self._embed(photos)
+        read = [i for i in range(len(photos)) if i not in problems]
+        kept = [labels[i] for i in read]
+        if lost := [o for o in dict.fromkeys(labels) if o not in kept]:
+            raise UserError(f'no photo of class {lost[0]!r} can be read: {next(iter(problems.values()))}')
+        return h[read],kept,[photo_name(photos[i]) for i in read]
+
+    def _keep(self, h, labels, files):
+        "Make these features, labels and files the support; nothing changes if they cannot be"
+        check_labels(labels)
+        vocab = sorted(set(labels))
+        if len(vocab) < 2: raise UserError(f'all images are of {len(vocab)} class: give images of at least two')
+        self.support = check_scale(h)
+        self.support_y = torch.tensor([vocab.index(o) for o in labels], device=h.device)
+        self.vocab,self.files = vocab,files
+        return self
+
+    # ---- predictions --------------------------------------------------------------------------------------------------
+
+    def embed(self, photos) -> torch.Tensor:
+        "Features (N, D) in float32 of a photo or of several; NaN for a photo that cannot be read"
+        return self._embed(list_photos(photos))[0]
+
+    @torch.no_grad()
+    def _embed(self, photos):
+        "Features (N, D) of a list of photos, and a dict of what is wrong with unreadable ones by their place in the list"
+        device = next(self.net.parameters()).device
+        parts,problems,batch,rows = [],{},[],[]
+        def flush():
+            if not batch: return
+            with ieee_float32(): parts.append(features(self.net, torch.stack(batch).to(device), self.mirror).float())
+            batch.clear()
+        for i,loaded in enumerate(load_photos(photos, self.transform, self.allow_large, self.errors)):
+            if isinstance(loaded, UnreadablePhoto): problems[i] = loaded
+            else:
+                batch.append(loaded)
+                rows.append(i)
+            if len(batch) == self.bs: flush()
+        flush()
+        warn_of(problems.values(), len(photos))
+        if not parts: raise UserError(f'none of the photos can be read: {problems[0]}')
+        found = torch.cat(parts)
+        h = torch.full((len(photos), found.shape[1]), torch.nan, device=device)
+        h[rows] = found
+        return h,problems
+
+    def logits(self, photos) -> pd.DataFrame:
+        "The logits as a DataFrame with a row for each photo and a column for each class; NaN for a photo that cannot be read"
+        return self._logits(list_photos(photos))[0]
+
+    def _logits(self, photos):
+        "The logits of a list of photos, their features, and what is wrong with unreadable ones"
+        self._check_fitted()
+        h,problems = self._embed(photos)
+        read = [i for i in range(len(photos)) if i not in problems]
+        f = partial(get_classifier(self.classifier), **self.settings)
+        query = check_scale(h[read])[None]
+        found = checked_logits('the classifier', f, self.support[None], self.support_y[None], query, len(self.vocab))[0]
+        out = np.full((len(photos), len(self.vocab)), np.nan, np.float32)
+        out[read] = found.cpu().numpy()
+        return pd.DataFrame(out, columns=self.vocab),h,problems
+
+    def predict(self, photos) -> list:
+        "A list with the class of each photo; None for a photo that cannot be read"
+        return classes_of(self.logits(photos))
+
+    def predict_table(self, photos) -> pd.DataFrame:
+        """A DataFrame with a row for each photo
+
+        Its columns are the `file`; the `class`; the `runner_up`, the class that comes second; `nearest`, the file of the support photo of
+        that class with the most similar features, or its place in the support if it has no file; `distance`, 1 minus the cosine to it; and
+        `problem`, why a photo cannot be read, or an empty text.
+        """
+        photos = list_photos(photos)
+        logits,h,problems = self._logits(photos)
+        classes = classes_of(logits)
+        similar = (F.normalize(h, dim=1) @ F.normalize(self.support, dim=1).T).cpu().numpy()
+        rows = []
+        for i,(photo,predicted) in enumerate(zip(photos, classes)):
+            row = {'file':photo_name(photo), 'class':predicted, 'runner_up':None, 'nearest':None, 'distance':np.nan,
+                   'problem':str(problems.get(i, ''))}
+            if i not in problems:
+                of_class = np.flatnonzero(self.support_y.cpu().numpy() == self.vocab.index(predicted))
+                best = of_class[similar[i, of_class].argmax()]
+                row |= {'runner_up':logits.iloc[i].sort_values().index[-2], 'nearest':self.files[best] or str(best),
+                        'distance':float(1 - similar[i, best])}
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+    def score(self, photos, labels:Iterable) -> float:
+        "The share of photos whose class is predicted right, from 0 to 1; photos that cannot be read do not count"
+        photos,labels = list_photos(photos),list(labels)
+        if len(photos) != len(labels): raise UserError(f'{len(photos)} images and {len(labels)} labels: give a label for each image')
+        predicted = [(p, y) for p,y in zip(self.predict(photos), labels) if p is not None]
+        return sum(p == y for p,y in predicted)/len(predicted)
+
+    # ---- on disk ------------------------------------------------------------------------------------------------------
+
+    def save(self, folder:str|Path) -> Path:
+        """Write the classifier to a folder that `load` reads, here or on another machine, without the photos
+
+        A network that was given by the name of a timm model is saved by its name and checksum, any other network beside the rest.
+        """
+        self._check_fitted()
+        return save_classifier(self, folder)
+
+    @classmethod
+    def load(cls, folder:str|Path, device:str|torch.device|None=None) -> 'FewShotClassifier':
+        "The classifier that `save` wrote; UserError if its files are damaged or its network has other weights now"
+        return load_classifier(cls, folder, device)
+
+
+def classes_of(logits):
+    "The class of each row of a DataFrame of logits; None for a row of NaN"
+    read = logits.notna().all(axis=1)
+    found = iter(logits[read].idxmax(axis=1).tolist())
+    return [next(found) if ok else None for ok in read]
+
+def names_of(vocab): return ', '.join(map(str, vocab))
+
+def check_labels(labels):
+    "Raise UserError for labels that cannot name classes, or not together"
+    if not all(isinstance(o, Hashable) for o in labels):
+        raise UserError('a label is a list or another collection: give text or numbers')
+    if any(is_missing(o) for o in labels):
+        raise UserError('a label is missing (None or NaN): give each image one, or leave the image out')
+    if len({isinstance(o, str) for o in labels}) > 1: raise UserError('some labels are text and some are not: give all of them as text')
+
+def as_device(device):
+    "The torch device named `device`, or fastai's default device for None; UserError if this machine does not have it"
+    if device is None: return default_device()
+    try: return torch.empty(0, device=device).device
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as e:
+        raise UserError(f'the device {device!r} cannot be used ({first_line(e)}): give cpu, cuda or mps, whichever is here') from None
+
+def pair_of(stats):
+    "(mean, std) of three numbers each; UserError for anything else"
+    try:
+        mean,std = stats
+        check_input_config(1, list(mean), list(std))
+    except (TypeError, ValueError):
+        raise UserError(f'stats is {stats!r}: give (mean, std), three numbers each, those of std positive') from None
+    return mean,std

@@ -1,0 +1,118 @@
+"""Photos as users have them: folders, patterns, files, PIL images, arrays and tensors, read several at a time."""
+import glob
+import io
+import os
+import re
+import sys
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from fastcore.imports import IN_NOTEBOOK
+from fastprogress.fastprogress import progress_bar
+from PIL import Image
+
+from ..core.errors import UserError
+from ..core.storage import read_bytes, user_path
+from ..data.archives import IMAGES, Folder
+from ..data.images import open_image, upright_rgb
+
+__all__ = ['UnreadablePhoto', 'list_photos', 'photo_name', 'load_photo', 'load_photos']
+
+
+MANY = 200 # from this number of photos on, a progress bar is shown where there is a terminal or a notebook
+THREADS = min(8, os.cpu_count() or 1)
+
+
+class UnreadablePhoto(UserError):
+    "A file that cannot be read as an image"
+
+
+def list_photos(photos) -> list:
+    """The photos that a user means, as a list of paths, PIL images, arrays and tensors
+
+    `photos` is one photo or several: a path, a folder (all images in it and in its folders, by name), a pattern such as 'new/*.jpg', a PIL
+    image, an array (H, W, 3) or (N, H, W, 3), a tensor (3, H, W) or (N, 3, H, W), or a list of photos. UserError if there is none.
+    """
+    if isinstance(photos, str | Path): found = files_of(photos)
+    elif isinstance(photos, Image.Image) or getattr(photos, 'ndim', 0) in (2, 3): found = [photos]
+    else:
+        try: found = list(photos)
+        except TypeError: raise UserError(f'a {type(photos).__name__} is no image: give an image or a list of images') from None
+    if not found: raise UserError('no image is given: give at least one')
+    return found
+
+def files_of(path):
+    "The path alone, the images in a folder, or the files that a pattern matches"
+    path = user_path(path)
+    if path.is_dir():
+        found = [path/f for f in Folder(path).files if IMAGES.search(f) and not re.search(r'(^|/)\.', f)] # no hidden folders
+        if not found: raise UserError(f'{path} holds no images: give a folder that does')
+        return found
+    if path.exists() or not glob.has_magic(str(path)): return [path]
+    found = [Path(f) for f in sorted(glob.glob(str(path), recursive=True)) if IMAGES.search(f)]
+    if not found: raise UserError(f'no image matches {path}: check the folder and the ending')
+    return found
+
+def photo_name(photo) -> str|None:
+    "The path of a photo as text; None for an image that has no file"
+    if isinstance(photo, Image.Image): photo = getattr(photo, 'filename', None) or None
+    return str(photo) if isinstance(photo, str | Path) else None
+
+def load_photo(photo, allow_large:bool=False) -> Image.Image:
+    """An upright RGB image from a path, a PIL image, an array or a tensor; `allow_large` as in `open_image`
+
+    UnreadablePhoto for a file that cannot be read, UserError for what is no photo at all.
+    """
+    if isinstance(photo, torch.Tensor | np.ndarray): photo = from_array(photo)
+    if isinstance(photo, Image.Image): return upright_rgb(photo)
+    if not isinstance(photo, str | Path):
+        raise UserError(f'a {type(photo).__name__} is no image: give a path, a PIL image, an array or a tensor')
+    try: return upright_rgb(open_image(io.BytesIO(read_bytes(photo)), allow_large))
+    except OSError as e:
+        raise UnreadablePhoto(f'{photo} cannot be read as an image ({e.strerror or e}): remove it or replace it') from None
+    except Exception as e: raise UnreadablePhoto(f'{photo} cannot be read as an image ({e}): remove it or replace it') from None
+
+def from_array(a):
+    "PIL image of an array (H, W, 3) or (H, W) of uint8, or of a tensor (3, H, W) of uint8 or of floating-point numbers from 0 to 1"
+    what = f'{type(a).__name__} of {a.dtype} {tuple(a.shape)}'
+    if isinstance(a, torch.Tensor):
+        levels = a.detach().cpu()
+        if a.ndim == 3 and a.is_floating_point() and levels.numel() and 0 <= levels.min() and levels.max() <= 1:
+            levels = (levels*255).round().to(torch.uint8)
+        a = levels.movedim(0, -1).numpy() if a.ndim == 3 else np.zeros(0)
+    if a.dtype != np.uint8 or not a.size or not (a.ndim == 2 or (a.ndim == 3 and a.shape[2] == 3)):
+        raise UserError(f'a {what} is no image: give an array of uint8 (H, W, 3), or a tensor (3, H, W) of uint8 or of numbers from 0 to 1')
+    return Image.fromarray(np.ascontiguousarray(a))
+
+def load_photos(photos:list, transform:Callable, allow_large:bool=False, errors:str='skip') -> Iterator:
+    """`transform(image)` of each photo in order, or the `UnreadablePhoto` in its place; read by several threads, a few ahead
+
+    With errors='raise' the first unreadable photo is raised.
+    """
+    def load(photo):
+        try: return transform(load_photo(photo, allow_large))
+        except UnreadablePhoto as e: return e
+    with ThreadPoolExecutor(THREADS) as pool:
+        ahead = deque()
+        bar = len(photos) >= MANY and (IN_NOTEBOOK or sys.stderr.isatty())
+        for photo in progress_bar(photos) if bar else photos:
+            ahead.append(pool.submit(load, photo))
+            if len(ahead) > 2*THREADS: yield checked(ahead.popleft().result(), errors)
+        while ahead: yield checked(ahead.popleft().result(), errors)
+
+def checked(loaded, errors):
+    "What has been loaded; an `UnreadablePhoto` is raised with errors='raise'"
+    if errors == 'raise' and isinstance(loaded, UnreadablePhoto): raise loaded
+    return loaded
+
+def warn_of(problems:Iterable[UnreadablePhoto], n:int):
+    "Warn of the photos among `n` that cannot be read"
+    problems = list(problems)
+    if not problems: return
+    more = f'; and {len(problems) - 3} more' if len(problems) > 3 else ''
+    warnings.warn(f'{len(problems)} of {n} photos are left out: ' + '; '.join(map(str, problems[:3])) + more, stacklevel=4)
