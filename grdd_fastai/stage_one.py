@@ -56,8 +56,8 @@ class StageOne(Settings):
     rotation_from: Annotated[str, 'what FC4 reads of the category prediction: logits or probabilities', one_of('logits', 'probabilities'),
                              heading(lambda v: '' if v == 'logits' else f'rotation from {v}')] = 'logits'
     smoothing: Annotated[float, 'label smoothing of the categories in stage one', at_least(0, below=1), recorded(absent=0.)] = 0.
-    drop_ramp: Annotated[float|None, 'part of the steps of stage one after which the DropBlock of a ResNet-12 reaches its full rate '
-                         '(40,000 steps, as in official code)', Bound('above 0 and at most 1', lambda v: 0 < v <= 1),
+    drop_ramp: Annotated[float|None, 'share of the steps of stage one, such as 0.5, after which the DropBlock of a ResNet-12 has its '
+                         'full rate (after 40,000 steps, as in official code)', Bound('above 0 and at most 1', lambda v: 0 < v <= 1),
                          recorded(absent=None)] = None
     ema_decay: Annotated[float, 'decay of the exponential moving average of the weights of stage one, which is measured and kept; 0 for '
                          'the weights themselves', at_least(0, below=1), recorded(absent=0.)] = 0.

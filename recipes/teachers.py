@@ -4,7 +4,8 @@
     python recipes/teachers.py --demo                           # five minutes on two cores, no download
 
 The teachers of the first rows differ in one setting of stage one. The distilled teacher is the first one after a stage two in which it
-learns from itself. The students start from random weights, relate each image of an episode to all others, and have the same settings.
+learns from itself, by the preset muon for 6 epochs whatever the flags of stage two say. The students start from random weights, relate
+each image of an episode to all others, and have the same settings.
 """
 from fastcore.meta import delegates
 from fastcore.script import call_parse
@@ -21,10 +22,10 @@ def teacher(*versus, **changes): return CL | dict(psi='teacher', versus=versus, 
 def student(phi, *versus): return GR | dict(phi=phi, versus=versus, stage_two=dict(init='random', teacher_view='views', pairs='all'))
 
 TEACHER = teacher()
-DISTILLED = TEACHER | dict(phi=TEACHER, versus=['stage one'], stage_two=ITSELF)
+DISTILLED = TEACHER | dict(phi='teacher', versus=['stage one'], stage_two=ITSELF)
 ROWS = {
     'stage one':                       TEACHER,
-    'stage one with one angle':        teacher('stage one', rotations=1), # of the four for each image: a quarter of the cost
+    'stage one with one angle':        teacher('stage one', rotations=1), # one of the four for each image: a quarter of the cost
     'stage one without rotation':      teacher('stage one', rotation=False),
     'stage one with label smoothing':  teacher('stage one', smoothing=0.1),
     'stage one with early DropBlock':  teacher('stage one', drop_ramp=0.5), # at its full rate after half of the steps

@@ -327,7 +327,7 @@ def steps(data):
         assert rank_world()[1] == 1 or not hasattr(learn, 'distributed')
     h,y = embed(two.model, plain_dl(data, 'test', bs=32), distributed=several)
     # BatchNorm over a process's own images
-    apart = global_learner(category_dls(data, bs=40), create_backbone('convnet4', 6, 16), valid=valid, amp=False)
+    apart = global_learner(category_dls(data, bs=40), create_backbone('convnet4', 6, 16), valid=valid, amp=False, ema_decay=.5)
     with apart.distrib_ctx(sync_bn=False), apart.no_bar(), apart.no_logging(): apart.fit(1, .05)
     assert all('forward' not in vars(m) for learn in (one, two, apart) for m in learn.model.modules())
     return dict(one=one.model.state_dict(), two=two.model.state_dict(), layers=layers.model.state_dict(), norm=apart.model.state_dict(),

@@ -9,6 +9,7 @@ __all__ = ['decode']
 
 # other formats are refused because decoding some of them, such as EPS, may run programs
 FORMATS = ('PNG', 'JPEG', 'MPO', 'BMP', 'WEBP', 'GIF', 'TIFF', 'PPM', 'AVIF', 'JPEG2000')
+ORIENTATION = 274 # EXIF tag
 MAX_MEGAPIXELS = 89 # size of the largest image that is decoded without `allow_large`
 
 
@@ -29,14 +30,14 @@ def open_image(file, allow_large=False):
         im = Image.open(file, formats=[f for f in FORMATS if f in Image.OPEN])
     if not allow_large and im.width*im.height > MAX_MEGAPIXELS*10**6:
         raise ValueError(f'it has {im.width} x {im.height} pixels, more than {MAX_MEGAPIXELS} million: '
-                         'make it smaller or allow it by --allow-large')
+                         'make it smaller or allow it by --allow-large (allow_large=True)')
     return im
 
 def upright_rgb(im):
     "PIL image of any mode -> RGB image, turned upright by its EXIF orientation"
-    im = ImageOps.exif_transpose(im)
+    if im.getexif().get(ORIENTATION, 1) != 1: im = ImageOps.exif_transpose(im) # which would copy an upright image, too
     if im.mode[0] in 'IF': im = Image.fromarray(_to_8_bit(np.asarray(im), im.mode))
-    return im.convert('RGB')
+    return im if im.mode == 'RGB' else im.convert('RGB')
 
 def _to_8_bit(a, mode):
     "Grey levels (H, W) of more than 8 bits -> uint8, scaled by the range that they use: [0, 1], 8 bits, 16 bits or their own maximum"

@@ -14,7 +14,7 @@ __all__ = ['write_report']
 
 TITLES = dict(table2='Table 2: category labels, episodic labels, global relatedness', ablations='Figure 4: the components of GRDD',
               sweep='Figure 6: gamma and T', pairs='Which images are related to which: stage two from random weights',
-              teachers='Teachers, and what their students learn: stage two from random weights',
+              teachers='Teachers, and students of them that start from random weights',
               distillations='What the student learns from the teacher: relatedness, and other distillation',
               readings='Readings of what the paper leaves open')
 FIGURES = dict(figure3='Figure 3: t-SNE of five novel classes', figure5="Figure 5: the teacher's relatedness over T")
@@ -203,9 +203,9 @@ def card_row(what, name, network, measured, folder):
     return [what, network, COSINE, *accuracies, f'[card]({folder}/{name}/README.md)']
 
 def best_of_table2(found, arch):
-    """Cells of the row of Table 2 with the network `arch` that is best on the validation classes, with its novel accuracies; None without
+    """Cells of the row of Table 2 with the network `arch` that is best on the validation classes, with its accuracies on the novel ones
 
-    Only rows count that were scored for both shots on both.
+    Only rows count that were scored for both shots on both. None if there is no such row.
     """
     val,novel = (found['table2'].get(split, {}) for split in ('val', 'novel'))
     def both(seeds): return all({'1-shot', '5-shot'} <= r['scores'].keys() for r in seeds)
@@ -217,7 +217,7 @@ def best_of_table2(found, arch):
     return [f'`{row}` of Table 2, ours', NETWORKS[arch], COSINE, *(accuracy(seeds, k) for k in ('1-shot', '5-shot')), f'[record]({source})']
 
 def published_table(root, found, networks=''):
-    "Table of our networks beside the paper's and the best published; of those alone whose words on the network begin with `networks`"
+    "Table of our networks, the paper's and the best published; only the rows whose network begins with the text `networks`"
     rows = []
     for name,network,measured in published_networks(root, WEIGHTS):
         rows.append(card_row(f'**`{name}`, ours**', name, network, measured, WEIGHTS))

@@ -64,7 +64,7 @@ def _build(arch, num_classes, px, seed, **kwargs):
             if 'img_size' not in str(e): raise
     with cpu_seed(seed): return timm.create_model(arch, num_classes=num_classes, **kwargs)
 
-def check_input_config(px, mean, std, crop_pct=1., interpolation='bicubic'):
+def check_input_config(px, mean, std, crop_pct=1., interpolation='bicubic', crop_mode='center'):
     "The entries of `pretrained_cfg` about images, as a dict: size, mean, std, crop and interpolation; ValueError for an impossible value"
     def numbers(v): return isinstance(v, list | tuple) and len(v) == 3 and all(isinstance(n, int | float) and math.isfinite(n) for n in v)
     if type(px) is not int or not 1 <= px <= MAX_SIDE: raise ValueError(f'images of {px!r} px: from 1 to {MAX_SIDE} can be')
@@ -73,7 +73,9 @@ def check_input_config(px, mean, std, crop_pct=1., interpolation='bicubic'):
     if not isinstance(crop_pct, int | float) or not 0 < crop_pct <= 1: raise ValueError(f'crop_pct {crop_pct!r}: above 0, at most 1')
     if interpolation not in ('bicubic', 'bilinear', 'nearest', 'lanczos', 'random'):
         raise ValueError(f'interpolation {interpolation!r} is none')
-    return dict(input_size=(3, px, px), mean=tuple(mean), std=tuple(std), crop_pct=crop_pct, interpolation=interpolation)
+    if crop_mode not in ('center', 'squash', 'border'): raise ValueError(f'crop_mode {crop_mode!r} is none')
+    return dict(input_size=(3, px, px), mean=tuple(mean), std=tuple(std), crop_pct=crop_pct, interpolation=interpolation,
+                crop_mode=crop_mode)
 
 def input_config(net):
     "Side in pixels, mean and std of the images that a timm network takes, from its `pretrained_cfg`; UserError if that lacks them"

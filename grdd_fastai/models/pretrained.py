@@ -14,7 +14,7 @@ from timm.models._hub import save_config_for_hf
 
 from ..core.errors import UserError, first_line
 from ..core.storage import atomic_write, check_state, digest, load_state, on_cpu, read_json, read_safetensors, user_path, write_json
-from .create import check_backbone, check_input_config, create_backbone
+from .create import check_backbone, check_input_config, create_backbone, pretrained_tag
 
 __all__ = ['load_network', 'save_network', 'save_weights', 'load_weights']
 
@@ -38,7 +38,8 @@ def load_network(name:str|Path) -> torch.nn.Module:
     if (path/'config.json').exists(): return _of_a_folder(path)
     if path.exists():
         raise UserError(f'{path} holds no network (net.json or config.json): give the folder of a run or of recipes/publish.py')
-    return create_backbone(str(name), pretrained=True)
+    side = timm.get_pretrained_cfg(pretrained_tag(str(name), True)).input_size[-1] if timm.is_model(str(name).partition('.')[0]) else 32
+    return create_backbone(str(name), px=side, pretrained=True)
 
 def _of_a_run(card):
     "The network that a run saved with the JSON file `card`"
@@ -65,7 +66,8 @@ def _of_a_folder(folder):
         if c != 3 or len(sides) != 2 or sides[0] != sides[1]:
             size = ' x '.join(map(str, (c, *sides)))
             raise ValueError(f'its images are {size}, not RGB squares')
-        images = check_input_config(sides[0], cfg['mean'], cfg['std'], cfg.get('crop_pct', 1.), cfg.get('interpolation', 'bicubic'))
+        images = check_input_config(sides[0], cfg['mean'], cfg['std'], cfg.get('crop_pct', 1.), cfg.get('interpolation', 'bicubic'),
+                                    cfg.get('crop_mode', 'center'))
         args = _arguments(config.get('model_args') or {})
     except (TypeError, ValueError, KeyError, AttributeError) as e:
         raise UserError(f'{folder/"config.json"} does not describe a network ({type(e).__name__}: {first_line(e)}): '

@@ -1,4 +1,5 @@
 """A classifier of photos that is made from a few labelled photos of each class."""
+import copy
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,12 +17,11 @@ from ..core.device import ieee_float32
 from ..core.distributed import backbone_of
 from ..core.errors import UserError, first_line
 from ..core.storage import MAX_SIDE, user_path
-from ..data.archives import IMAGES, Folder
 from ..fewshot.classifiers import check_classifier_settings, check_scale, get_classifier
 from ..fewshot.evaluate import checked_logits, is_missing
 from ..models.create import check_input_config, features, input_config
 from ..models.pretrained import load_network
-from .reading import UnreadablePhoto, list_photos, load_photos, photo_name, warn_of
+from .reading import UnreadablePhoto, list_photos, load_photos, photo_name, photos_below, warn_of
 from .saving import load_classifier, save_classifier
 
 __all__ = ['FewShotClassifier']
@@ -35,7 +35,7 @@ class FewShotClassifier:
     `predict` together. UserError for unusable photos, labels or settings.
     """
     def __init__(self,
-        # a Learner of this package, a timm model, or a name or path for `load_network`
+        # a Learner of this package or a timm model, which is copied, or a name or path for `load_network`
         network:str|Path|nn.Module|Learner='convnet4.grdd_cifarfs',
         classifier:str|Callable='cosine', # name in `CLASSIFIERS`, or function `(support, support_y, query) -> logits`
         bs:int=64, # photos embedded at a time
@@ -51,7 +51,7 @@ class FewShotClassifier:
     ):
         if isinstance(network, Learner): network = backbone_of(network)
         given = isinstance(network, nn.Module)
-        self.net = (network if given else load_network(network)).eval()
+        self.net = (copy.deepcopy(network) if given else load_network(network)).eval()
         self.network = None if given else str(network) # the name or path by which the network was loaded
         if device is not None or not given: self.net.to(as_device(device))
         if errors not in ('skip', 'raise'): raise UserError(f"errors is {errors!r}: it is 'skip' or 'raise'")
@@ -59,17 +59,31 @@ class FewShotClassifier:
         if px is not None and (not isinstance(px, int) or isinstance(px, bool) or not 1 <= px <= MAX_SIDE):
             raise UserError(f'px is {px!r}: it must be from 1 to {MAX_SIDE}')
         self.bs,self.mirror,self.allow_large,self.errors = bs,mirror,allow_large,errors
-        side,mean,std = input_config(self.net)
-        self.px = px or side
-        self.stats = (mean, std) if stats is None else pair_of(stats)
+        self.px,self.stats = px,stats if stats is None else pair_of(stats)
+        if px is None or stats is None:
+            side,*own = input_config(self.net)
+            self.px,self.stats = px or side,self.stats or tuple(own)
         mean,std = (tuple(v) for v in self.stats)
         config = timm.data.resolve_model_data_config(self.net) | dict(input_size=(3, self.px, self.px), mean=mean, std=std)
         self.transform = timm.data.create_transform(**config)
+        self._check_network()
         check_classifier_settings(classifier, settings)
         self.classifier = classifier
         self.settings = settings
         # the classes, and for each support photo its features, its class's place in `vocab` and its file; set by `fit`
         self.vocab = self.support = self.support_y = self.files = None
+
+    def _check_network(self):
+        "Raise UserError unless the network makes a vector of features of a blank image"
+        why = None
+        try:
+            with torch.no_grad(): h = features(self.net, torch.zeros(1, 3, self.px, self.px, device=self.device))
+        except Exception as e: why = first_line(e)
+        else: why = None if h.ndim == 2 else f'its output has the shape {tuple(h.shape)}'
+        if why: raise UserError(f'the network makes no features of an image of {self.px} px ({why}): leave px out, or give another network')
+
+    @property
+    def device(self): return next(self.net.parameters()).device
 
     # ---- the support --------------------------------------------------------------------------------------------------
 
@@ -78,8 +92,11 @@ class FewShotClassifier:
         "A classifier fitted on a folder that holds one folder of photos for each class; UserError if it holds none"
         if not (path := user_path(path)).is_dir():
             raise UserError(f'there is no folder {path}: give one that has a folder of images for each class')
-        files = [path/f for f in Folder(path).files if f.count('/') == 1 and IMAGES.search(f) and not f.startswith('.')]
+        files = [f for f in photos_below(path) if f.parent.parent == path]
         if not files: raise UserError(f'{path} has no folders of images: make one for each class, named after it')
+        classes = {f.parent.name for f in files}
+        if empty := sorted(d.name for d in path.iterdir() if d.is_dir() and not d.name.startswith('.') and d.name not in classes):
+            raise UserError(f'{path/empty[0]} holds no photos that can be read: put some into it, as JPEG or PNG, or remove the folder')
         return cls(*args, **kwargs).fit(files, [f.parent.name for f in files])
 
     @classmethod
@@ -109,7 +126,7 @@ class FewShotClassifier:
         "Add photos of classes that are there or new; without classes yet, the same as `fit`"
         if self.vocab is None: return self.fit(photos, labels)
         h,labels,files = self._embed_labelled(photos, labels)
-        return self._keep(torch.cat([self.support, h]), [*self._labels(), *labels], [*self.files, *files])
+        return self._keep(torch.cat([self.support.to(h.device), h]), [*self._labels(), *labels], [*self.files, *files])
 
     def add(self, photos, label) -> 'FewShotClassifier':
         "Add photos of one class, which may be new"
@@ -120,8 +137,10 @@ class FewShotClassifier:
         "Remove a class with its photos; at least two classes must stay"
         self._check_fitted()
         if label not in self.vocab: raise UserError(f'there is no class {label!r}: the classes are {names_of(self.vocab)}')
-        keep = [i for i,o in enumerate(self._labels()) if o != label]
-        return self._keep(self.support[keep], [self._labels()[i] for i in keep], [self.files[i] for i in keep])
+        if len(self.vocab) == 2: raise UserError('at least two classes must stay: add another before you remove this one')
+        labels = self._labels()
+        keep = [i for i,o in enumerate(labels) if o != label]
+        return self._keep(self.support[keep], [labels[i] for i in keep], [self.files[i] for i in keep])
 
     def _labels(self): return [self.vocab[i] for i in self.support_y.tolist()]
 
@@ -130,12 +149,9 @@ class FewShotClassifier:
 
     def _embed_labelled(self, photos, labels):
         "Features, labels and files of the photos that can be read; UserError if a class has none"
-        photos = list_photos(photos)
-        try: labels = [labels] if isinstance(labels, str) else list(labels)
-        except TypeError: raise UserError('images and labels are no lists: give a list of each') from None
-        if len(photos) != len(labels): raise UserError(f'{len(photos)} images and {len(labels)} labels: give a label for each image')
-        check_labels(labels)
+        photos,labels = labelled(photos, labels)
         h,problems = self._embed(photos)
+        if len(problems) == len(photos): raise UserError(f'none of the photos can be read: {problems[0]}')
         read = [i for i in range(len(photos)) if i not in problems]
         kept = [labels[i] for i in read]
         if lost := [o for o in dict.fromkeys(labels) if o not in kept]:
@@ -145,7 +161,8 @@ class FewShotClassifier:
     def _keep(self, h, labels, files):
         "Make these features, labels and files the support; nothing changes if they cannot be"
         check_labels(labels)
-        vocab = sorted(set(labels))
+        try: vocab = sorted(set(labels))
+        except TypeError: raise UserError('the labels cannot be sorted: give all of them as text') from None
         if len(vocab) < 2: raise UserError(f'all images are of {len(vocab)} class: give images of at least two')
         self.support = check_scale(h)
         self.support_y = torch.tensor([vocab.index(o) for o in labels], device=h.device)
@@ -161,7 +178,7 @@ class FewShotClassifier:
     @torch.no_grad()
     def _embed(self, photos):
         "Features (N, D) of a list of photos, and a dict of what is wrong with unreadable ones by their place in the list"
-        device = next(self.net.parameters()).device
+        device = self.device
         parts,problems,batch,rows = [],{},[],[]
         def flush():
             if not batch: return
@@ -175,7 +192,7 @@ class FewShotClassifier:
             if len(batch) == self.bs: flush()
         flush()
         warn_of(problems.values(), len(photos))
-        if not parts: raise UserError(f'none of the photos can be read: {problems[0]}')
+        if not parts: parts = [features(self.net, torch.zeros(1, 3, self.px, self.px, device=device)).float()[:0]] # for the number D
         found = torch.cat(parts)
         h = torch.full((len(photos), found.shape[1]), torch.nan, device=device)
         h[rows] = found
@@ -190,11 +207,11 @@ class FewShotClassifier:
         self._check_fitted()
         h,problems = self._embed(photos)
         read = [i for i in range(len(photos)) if i not in problems]
-        f = partial(get_classifier(self.classifier), **self.settings)
-        query = check_scale(h[read])[None]
-        found = checked_logits('the classifier', f, self.support[None], self.support_y[None], query, len(self.vocab))[0]
         out = np.full((len(photos), len(self.vocab)), np.nan, np.float32)
-        out[read] = found.cpu().numpy()
+        if read:
+            f = partial(get_classifier(self.classifier), **self.settings)
+            support,support_y,query = self.support.to(h.device)[None],self.support_y.to(h.device)[None],check_scale(h[read])[None]
+            out[read] = checked_logits('the classifier', f, support, support_y, query, len(self.vocab))[0].cpu().numpy()
         return pd.DataFrame(out, columns=self.vocab),h,problems
 
     def predict(self, photos) -> list:
@@ -211,7 +228,7 @@ class FewShotClassifier:
         photos = list_photos(photos)
         logits,h,problems = self._logits(photos)
         classes = classes_of(logits)
-        similar = (F.normalize(h, dim=1) @ F.normalize(self.support, dim=1).T).cpu().numpy()
+        with ieee_float32(): similar = (F.normalize(h, dim=1) @ F.normalize(self.support.to(h.device), dim=1).T).cpu().numpy()
         rows = []
         for i,(photo,predicted) in enumerate(zip(photos, classes)):
             row = {'file':photo_name(photo), 'class':predicted, 'runner_up':None, 'nearest':None, 'distance':np.nan,
@@ -222,13 +239,17 @@ class FewShotClassifier:
                 row |= {'runner_up':logits.iloc[i].sort_values().index[-2], 'nearest':self.files[best] or str(best),
                         'distance':float(1 - similar[i, best])}
             rows.append(row)
-        return pd.DataFrame(rows)
+        table = pd.DataFrame(rows, dtype=object) # so that classes that are numbers stay what they are
+        return table.assign(distance=table.distance.astype(float))
 
     def score(self, photos, labels:Iterable) -> float:
         "The share of photos whose class is predicted right, from 0 to 1; photos that cannot be read do not count"
-        photos,labels = list_photos(photos),list(labels)
-        if len(photos) != len(labels): raise UserError(f'{len(photos)} images and {len(labels)} labels: give a label for each image')
+        self._check_fitted()
+        photos,labels = labelled(photos, labels)
+        if not set(labels) & set(self.vocab):
+            raise UserError(f'no label is one of the classes, {names_of(self.vocab)}: give the labels as they were given to fit')
         predicted = [(p, y) for p,y in zip(self.predict(photos), labels) if p is not None]
+        if not predicted: raise UserError('none of the photos can be read: give others')
         return sum(p == y for p,y in predicted)/len(predicted)
 
     # ---- on disk ------------------------------------------------------------------------------------------------------
@@ -249,15 +270,26 @@ class FewShotClassifier:
 
 def classes_of(logits):
     "The class of each row of a DataFrame of logits; None for a row of NaN"
-    read = logits.notna().all(axis=1)
-    found = iter(logits[read].idxmax(axis=1).tolist())
-    return [next(found) if ok else None for ok in read]
+    vocab,found = list(logits.columns),logits.to_numpy()
+    return [None if np.isnan(row).any() else vocab[row.argmax()] for row in found]
 
 def names_of(vocab): return ', '.join(map(str, vocab))
 
+def labelled(photos, labels):
+    "Photos and labels as two lists of one length; one text is the label of one photo; UserError for what does not fit"
+    photos = list_photos(photos)
+    if isinstance(labels, set | frozenset | dict):
+        raise UserError(f'the labels are a {type(labels).__name__}, which has no order: give a list')
+    try: labels = [labels] if isinstance(labels, str) else labels.tolist() if hasattr(labels, 'tolist') else list(labels)
+    except TypeError: raise UserError('images and labels are no lists: give a list of each') from None
+    labels = [o.item() if isinstance(o, np.generic) else o for o in (labels if isinstance(labels, list) else [labels])]
+    if len(photos) != len(labels): raise UserError(f'{len(photos)} images and {len(labels)} labels: give a label for each image')
+    check_labels(labels)
+    return photos,labels
+
 def check_labels(labels):
     "Raise UserError for labels that cannot name classes, or not together"
-    if not all(isinstance(o, Hashable) for o in labels):
+    if not all(isinstance(o, Hashable) and not isinstance(o, torch.Tensor) for o in labels):
         raise UserError('a label is a list or another collection: give text or numbers')
     if any(is_missing(o) for o in labels):
         raise UserError('a label is missing (None or NaN): give each image one, or leave the image out')

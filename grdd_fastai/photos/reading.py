@@ -8,6 +8,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,14 @@ from PIL import Image
 
 from ..core.errors import UserError
 from ..core.storage import read_bytes, user_path
-from ..data.archives import IMAGES, Folder
+from ..data.archives import Folder
 from ..data.images import open_image, upright_rgb
 
 __all__ = ['UnreadablePhoto', 'list_photos', 'photo_name', 'load_photo', 'load_photos']
 
 
+PHOTOS = re.compile(r'\.(png|jpe?g|bmp|webp|gif|tiff?|ppm|pgm|avif|jp2)$', re.IGNORECASE) # endings of the formats that are read
+OTHERS = re.compile(r'\.(hei[cf]|dng|cr[23]|nef|arw|raw|psd|svg)$', re.IGNORECASE) # endings of photos in formats that are not read
 MANY = 200 # from this number of photos on, a progress bar is shown where there is a terminal or a notebook
 THREADS = min(8, os.cpu_count() or 1)
 
@@ -36,12 +39,15 @@ def list_photos(photos) -> list:
     """The photos that a user means, as a list of paths, PIL images, arrays and tensors
 
     `photos` is one photo or several: a path, a folder (all images in it and in its folders, by name), a pattern such as 'new/*.jpg', a PIL
-    image, an array (H, W, 3) or (N, H, W, 3), a tensor (3, H, W) or (N, 3, H, W), or a list of photos. UserError if there is none.
+    image, an array (H, W, 3) or (N, H, W, 3), a tensor (3, H, W) or (N, 3, H, W), or a list of photos. UserError if there is none, and for
+    a set or a dict.
     """
+    if isinstance(photos, set | frozenset | dict):
+        raise UserError(f'the photos are a {type(photos).__name__}, which has no order: give a list')
     if isinstance(photos, str | Path): found = files_of(photos)
     elif isinstance(photos, Image.Image) or getattr(photos, 'ndim', 0) in (2, 3): found = [photos]
     else:
-        try: found = list(photos)
+        try: found = [user_path(p) if isinstance(p, str | Path) else p for p in photos]
         except TypeError: raise UserError(f'a {type(photos).__name__} is no image: give an image or a list of images') from None
     if not found: raise UserError('no image is given: give at least one')
     return found
@@ -50,13 +56,20 @@ def files_of(path):
     "The path alone, the images in a folder, or the files that a pattern matches"
     path = user_path(path)
     if path.is_dir():
-        found = [path/f for f in Folder(path).files if IMAGES.search(f) and not re.search(r'(^|/)\.', f)] # no hidden folders
-        if not found: raise UserError(f'{path} holds no images: give a folder that does')
+        if not (found := photos_below(path)): raise UserError(f'{path} holds no images: give a folder that does')
         return found
     if path.exists() or not glob.has_magic(str(path)): return [path]
-    found = [Path(f) for f in sorted(glob.glob(str(path), recursive=True)) if IMAGES.search(f)]
+    found = [Path(f) for f in sorted(glob.glob(str(path), recursive=True)) if PHOTOS.search(f)]
     if not found: raise UserError(f'no image matches {path}: check the folder and the ending')
     return found
+
+def photos_below(path):
+    "The photos in a folder and in its folders, without hidden ones; a warning names those in a format that is not read"
+    files = [f for f in Folder(path).files if not re.search(r'(^|/)\.', f)]
+    if others := [f for f in files if OTHERS.search(f)]:
+        warnings.warn(f'{len(others)} photos in {path} have a format that is not read, such as {others[0]}: convert them to JPEG',
+                      stacklevel=4)
+    return [path/f for f in files if PHOTOS.search(f)]
 
 def photo_name(photo) -> str|None:
     "The path of a photo as text; None for an image that has no file"
@@ -69,13 +82,18 @@ def load_photo(photo, allow_large:bool=False) -> Image.Image:
     UnreadablePhoto for a file that cannot be read, UserError for what is no photo at all.
     """
     if isinstance(photo, torch.Tensor | np.ndarray): photo = from_array(photo)
-    if isinstance(photo, Image.Image): return upright_rgb(photo)
-    if not isinstance(photo, str | Path):
+    if not isinstance(photo, str | Path | Image.Image):
         raise UserError(f'a {type(photo).__name__} is no image: give a path, a PIL image, an array or a tensor')
-    try: return upright_rgb(open_image(io.BytesIO(read_bytes(photo)), allow_large))
+    try:
+        im = photo if isinstance(photo, Image.Image) else open_image(io.BytesIO(read_bytes(photo)), allow_large)
+        im.load() # PIL reads a file here at the latest
+        return upright_rgb(im)
+    except FileNotFoundError: raise UnreadablePhoto(f'{photo} is not there: check the path') from None
     except OSError as e:
-        raise UnreadablePhoto(f'{photo} cannot be read as an image ({e.strerror or e}): remove it or replace it') from None
-    except Exception as e: raise UnreadablePhoto(f'{photo} cannot be read as an image ({e}): remove it or replace it') from None
+        raise UnreadablePhoto(f'{named(photo)} cannot be read as an image ({e.strerror or e}): remove it or replace it') from None
+    except Exception as e: raise UnreadablePhoto(f'{named(photo)} cannot be read as an image ({e}): remove it or replace it') from None
+
+def named(photo): return photo_name(photo) or 'a PIL image'
 
 def from_array(a):
     "PIL image of an array (H, W, 3) or (H, W) of uint8, or of a tensor (3, H, W) of uint8 or of floating-point numbers from 0 to 1"
@@ -101,6 +119,8 @@ def load_photos(photos:list, transform:Callable, allow_large:bool=False, errors:
         ahead = deque()
         bar = len(photos) >= MANY and (IN_NOTEBOOK or sys.stderr.isatty())
         for photo in progress_bar(photos) if bar else photos:
+            if isinstance(photo, Image.Image):
+                with suppress(Exception): photo.load() # here, because two threads must not read one image; an error comes again below
             ahead.append(pool.submit(load, photo))
             if len(ahead) > 2*THREADS: yield checked(ahead.popleft().result(), errors)
         while ahead: yield checked(ahead.popleft().result(), errors)

@@ -1,38 +1,52 @@
-"""A `FewShotClassifier` on disk: its support as safetensors, its settings as JSON, and the network by name or beside them."""
+"""A `FewShotClassifier` on disk: its support and settings in a safetensors file, and the network by name or beside it."""
 import copy
+import inspect
+import json
+import re
+import shutil
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 
 from ..core.errors import UserError, first_line
 from ..core.storage import digest, load_tensors, output_folder, save_tensors, user_path
-from ..models.pretrained import load_network, save_network
+from ..models.pretrained import save_network
 
 __all__ = ['save_classifier', 'load_classifier']
 
 
-FILE,NETWORK = 'classifier.safetensors','network'
+FILE = 'classifier.safetensors'
 FORMAT = 1
+MAX_BS = 4096 # most photos embedded at a time that a file may ask for
 SETTINGS = ('bs', 'px', 'mirror', 'allow_large', 'errors') # arguments of a `FewShotClassifier` that are kept as they are
 KINDS = dict(classifier=str, settings=dict, stats=list, vocab=list, files=list, sha256=str, bs=int, px=int, mirror=bool, allow_large=bool,
              errors=str)
 
 
 def save_classifier(few, folder):
-    "Write the classifier `few` to a folder, and return the folder; UserError for what cannot be written"
+    """Write the classifier `few` to a folder, in place of one that is there, and return the folder
+
+    UserError for what cannot be written; a classifier that is there stays whole.
+    """
     if callable(few.classifier):
         raise UserError('the classifier is a function, which a file cannot hold: register it by register_classifier and give its name')
     if odd := [o for o in few.vocab if type(o) not in (str, int, float, bool)]:
         raise UserError(f'the class {odd[0]!r} is a {type(odd[0]).__name__}, which JSON does not know: give text or numbers as labels')
     by_name = few.network is not None and has_name(few.network)
-    meta = dict(format=FORMAT, network=few.network if by_name else None, sha256=weights_digest(few.net), classifier=few.classifier,
-                settings=few.settings, stats=[list(v) for v in few.stats], vocab=few.vocab, files=few.files,
-                **{k:getattr(few, k) for k in SETTINGS})
+    sha256 = weights_digest(few.net)
+    beside = None if by_name else f'network-{sha256[:8]}'
+    files = [f and '/'.join(Path(f).parts[-2:]) for f in few.files] # not where they lie on this machine
+    meta = dict(format=FORMAT, network=few.network if by_name else None, sha256=sha256, classifier=few.classifier, settings=few.settings,
+                stats=[list(v) for v in few.stats], vocab=few.vocab, files=files, **{k:getattr(few, k) for k in SETTINGS})
+    try: json.dumps(meta)
+    except TypeError as e: raise UserError(f'a setting of the classifier cannot be written ({e}): give numbers or text') from None
     with output_folder(folder, 'the folder') as folder:
-        if not by_name: save_beside(few, folder/NETWORK)
-        try: save_tensors(folder/FILE, dict(h=few.support, y=few.support_y), meta)
-        except TypeError as e: raise UserError(f'a setting of the classifier cannot be written ({e}): give numbers or text') from None
+        if beside: save_beside(few, folder/beside)
+        save_tensors(folder/FILE, dict(h=few.support, y=few.support_y), meta)
+        for old in folder.glob('network-*'):
+            if old.name != beside: shutil.rmtree(old, ignore_errors=True)
     return folder
 
 def has_name(network):
@@ -40,14 +54,15 @@ def has_name(network):
     return network.startswith('hf-hub:') or (timm.is_model(network.partition('.')[0]) and not user_path(network).exists())
 
 def save_beside(few, folder):
-    "Write the network of `few` to a folder that `load_network` reads, and check that it does"
+    "Write the network of `few` to a folder that `load_network` reads, and check that it then has the same features of an image"
+    image = np.random.default_rng(0).integers(0, 256, (few.px + 20, 2*few.px, 3), np.uint8)
     why = None
-    try: save_network(few.net, folder, few.px, *few.stats)
-    except (AttributeError, KeyError, TypeError) as e: why = f'a {type(few.net).__name__} is no timm model ({first_line(e)})'
-    if not why:
-        try: same = weights_digest(load_network(folder)) == weights_digest(few.net)
-        except UserError as e: why = str(e)
-        else: why = None if same else 'it comes back with other weights'
+    try:
+        save_network(few.net, folder, few.px, *few.stats)
+        again = type(few)(folder, device=few.device, mirror=few.mirror)
+        if not torch.allclose(again.embed(image), few.embed(image), rtol=1e-3, atol=1e-4): why = 'it comes back with other features'
+    except UserError as e: why = str(e)
+    except (AttributeError, KeyError, TypeError, ValueError) as e: why = f'a {type(few.net).__name__} is no timm model ({first_line(e)})'
     if why: raise UserError(f'the network cannot be saved ({why}): make a timm model of it, or give its name instead of the network')
 
 def weights_digest(net):
@@ -64,22 +79,24 @@ def load_classifier(cls, folder, device=None):
     tensors,meta = load_tensors(path)
     if meta.get('format') != FORMAT:
         raise UserError(f'{path} has format {meta.get("format")} and this version of grdd_fastai reads {FORMAT}: update grdd_fastai')
-    h,y = check_content(path, tensors, meta)
-    name = meta.get('network') or folder/NETWORK
+    h,y = check_content(cls, path, tensors, meta)
+    name = meta['network'] or folder/f'network-{meta["sha256"][:8]}'
     few = cls(name, meta['classifier'], stats=meta['stats'], device=device, **{k:meta[k] for k in SETTINGS}, **meta['settings'])
     if weights_digest(few.net) != meta['sha256']:
         raise UserError(f'the network {name} has other weights than when {folder} was saved: fit the classifier again')
-    few.support,few.support_y = (v.to(next(few.net.parameters()).device) for v in (h, y))
+    few.support,few.support_y = h.to(few.device),y.to(few.device)
     few.vocab,few.files = meta['vocab'],meta['files']
     return few
 
-def check_content(path:Path, tensors, meta):
+def check_content(cls, path:Path, tensors, meta):
     "The features and class numbers of a file; UserError unless everything in it fits together"
     h,y = tensors.get('h'),tensors.get('y')
     fits = (all(isinstance(meta.get(k), kind) for k,kind in KINDS.items()) and h is not None and y is not None and h.ndim == 2
             and h.dtype == torch.float32 and y.shape == h.shape[:1] and y.dtype == torch.int64 and len(meta['files']) == len(h) > 1
             and all(f is None or isinstance(f, str) for f in meta['files']) and bool(h.isfinite().all())
             and sorted(set(y.tolist())) == list(range(len(meta['vocab']))) and len(meta['vocab']) > 1
-            and all(isinstance(o, str | int | float) for o in meta['vocab']) and isinstance(meta.get('network'), str | None))
+            and all(isinstance(o, str | int | float) for o in meta['vocab']) and 0 < meta['bs'] <= MAX_BS
+            and re.fullmatch('[0-9a-f]{64}', meta['sha256']) and not inspect.signature(cls).parameters.keys() & meta['settings'].keys()
+            and (meta.get('network', 0) is None or (isinstance(meta['network'], str) and has_name(meta['network']))))
     if not fits: raise UserError(f'{path} is damaged or not ours: take it from a copy')
     return h,y

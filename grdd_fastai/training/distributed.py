@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..core.distributed import all_sum, rank_world, unwrapped
 from ..core.errors import UserError
 from .callbacks import UndoAfterFit
+from .ema import measured_network
 
 __all__ = ['Distributed']
 
@@ -79,7 +80,8 @@ class Distributed(UndoAfterFit):
         self.learn.model = DistributedDataParallel(self.model, broadcast_buffers=False) # training does not read them
     def after_train(self):
         "Give every process the first one's running statistics, so that all validate the same network"
-        for b in self.model.module.buffers(): dist.broadcast(b, 0)
+        net = measured_network(self.learn) # the moving average, where there is one
+        for b in [*self.model.module.buffers(), *(net.buffers() if net is not self.model.module else [])]: dist.broadcast(b, 0)
     def after_fit(self):
         for m in self.norms: del m.forward
         self.learn.dls.loaders = self.was

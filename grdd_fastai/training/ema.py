@@ -8,11 +8,11 @@ __all__ = ['EMA']
 
 
 class EMA(UndoAfterFit):
-    """Keep an exponential moving average (EMA) of the weights and of the batch norms' statistics; measure it, and end with it
+    """Keep an exponential moving average (EMA) of the weights and of the batch norms' statistics
 
     After each step, average = d * average + (1 - d) * weights. The decay d rises from 0 to `decay` in the first steps (timm's `ModelEmaV3`
-    with warm-up). The accuracy on the validation classes is the average's, `KeepBest` keeps the average, and a fit without `KeepBest` ends
-    with the last average. The steps themselves are the same as without the EMA.
+    with warm-up). The accuracy on the validation classes is that of the average, and the fit ends with the average as the network's
+    weights: that of the best epoch with `KeepBest`, else the last one. The steps themselves are the same as without the EMA.
     """
     run_valid = False
     average = None # the averaged network during a fit

@@ -90,7 +90,6 @@ def test_a_fit_that_fails_changes_no_classifier(tmp_path):
     (lambda p, n: FewShotClassifier(n).fit([p/'more'/'red0.png'], ['a', 'b']), '1 images and 2 labels'),
     (lambda p, n: FewShotClassifier(n).fit([p/'more'/'red0.png'], ['a']), 'at least two'),
     (lambda p, n: FewShotClassifier.from_folder(p/'few', n).predict([]), 'no image is given'),
-    (lambda p, n: FewShotClassifier.from_folder(p/'few', n).predict(p/'x.png'), 'cannot be read as an image'),
     (lambda p, n: FewShotClassifier.from_folder(p/'few', n).predict(np.zeros((9, 9, 3))), 'is no image'),
     (lambda p, n: FewShotClassifier('nothing_like_it'), 'unknown backbone'),
     (lambda p, n: FewShotClassifier(n, 'x'), "unknown classifier 'x'")])
@@ -105,7 +104,8 @@ def test_a_photo_that_is_none_gets_a_sentence(tmp_path, target):
     elif target == 'folder': f.mkdir()
     else: f.symlink_to(target)
     net = create_backbone('convnet4', 0)
-    says(lambda: FewShotClassifier(net).fit([f, f], ['a', 'b']), 'photo.png cannot be read as an image')
+    why = 'photo.png is not there' if target == 'nowhere' else 'photo.png cannot be read as an image'
+    says(lambda: FewShotClassifier(net).fit([f, f], ['a', 'b']), why)
 
 @pytest.mark.parametrize('images', [torch.zeros(2, 4, 8, 8), torch.full((2, 3, 8, 8), 9.), [5, 5], None, 7])
 def test_images_that_are_none(images): says(lambda: FewShotClassifier(create_backbone('convnet4', 0)).fit(images, ['a', 'b']))
@@ -169,13 +169,11 @@ def test_a_class_of_many_photos_is_not_favoured(classifier):
         def __init__(self):
             super().__init__()
             self.w,self.rows = torch.nn.Parameter(torch.zeros(1)),[]
-        def forward(self, x): return torch.stack([self.rows.pop(0) for _ in x])
-    net = Known()
-    few = FewShotClassifier(net, classifier)
-    support = torch.cat([of(0, 2), of(1, 2), of(2, 20)])
-    net.rows = list(support)
+        def forward(self, x): return torch.stack([self.rows.pop(0) if self.rows else torch.ones(40) for _ in x])
+    few = FewShotClassifier(Known(), classifier)
+    few.net.rows = list(torch.cat([of(0, 2), of(1, 2), of(2, 20)]))
     few.fit([IMAGES[0]]*24, ['a']*2 + ['b']*2 + ['c']*20)
-    net.rows = list(torch.cat([of(0, 30), of(1, 30)]))
+    few.net.rows = list(torch.cat([of(0, 30), of(1, 30)]))
     assert few.predict([IMAGES[0]]*60) == ['a']*30 + ['b']*30
 
 
@@ -194,7 +192,9 @@ def test_unreadable_photos_are_left_out_with_a_warning(photos, net, tmp_path):
     assert torch.equal(again.support, few.support) and again.files == few.files
     says(lambda: FewShotClassifier(net, errors='raise').fit([*files, tmp_path/'bad.png'], ['a']*5 + ['b']*5), 'bad.png')
     says(lambda: FewShotClassifier(net).fit([*files, tmp_path/'bad.png'], ['a']*5 + ['b']*4 + ['c']), "no photo of class 'c'")
-    says(lambda: few.predict(tmp_path/'bad.png'), 'none of the photos can be read')
+    with pytest.warns(UserWarning, match='1 of 1'): assert few.predict(tmp_path/'bad.png') == [None]
+    with pytest.warns(UserWarning, match='gone.png is not there'): assert few.embed(tmp_path/'gone.png').isnan().all()
+    says(lambda: few.score(tmp_path/'bad.png', 'red'), 'none of the photos can be read')
     says(lambda: FewShotClassifier(net, errors='ignore'), "errors is 'ignore'")
 
 def test_the_table_by_hand(photos, net, tmp_path):
@@ -219,6 +219,43 @@ def test_the_score_is_the_share_of_right_ones(photos, net):
     truth = [f.stem[:-1] for f in files]
     assert few.score(photos/'more', truth) == 1 and few.score(files, ['red']*12) == pytest.approx(4/12)
     says(lambda: few.score(files, ['red']), '12 images and 1 labels')
+    says(lambda: few.score(files, [3]*12), 'no label is one of the classes', 'blue, green, red')
+    assert few.score(files[0], truth[0]) == 1 and few.score(files, np.array(truth)) == 1
+
+@pytest.mark.parametrize('labels', [np.array([4, 4, 7]), torch.tensor([4, 4, 7]), pd.Series([4, 4, 7]), (4, 4, 7), iter([4, 4, 7])])
+def test_labels_of_any_list(net, tmp_path, labels):
+    few = FewShotClassifier(net).fit(IMAGES[:3], labels)
+    assert few.vocab == [4, 7] and all(type(o) is int for o in few.vocab + few.predict(IMAGES))
+    assert FewShotClassifier.load(few.save(tmp_path/'mine')).vocab == [4, 7]
+
+def test_what_has_no_order_is_refused(net):
+    few = FewShotClassifier(net).fit(IMAGES, LABELS)
+    for wrong in ({'a.png', 'b.png'}, {'a.png':1}): says(lambda w=wrong: few.predict(w), 'has no order')
+    says(lambda: few.fit(IMAGES[:2], {'a', 'b'}), 'has no order')
+
+def test_the_network_of_a_classifier_is_its_own(net):
+    "Neither further training nor train() changes its predictions"
+    few = FewShotClassifier(net).fit(IMAGES, LABELS)
+    before = few.logits(IMAGES)
+    net.train()(torch.randn(4, 3, 32, 32))
+    assert few.logits(IMAGES).equals(before) and not few.net.training
+    net.eval()
+
+def test_class_folders_without_photos_are_said(photos, net, tmp_path):
+    shutil.copytree(photos/'few', tmp_path/'few')
+    (tmp_path/'few'/'bird').mkdir()
+    says(lambda: FewShotClassifier.from_folder(tmp_path/'few', net), 'bird holds no photos that can be read')
+    (tmp_path/'few'/'bird'/'IMG_1.HEIC').write_bytes(b'x')
+    with pytest.warns(UserWarning, match='1 photos .* such as bird/IMG_1.HEIC: convert them to JPEG'):
+        says(lambda: FewShotClassifier.from_folder(tmp_path/'few', net), 'bird holds no photos')
+
+def test_a_vision_transformer_by_its_name(monkeypatch):
+    "It is made for the side of its configuration; a side that it cannot take is a sentence"
+    torch.manual_seed(0)
+    monkeypatch.setattr('timm.models._builder.load_pretrained', lambda *args, **kwargs: None) # its weights would be downloaded
+    few = FewShotClassifier('test_vit2.r160_in1k').fit(IMAGES, LABELS)
+    assert few.px == 160 and few.support.shape == (9, 64)
+    says(lambda: FewShotClassifier('vit_tiny_patch16_224', px=100), 'makes no features of an image of 100 px')
 
 def test_tables_of_files_and_classes(photos, net, tmp_path):
     files = sorted((photos/'few').rglob('*.png'))

@@ -1,6 +1,7 @@
 """What counts as photos, and what becomes of those that cannot be read."""
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ def test_a_folder_a_pattern_and_a_list_of_files(folder):
     assert [f.name for f in list_photos(folder)] == ['a.jpg', 'b.png', 'c.png'] == [f.name for f in list_photos(str(folder))]
     assert [f.name for f in list_photos(folder/'*')] == ['a.jpg', 'b.png']
     assert [f.name for f in list_photos(str(folder/'**'/'*.png'))] == ['b.png', 'c.png']
-    assert list_photos([folder/'b.png', 'x.png']) == [folder/'b.png', 'x.png'] and list_photos(folder/'b.png') == [folder/'b.png']
+    assert list_photos([folder/'b.png', 'x.png']) == [folder/'b.png', Path('x.png')] and list_photos(folder/'b.png') == [folder/'b.png']
     says(lambda: list_photos(folder/'*.webp'), 'no image matches')
     (folder/'empty').mkdir()
     says(lambda: list_photos(folder/'empty'), 'holds no images')

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers import says
+from helpers import says, write_images
 
 from grdd_fastai.core.storage import load_tensors, save_tensors
 from grdd_fastai.models.create import create_backbone
@@ -27,17 +27,28 @@ def test_it_comes_back_the_same(tmp_path, network, classifier, labels):
     shutil.move(folder, tmp_path/'elsewhere')
     again = FewShotClassifier.load(tmp_path/'elsewhere')
     assert again.vocab == few.vocab and again.logits(IMAGES).equals(few.logits(IMAGES)) and again.files == [None]*8
-    assert (tmp_path/'elsewhere'/'network').exists() == (network in net)
+    assert bool(list((tmp_path/'elsewhere').glob('network-*'))) == (network in net)
     assert not [f for f in (tmp_path/'elsewhere').rglob('*') if f.is_file() and f.suffix not in ('.safetensors', '.json')]
     again.add(IMAGES[0], labels[0]).save(tmp_path/'third')
     assert len(FewShotClassifier.load(tmp_path/'third').support) == 9
+
+def test_the_crop_of_a_network_comes_back(tmp_path):
+    "IMAGES are no squares: squashed and cropped they are not the same"
+    net = create_backbone('convnet4', 0, 20, seed=3)
+    net.pretrained_cfg = net.pretrained_cfg | dict(crop_mode='squash', crop_pct=.8, interpolation='bilinear')
+    few = FewShotClassifier(net).fit(IMAGES, LABELS)
+    again = FewShotClassifier.load(few.save(tmp_path/'mine'))
+    assert again.logits(IMAGES).equals(few.logits(IMAGES))
+    net.pretrained_cfg = net.pretrained_cfg | dict(crop_mode='center')
+    assert not FewShotClassifier(net).fit(IMAGES, LABELS).logits(IMAGES).equals(few.logits(IMAGES))
 
 def saved(folder): return FewShotClassifier().fit(IMAGES, LABELS).save(folder)
 
 @pytest.mark.parametrize('change, word', [
     (dict(sha256='0'*64), 'other weights'), (dict(format=2), 'has format 2'), (dict(vocab=['a', 'b']), 'is damaged'),
     (dict(files=[None]), 'is damaged'), (dict(classifier='nothing'), 'unknown classifier'), (dict(px=0), 'px is 0'),
-    (dict(network='nothing'), 'unknown backbone'), (dict(settings=dict(x=1)), "no setting 'x'"), (dict(stats=[1, 2]), 'stats is'),
+    (dict(network='nothing'), 'is damaged'), (dict(network='/etc'), 'is damaged'), (dict(bs=10**9), 'is damaged'),
+    (dict(settings=dict(device='cpu')), 'is damaged'), (dict(settings=dict(x=1)), "no setting 'x'"), (dict(stats=[1, 2]), 'stats is'),
     (dict(network=3), 'is damaged')])
 def test_forged_files_are_a_sentence(tmp_path, change, word):
     path = saved(tmp_path/'a')/'classifier.safetensors'
@@ -52,6 +63,24 @@ def test_forged_tensors_are_a_sentence(tmp_path, change):
     tensors,meta = load_tensors(path)
     save_tensors(path, tensors | change, meta)
     says(lambda: FewShotClassifier.load(tmp_path/'a'), 'is damaged')
+
+def test_a_save_that_fails_leaves_the_classifier_that_was_there(tmp_path):
+    "And one that succeeds removes the other's network"
+    own = FewShotClassifier(create_backbone('convnet4', 0, 20, seed=3)).fit(IMAGES, LABELS)
+    own.save(tmp_path/'a')
+    bad = FewShotClassifier(classifier='tim_adm', scale=6.).fit(IMAGES, LABELS)
+    bad.settings = dict(scale=torch.tensor(6.))
+    says(lambda: bad.save(tmp_path/'a'), 'a setting of the classifier cannot be written')
+    assert FewShotClassifier.load(tmp_path/'a').logits(IMAGES).equals(own.logits(IMAGES))
+    saved(tmp_path/'a')
+    assert [f.name for f in (tmp_path/'a').iterdir()] == ['classifier.safetensors']
+
+def test_a_saved_folder_tells_nothing_of_this_machine(tmp_path):
+    write_images(tmp_path/'few'/'cat', ['1.png', '2.png'], 20)
+    write_images(tmp_path/'few'/'dog', ['1.png'], 20)
+    folder = FewShotClassifier.from_folder(tmp_path/'few').save(tmp_path/'mine')
+    assert FewShotClassifier.load(folder).files == ['cat/1.png', 'cat/2.png', 'dog/1.png']
+    assert not any(str(tmp_path).encode() in f.read_bytes() for f in folder.rglob('*') if f.is_file())
 
 def test_what_cannot_be_saved_or_loaded_is_a_sentence(tmp_path):
     says(lambda: FewShotClassifier().save(tmp_path/'a'), 'no classes yet')
