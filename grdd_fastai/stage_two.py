@@ -204,7 +204,7 @@ def meta_learner(
 
 
 class StudentNet(nn.Module):
-    "The student in training: the backbone psi, and the layers that terms of the loss train beside it, in `heads` by the name of the term"
+    "The student during training: the backbone psi, and `heads`, the layers that loss terms train beside it, by the name of the term"
     def __init__(self, backbone:nn.Module, heads:dict):
         super().__init__()
         self.backbone,self.heads = backbone,nn.ModuleDict(heads)

@@ -88,7 +88,7 @@ def test_flags_in_the_text_exist(page):
 
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
-    "A folder as the pages suppose: a data set, photos of two classes, two new photos, also in a folder"
+    "A folder with the files that the pages name: a data set, photos of two classes, and new photos, single and in a folder"
     place = tmp_path_factory.mktemp('place')
     write_csv_set(place/'my-data', (20, 6, 6))
     for c,hue in (('cat', 0.), ('dog', .5)): write_images(place/'few'/c, ['1.jpg', '2.jpg'], 40, 0, hue)

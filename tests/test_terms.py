@@ -82,7 +82,7 @@ def test_a_weight_adds_the_term_to_stage_two(data, setting, term):
 # ---- terms with layers of their own -----------------------------------------------------------------------------------
 
 def test_feature_regression_by_loops():
-    "Each of two teachers has its own linear map; the term is zero where the maps give the teachers' features, at any length"
+    "Each of two teachers has its own linear map; the loss is zero if each map gives its teacher's features, at any length"
     torch.manual_seed(0)
     student,*teachers = (torch.randn(7, d) for d in (5, 9, 4))
     term = FeatureRegression()
@@ -104,7 +104,7 @@ def naive_dist(z_e, z_g, y):
     return 2 - np.mean(rows) - np.mean(columns)
 
 def naive_dkd(z_e, z_g, y):
-    "By probabilities of one image at a time: those of (target, any other class), and those of the other classes among themselves"
+    "The loss is computed image by image from two distributions: (target, any other class), and the other classes among themselves"
     total = 0.
     for e,g,c in zip(z_e, z_g, y.tolist(), strict=True):
         p,q = g.softmax(0),e.softmax(0)
@@ -124,7 +124,7 @@ def test_a_term_of_the_classes_by_loops(term):
     assert float(term().of_logits(z_g, z_g, y)) == pytest.approx(0., abs=1e-6)
 
 def test_dkd_takes_logit_distillation_apart():
-    "Eq. 7 of DKD: for one image, L_kd is the KL of (target, any other class) plus 1 - p(target) times the KL among the other classes"
+    "Eq. 7 of DKD splits an image's L_kd into the KL of (target, any other class) and 1 - p(target) times the KL among the others"
     torch.manual_seed(0)
     for c in range(4):
         z_e,z_g,y = torch.randn(1, 4).double(),torch.randn(1, 4).double(),torch.tensor([c])

@@ -21,7 +21,8 @@ from ..core.storage import read_bytes
 
 MAX_LINKS = 4 # most links that are followed to one folder
 MAX_BYTES = 2**28 # most bytes in one unpacked member of an archive
-IMAGES = re.compile(r'(^|/)[^./][^/]*\.(png|jpe?g|bmp|webp|gif|tiff?|ppm|pgm)$', re.IGNORECASE)
+ENDINGS = 'png|jpe?g|bmp|webp|gif|tiff?|ppm|pgm' # of image files, as a regular expression
+IMAGES = re.compile(rf'(^|/)[^./][^/]*\.({ENDINGS})$', re.IGNORECASE)
 
 
 class Folder:

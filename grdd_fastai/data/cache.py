@@ -9,11 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from fastcore.imports import IN_NOTEBOOK
-from fastprogress.fastprogress import progress_bar
 from PIL import UnidentifiedImageError
 
 from ..core.errors import UserError
+from ..core.progress import with_progress
 from ..core.storage import MAX_SIDE, default_cache, locked, new_memmap, part_name, read_json, sweep, user_path
 from .demo import DemoSource
 from .images import decode
@@ -146,7 +145,7 @@ def _pack(source, px, stamp, folder, allow_large):
         images = {s:new_memmap(tmp/f'{s}.npy', (n[s], px, px, 3), np.uint8) for s in n}
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             blocks = [(s, at) for s in n for at in range(0, n[s], BLOCK)]
-            for s,at in progress_bar(blocks) if IN_NOTEBOOK or sys.stderr.isatty() else blocks:
+            for s,at in with_progress(blocks):
                 rows = range(at, min(at+BLOCK, n[s]))
                 block = np.stack(list(pool.map(lambda row: _decode_row(source, s, row, px, allow_large), rows)))  # noqa: B023
                 images[s][at:at+len(block)] = block

@@ -3,13 +3,12 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 __all__ = ['decode']
 
 # other formats are refused because decoding some of them, such as EPS, may run programs
 FORMATS = ('PNG', 'JPEG', 'MPO', 'BMP', 'WEBP', 'GIF', 'TIFF', 'PPM', 'AVIF', 'JPEG2000')
-ORIENTATION = 274 # EXIF tag
 MAX_MEGAPIXELS = 89 # size of the largest image that is decoded without `allow_large`
 
 
@@ -35,7 +34,7 @@ def open_image(file, allow_large=False):
 
 def upright_rgb(im):
     "PIL image of any mode -> RGB image, turned upright by its EXIF orientation"
-    if im.getexif().get(ORIENTATION, 1) != 1: im = ImageOps.exif_transpose(im) # which would copy an upright image, too
+    if im.getexif().get(ExifTags.Base.Orientation, 1) != 1: im = ImageOps.exif_transpose(im) # copies an image that is upright, too
     if im.mode[0] in 'IF': im = Image.fromarray(_to_8_bit(np.asarray(im), im.mode))
     return im if im.mode == 'RGB' else im.convert('RGB')
 

@@ -177,7 +177,7 @@ def model_card(net, about, name, load, n_base):
         table=markdown_table(['classes', *shots], rows), check=CHECK, n_base=n_base, training=training(about))
 
 def stages_of(settings, of=None):
-    "The recorded settings of each stage by its name; the teacher's stages stand between the student's start and its stage two"
+    "A dict from each stage of the training to its recorded settings; the teacher's stages come before the student's stage two"
     if 'student' not in settings: return {of or 'network':settings}
     prefix = f"{of}'s " if of else ''
     teacher = stages_of(settings['teacher'], f'{prefix}teacher') if settings['teacher'] else {}

@@ -24,6 +24,7 @@ MARKS = '<!-- measured: written by recipes/report.py -->','<!-- /measured -->'
 NETWORKS = dict(convnet4='ConvNet-4, 64-64-64-64', convnet4_256='ConvNet-4, 64-96-128-256',
                 resnet12='ResNet-12', resnet12_320='ResNet-12, half as wide')
 CHOSEN = 'as chosen on the validation classes'
+SHOTS = ('1-shot', '5-shot') # of the tables beside the published numbers
 GRDD_TIM = {'ConvNet-4':('79.9 ± 0.2', '87.9 ± 0.2'), 'ResNet-12':('85.4 ± 0.2', '91.1 ± 0.2')} # the paper's accuracies, 1-shot and 5-shot
 COSINE,RFS = 'cosine','logistic regression, five views of each support image'
 PUBLISHED = ( # inductive accuracies that papers give for the novel classes of CIFAR-FS, 5-way 1-shot and 5-shot
@@ -138,13 +139,13 @@ def section(rows, split, root):
     return markdown_table(head, lines)
 
 def from_random(record):
-    "Words on a row without a stage one of its student: its architecture and the length of stage two"
+    "Describe a student that started from random weights: its architecture and the length of its stage two"
     return f'{record["student"]["arch"]}, random weights; {stage_two_words(record)}'
 
 def stage_two_words(record): return f'stage two: {record["epochs"]} epochs of {record["episodes"]} {record["way"]}-way episodes'
 
 def described(record):
-    "Words on the training of a network: its stage one and, where it has one, its stage two"
+    "Describe how a network was trained: its stage one and, if it had one, its stage two"
     if 'student' not in record: return StageOne.from_record(record).described()
     if record['student'].keys() == {'arch'}: return from_random(record)
     return f'{described(record["student"])}; {stage_two_words(record)}'
@@ -188,7 +189,7 @@ def table_summary(rows):
 # ---- other parts of the report ----------------------------------------------------------------------------------------
 
 def published_networks(root, folder):
-    "name, words on the network, and `measured.json`, of each network that recipes/publish.py wrote to `folder`"
+    "Yield the name, the description and the `measured.json` of each network that recipes/publish.py wrote to `folder`"
     for path in sorted((root/folder).glob('*/measured.json')):
         name = path.parent.name
         yield name,NETWORKS[name.partition('.')[0]],json.loads(path.read_text())
@@ -198,8 +199,8 @@ def published_head(what): return [what, 'network', 'classifier', '1-shot', '5-sh
 def arxiv_link(number): return f'[{number}](https://arxiv.org/abs/{number})'
 
 def card_row(what, name, network, measured, folder):
-    "Cells of a network with the accuracies of its card, which are those of the cosine on the novel classes"
-    accuracies = [accuracy_text(measured['scores']['novel'][k]) for k in ('1-shot', '5-shot')]
+    "Table cells of a published network, with the accuracies of its card: by the cosine, on the novel classes"
+    accuracies = [accuracy_text(measured['scores']['novel'][k]) for k in SHOTS]
     return [what, network, COSINE, *accuracies, f'[card]({folder}/{name}/README.md)']
 
 def best_of_table2(found, arch):
@@ -208,13 +209,12 @@ def best_of_table2(found, arch):
     Only rows count that were scored for both shots on both. None if there is no such row.
     """
     val,novel = (found['table2'].get(split, {}) for split in ('val', 'novel'))
-    def both(seeds): return all({'1-shot', '5-shot'} <= r['scores'].keys() for r in seeds)
+    def both(seeds): return all(set(SHOTS) <= r['scores'].keys() for r in seeds)
     rows = [k for k in val if k in novel and val[k][0]['psi'] == arch and both(val[k]) and both(novel[k])]
     if not rows: return None
-    row,same = max(rows, key=lambda k: statistics.mean(o['accuracy'] for r in val[k] for o in r['scores'].values()))
-    seeds = novel[row, same]
-    source = f'results/table2/{seeds[0]["file"]}'
-    return [f'`{row}` of Table 2, ours', NETWORKS[arch], COSINE, *(accuracy(seeds, k) for k in ('1-shot', '5-shot')), f'[record]({source})']
+    best = max(rows, key=lambda k: statistics.mean(o['accuracy'] for r in val[k] for o in r['scores'].values()))
+    source = f'results/table2/{novel[best][0]["file"]}'
+    return [f'`{best[0]}` of Table 2, ours', NETWORKS[arch], COSINE, *(accuracy(novel[best], k) for k in SHOTS), f'[record]({source})']
 
 def published_table(root, found, networks=''):
     "Table of our networks, the paper's and the best published; only the rows whose network begins with the text `networks`"
@@ -232,7 +232,7 @@ def published_table(root, found, networks=''):
 def teachers_table(root):
     "Table of the teachers, which are the published networks in the folder weights/; empty if there are none"
     rows = [card_row(f'`{name}`', name, network, measured, 'weights') for name,network,measured in published_networks(root, 'weights')
-            if {'1-shot', '5-shot'} <= measured['scores'].get('novel', {}).keys()]
+            if set(SHOTS) <= measured['scores'].get('novel', {}).keys()]
     return markdown_table(published_head('the teacher'), rows) if rows else ''
 
 def transductive_table(root):

@@ -29,8 +29,8 @@ __all__ = ['CL', 'EL', 'GR', 'Table', 'table']
 
 
 # The three supervisions of Table 2. A row names the role, 'student' or 'teacher', whose architecture its network psi has, and the role of
-# its teacher phi. If both have the same role, phi is psi's own stage one. Instead of a role, phi can be another row, whose network of seed
-# 0 is the teacher. `stage_one` and `stage_two` are settings that the row changes.
+# its teacher phi. If both have the same role, phi is psi's own stage one. If phi is another row, the teacher is that row's network of
+# seed 0. `stage_one` and `stage_two` are settings that the row changes.
 CL = dict(psi='student')
 EL = dict(psi='student', stage_two={})
 GR = dict(psi='student', phi='teacher', stage_two={})

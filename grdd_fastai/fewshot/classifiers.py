@@ -125,7 +125,7 @@ def without_settings(classifier):
 
 
 def split_names(classifiers):
-    "Split a text at the commas between classifiers, which may have settings; 'all' gives every name; UserError for an unknown classifier"
+    "The classifiers, with their settings, in a text separated by commas; 'all' stands for every one; UserError for an unknown name"
     if not isinstance(classifiers, str): raise UserError(f'--classifiers is {classifiers!r}: give names separated by commas')
     names = list(CLASSIFIERS) if classifiers == 'all' else [name.strip() for name in re.split(r',(?![^(]*\))', classifiers)]
     for name in names: get_classifier(name)

@@ -1,7 +1,6 @@
 """Features of images: computed once, and kept in a file on disk for later use."""
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -9,13 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastai.data.load import DataLoader
-from fastcore.imports import IN_NOTEBOOK
-from fastprogress.fastprogress import progress_bar
 
 from ..core.device import amp as autocast
 from ..core.device import autocast_dtype, ieee_float32
 from ..core.distributed import all_sum, rank_world
 from ..core.errors import UserError
+from ..core.progress import with_progress
 from ..core.storage import default_cache, digest, filled_array, load_array, locked, sweep, user_path
 from ..data.augment import train_augmentation
 from ..data.blocks import plain_dl
@@ -127,8 +125,7 @@ def view_features(
     if dtype: same['precision'] = str(dtype).removeprefix('torch.')
     net = net.to(memory_format=torch.channels_last)
     arrays = []
-    numbers = range(views)
-    for v in progress_bar(numbers) if IN_NOTEBOOK or sys.stderr.isatty() else numbers:
+    for v in with_progress(range(views)):
         h,made = _kept(same | dict(view=v), cache, net, dl, 1, np.float16, dtype)
         arrays.append(h[0])
         if after_each: after_each(made)

@@ -1,1 +1,1 @@
-"""From a few photos of each class to a classifier of photos."""
+"""Classify photos, given a few labelled photos of each class."""

@@ -21,7 +21,7 @@ from ..fewshot.classifiers import check_classifier_settings, check_scale, get_cl
 from ..fewshot.evaluate import checked_logits, is_missing
 from ..models.create import check_input_config, features, input_config
 from ..models.pretrained import load_network
-from .reading import UnreadablePhoto, list_photos, load_photos, photo_name, photos_below, warn_of
+from .reading import UnreadablePhoto, check_ordered, list_photos, load_photos, photo_name, photos_below, warn_of
 from .saving import load_classifier, save_classifier
 
 __all__ = ['FewShotClassifier']
@@ -35,11 +35,11 @@ class FewShotClassifier:
     `predict` together. UserError for unusable photos, labels or settings.
     """
     def __init__(self,
-        # a Learner of this package or a timm model, which is copied, or a name or path for `load_network`
+        # a Learner of this package or a timm model (it is copied), or a name or path for `load_network`
         network:str|Path|nn.Module|Learner='convnet4.grdd_cifarfs',
         classifier:str|Callable='cosine', # name in `CLASSIFIERS`, or function `(support, support_y, query) -> logits`
         bs:int=64, # photos embedded at a time
-        # side of the network's images in pixels; None: as in its `pretrained_cfg`, where our Learners note that of their data
+        # side of the images in pixels; None: the side in the network's `pretrained_cfg`, where our Learners write that of their data
         px:int|None=None,
         stats:Sequence|None=None, # (mean, std) to normalise images with; None: as in its `pretrained_cfg`
         # device of the network; None: the device of a network that is given, and the fastest device for one that is loaded by name or path
@@ -70,17 +70,18 @@ class FewShotClassifier:
         check_classifier_settings(classifier, settings)
         self.classifier = classifier
         self.settings = settings
-        # the classes, and for each support photo its features, its class's place in `vocab` and its file; set by `fit`
+        # `fit` sets the classes, and for each support photo its features, the index of its class in `vocab`, and its file
         self.vocab = self.support = self.support_y = self.files = None
 
     def _check_network(self):
-        "Raise UserError unless the network makes a vector of features of a blank image"
-        why = None
+        "Set the number of features `n_features`; UserError unless the network gives a vector of features for a blank image"
         try:
             with torch.no_grad(): h = features(self.net, torch.zeros(1, 3, self.px, self.px, device=self.device))
-        except Exception as e: why = first_line(e)
-        else: why = None if h.ndim == 2 else f'its output has the shape {tuple(h.shape)}'
-        if why: raise UserError(f'the network makes no features of an image of {self.px} px ({why}): leave px out, or give another network')
+            if h.ndim != 2: raise ValueError(f'its output has the shape {tuple(h.shape)}')
+        except Exception as e:
+            raise UserError(f'the network makes no features of an image of {self.px} px ({first_line(e)}): '
+                            'leave px out, or give another network') from None
+        self.n_features = h.shape[1]
 
     @property
     def device(self): return next(self.net.parameters()).device
@@ -112,7 +113,7 @@ class FewShotClassifier:
 
     @classmethod
     def from_csv(cls, path:str|Path, *args, folder:str|Path|None=None, **kwargs) -> 'FewShotClassifier':
-        "A classifier fitted on a CSV file as in `from_df`; files are relative to `folder`, by default that of the CSV"
+        "A classifier fitted on a CSV file as in `from_df`; its files are relative to `folder`, by default the CSV's own folder"
         path = user_path(path)
         try: df = pd.read_csv(path, dtype=str)
         except (OSError, ValueError) as e: raise UserError(f'{path} cannot be read as a CSV ({first_line(e)}): replace it') from None
@@ -154,12 +155,12 @@ class FewShotClassifier:
         if len(problems) == len(photos): raise UserError(f'none of the photos can be read: {problems[0]}')
         read = [i for i in range(len(photos)) if i not in problems]
         kept = [labels[i] for i in read]
-        if lost := [o for o in dict.fromkeys(labels) if o not in kept]:
-            raise UserError(f'no photo of class {lost[0]!r} can be read: {next(iter(problems.values()))}')
+        if (lost := next((i for i in problems if labels[i] not in kept), None)) is not None:
+            raise UserError(f'no photo of class {labels[lost]!r} can be read: {problems[lost]}')
         return h[read],kept,[photo_name(photos[i]) for i in read]
 
     def _keep(self, h, labels, files):
-        "Make these features, labels and files the support; nothing changes if they cannot be"
+        "Replace the support by these features, labels and files; if they are not valid, the old support stays"
         check_labels(labels)
         try: vocab = sorted(set(labels))
         except TypeError: raise UserError('the labels cannot be sorted: give all of them as text') from None
@@ -177,7 +178,7 @@ class FewShotClassifier:
 
     @torch.no_grad()
     def _embed(self, photos):
-        "Features (N, D) of a list of photos, and a dict of what is wrong with unreadable ones by their place in the list"
+        "Features (N, D) of a list of photos, and the errors of the unreadable photos by their index in the list"
         device = self.device
         parts,problems,batch,rows = [],{},[],[]
         def flush():
@@ -192,10 +193,8 @@ class FewShotClassifier:
             if len(batch) == self.bs: flush()
         flush()
         warn_of(problems.values(), len(photos))
-        if not parts: parts = [features(self.net, torch.zeros(1, 3, self.px, self.px, device=device)).float()[:0]] # for the number D
-        found = torch.cat(parts)
-        h = torch.full((len(photos), found.shape[1]), torch.nan, device=device)
-        h[rows] = found
+        h = torch.full((len(photos), self.n_features), torch.nan, device=device)
+        if parts: h[rows] = torch.cat(parts)
         return h,problems
 
     def logits(self, photos) -> pd.DataFrame:
@@ -203,7 +202,7 @@ class FewShotClassifier:
         return self._logits(list_photos(photos))[0]
 
     def _logits(self, photos):
-        "The logits of a list of photos, their features, and what is wrong with unreadable ones"
+        "The logits of a list of photos, their features, and the errors of the unreadable photos by their index"
         self._check_fitted()
         h,problems = self._embed(photos)
         read = [i for i in range(len(photos)) if i not in problems]
@@ -229,12 +228,12 @@ class FewShotClassifier:
         logits,h,problems = self._logits(photos)
         classes = classes_of(logits)
         with ieee_float32(): similar = (F.normalize(h, dim=1) @ F.normalize(self.support.to(h.device), dim=1).T).cpu().numpy()
-        rows = []
+        support_y,rows = self.support_y.cpu().numpy(),[]
         for i,(photo,predicted) in enumerate(zip(photos, classes)):
             row = {'file':photo_name(photo), 'class':predicted, 'runner_up':None, 'nearest':None, 'distance':np.nan,
                    'problem':str(problems.get(i, ''))}
             if i not in problems:
-                of_class = np.flatnonzero(self.support_y.cpu().numpy() == self.vocab.index(predicted))
+                of_class = np.flatnonzero(support_y == self.vocab.index(predicted))
                 best = of_class[similar[i, of_class].argmax()]
                 row |= {'runner_up':logits.iloc[i].sort_values().index[-2], 'nearest':self.files[best] or str(best),
                         'distance':float(1 - similar[i, best])}
@@ -264,7 +263,7 @@ class FewShotClassifier:
 
     @classmethod
     def load(cls, folder:str|Path, device:str|torch.device|None=None) -> 'FewShotClassifier':
-        "The classifier that `save` wrote; UserError if its files are damaged or its network has other weights now"
+        "Load a classifier that `save` wrote; UserError if its files are damaged or its network has other weights now"
         return load_classifier(cls, folder, device)
 
 
@@ -276,10 +275,9 @@ def classes_of(logits):
 def names_of(vocab): return ', '.join(map(str, vocab))
 
 def labelled(photos, labels):
-    "Photos and labels as two lists of one length; one text is the label of one photo; UserError for what does not fit"
+    "Photos and labels as two lists of equal length; a single text is the label of a single photo; UserError if they do not fit"
     photos = list_photos(photos)
-    if isinstance(labels, set | frozenset | dict):
-        raise UserError(f'the labels are a {type(labels).__name__}, which has no order: give a list')
+    check_ordered(labels, 'labels')
     try: labels = [labels] if isinstance(labels, str) else labels.tolist() if hasattr(labels, 'tolist') else list(labels)
     except TypeError: raise UserError('images and labels are no lists: give a list of each') from None
     labels = [o.item() if isinstance(o, np.generic) else o for o in (labels if isinstance(labels, list) else [labels])]
@@ -288,7 +286,7 @@ def labelled(photos, labels):
     return photos,labels
 
 def check_labels(labels):
-    "Raise UserError for labels that cannot name classes, or not together"
+    "Raise UserError for labels that cannot be names of classes, and for text beside numbers"
     if not all(isinstance(o, Hashable) and not isinstance(o, torch.Tensor) for o in labels):
         raise UserError('a label is a list or another collection: give text or numbers')
     if any(is_missing(o) for o in labels):

@@ -1,9 +1,8 @@
-"""Photos as users have them: folders, patterns, files, PIL images, arrays and tensors, read several at a time."""
+"""Read photos from files, folders, patterns, PIL images, arrays and tensors, several at a time."""
 import glob
 import io
 import os
 import re
-import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -13,21 +12,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fastcore.imports import IN_NOTEBOOK
-from fastprogress.fastprogress import progress_bar
 from PIL import Image
 
 from ..core.errors import UserError
+from ..core.progress import with_progress
 from ..core.storage import read_bytes, user_path
-from ..data.archives import Folder
+from ..data.archives import ENDINGS, Folder
 from ..data.images import open_image, upright_rgb
 
 __all__ = ['UnreadablePhoto', 'list_photos', 'photo_name', 'load_photo', 'load_photos']
 
 
-PHOTOS = re.compile(r'\.(png|jpe?g|bmp|webp|gif|tiff?|ppm|pgm|avif|jp2)$', re.IGNORECASE) # endings of the formats that are read
-OTHERS = re.compile(r'\.(hei[cf]|dng|cr[23]|nef|arw|raw|psd|svg)$', re.IGNORECASE) # endings of photos in formats that are not read
-MANY = 200 # from this number of photos on, a progress bar is shown where there is a terminal or a notebook
+PHOTOS = re.compile(rf'\.({ENDINGS}|avif|jp2)$', re.IGNORECASE) # file names of the image formats that are supported
+OTHERS = re.compile(r'\.(hei[cf]|dng|cr[23]|nef|arw|raw|psd|svg)$', re.IGNORECASE) # file names of image formats that are not supported
+MANY = 200 # number of photos from which a progress bar is shown
 THREADS = min(8, os.cpu_count() or 1)
 
 
@@ -36,14 +34,13 @@ class UnreadablePhoto(UserError):
 
 
 def list_photos(photos) -> list:
-    """The photos that a user means, as a list of paths, PIL images, arrays and tensors
+    """Make a list of paths, PIL images, arrays and tensors from one photo or several, in any form that a user may give
 
     `photos` is one photo or several: a path, a folder (all images in it and in its folders, by name), a pattern such as 'new/*.jpg', a PIL
     image, an array (H, W, 3) or (N, H, W, 3), a tensor (3, H, W) or (N, 3, H, W), or a list of photos. UserError if there is none, and for
     a set or a dict.
     """
-    if isinstance(photos, set | frozenset | dict):
-        raise UserError(f'the photos are a {type(photos).__name__}, which has no order: give a list')
+    check_ordered(photos, 'photos')
     if isinstance(photos, str | Path): found = files_of(photos)
     elif isinstance(photos, Image.Image) or getattr(photos, 'ndim', 0) in (2, 3): found = [photos]
     else:
@@ -52,8 +49,13 @@ def list_photos(photos) -> list:
     if not found: raise UserError('no image is given: give at least one')
     return found
 
+def check_ordered(items, what):
+    "Raise UserError if the `items` are a set or a dict, whose order means nothing"
+    if isinstance(items, set | frozenset | dict):
+        raise UserError(f'the {what} are a {type(items).__name__}, which has no order: give a list')
+
 def files_of(path):
-    "The path alone, the images in a folder, or the files that a pattern matches"
+    "The files that a path stands for: itself, the images in a folder, or the images that match a pattern"
     path = user_path(path)
     if path.is_dir():
         if not (found := photos_below(path)): raise UserError(f'{path} holds no images: give a folder that does')
@@ -64,7 +66,7 @@ def files_of(path):
     return found
 
 def photos_below(path):
-    "The photos in a folder and in its folders, without hidden ones; a warning names those in a format that is not read"
+    "The photos in a folder and its subfolders, except hidden ones; a warning names photos in a format that is not supported"
     files = [f for f in Folder(path).files if not re.search(r'(^|/)\.', f)]
     if others := [f for f in files if OTHERS.search(f)]:
         warnings.warn(f'{len(others)} photos in {path} have a format that is not read, such as {others[0]}: convert them to JPEG',
@@ -72,7 +74,7 @@ def photos_below(path):
     return [path/f for f in files if PHOTOS.search(f)]
 
 def photo_name(photo) -> str|None:
-    "The path of a photo as text; None for an image that has no file"
+    "The path of a photo as text; None if the photo does not come from a file"
     if isinstance(photo, Image.Image): photo = getattr(photo, 'filename', None) or None
     return str(photo) if isinstance(photo, str | Path) else None
 
@@ -89,11 +91,9 @@ def load_photo(photo, allow_large:bool=False) -> Image.Image:
         im.load() # PIL reads a file here at the latest
         return upright_rgb(im)
     except FileNotFoundError: raise UnreadablePhoto(f'{photo} is not there: check the path') from None
-    except OSError as e:
-        raise UnreadablePhoto(f'{named(photo)} cannot be read as an image ({e.strerror or e}): remove it or replace it') from None
-    except Exception as e: raise UnreadablePhoto(f'{named(photo)} cannot be read as an image ({e}): remove it or replace it') from None
-
-def named(photo): return photo_name(photo) or 'a PIL image'
+    except Exception as e:
+        name,why = photo_name(photo) or 'a PIL image',getattr(e, 'strerror', None) or e
+        raise UnreadablePhoto(f'{name} cannot be read as an image ({why}): remove it or replace it') from None
 
 def from_array(a):
     "PIL image of an array (H, W, 3) or (H, W) of uint8, or of a tensor (3, H, W) of uint8 or of floating-point numbers from 0 to 1"
@@ -117,21 +117,20 @@ def load_photos(photos:list, transform:Callable, allow_large:bool=False, errors:
         except UnreadablePhoto as e: return e
     with ThreadPoolExecutor(THREADS) as pool:
         ahead = deque()
-        bar = len(photos) >= MANY and (IN_NOTEBOOK or sys.stderr.isatty())
-        for photo in progress_bar(photos) if bar else photos:
+        for photo in with_progress(photos, MANY):
             if isinstance(photo, Image.Image):
-                with suppress(Exception): photo.load() # here, because two threads must not read one image; an error comes again below
+                with suppress(Exception): photo.load() # two threads must not read one image; `load` raises the error of an unreadable one
             ahead.append(pool.submit(load, photo))
             if len(ahead) > 2*THREADS: yield checked(ahead.popleft().result(), errors)
         while ahead: yield checked(ahead.popleft().result(), errors)
 
 def checked(loaded, errors):
-    "What has been loaded; an `UnreadablePhoto` is raised with errors='raise'"
+    "Return what was loaded; with errors='raise', raise an `UnreadablePhoto` instead"
     if errors == 'raise' and isinstance(loaded, UnreadablePhoto): raise loaded
     return loaded
 
 def warn_of(problems:Iterable[UnreadablePhoto], n:int):
-    "Warn of the photos among `n` that cannot be read"
+    "Warn that some of `n` photos are left out, and name the first ones"
     problems = list(problems)
     if not problems: return
     more = f'; and {len(problems) - 3} more' if len(problems) > 3 else ''

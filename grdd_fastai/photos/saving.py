@@ -19,16 +19,16 @@ __all__ = ['save_classifier', 'load_classifier']
 
 FILE = 'classifier.safetensors'
 FORMAT = 1
-MAX_BS = 4096 # most photos embedded at a time that a file may ask for
-SETTINGS = ('bs', 'px', 'mirror', 'allow_large', 'errors') # arguments of a `FewShotClassifier` that are kept as they are
+MAX_BS = 4096 # largest `bs` in a file, which may come from somebody else
+SETTINGS = ('bs', 'px', 'mirror', 'allow_large', 'errors') # arguments of a `FewShotClassifier` that are also its attributes
 KINDS = dict(classifier=str, settings=dict, stats=list, vocab=list, files=list, sha256=str, bs=int, px=int, mirror=bool, allow_large=bool,
              errors=str)
 
 
 def save_classifier(few, folder):
-    """Write the classifier `few` to a folder, in place of one that is there, and return the folder
+    """Write the classifier `few` to a folder and return the folder; a classifier that the folder holds already is replaced
 
-    UserError for what cannot be written; a classifier that is there stays whole.
+    UserError if it cannot be written; the classifier that the folder holds then stays as it is.
     """
     if callable(few.classifier):
         raise UserError('the classifier is a function, which a file cannot hold: register it by register_classifier and give its name')
@@ -37,9 +37,10 @@ def save_classifier(few, folder):
     by_name = few.network is not None and has_name(few.network)
     sha256 = weights_digest(few.net)
     beside = None if by_name else f'network-{sha256[:8]}'
-    files = [f and '/'.join(Path(f).parts[-2:]) for f in few.files] # not where they lie on this machine
+    files = [f and '/'.join(Path(f).parts[-2:]) for f in few.files] # without the folders of this machine
     meta = dict(format=FORMAT, network=few.network if by_name else None, sha256=sha256, classifier=few.classifier, settings=few.settings,
-                stats=[list(v) for v in few.stats], vocab=few.vocab, files=files, **{k:getattr(few, k) for k in SETTINGS})
+                stats=[list(v) for v in few.stats], vocab=few.vocab, files=files,
+                **{k:getattr(few, k) for k in SETTINGS} | dict(bs=min(few.bs, MAX_BS)))
     try: json.dumps(meta)
     except TypeError as e: raise UserError(f'a setting of the classifier cannot be written ({e}): give numbers or text') from None
     with output_folder(folder, 'the folder') as folder:
@@ -50,11 +51,11 @@ def save_classifier(few, folder):
     return folder
 
 def has_name(network):
-    "Whether anyone can load the network by this name: a timm model or one of the Hugging Face hub, but no path of this machine"
+    "Whether other machines can load the network by this name: it is a timm model or on the Hugging Face hub, and not a local path"
     return network.startswith('hf-hub:') or (timm.is_model(network.partition('.')[0]) and not user_path(network).exists())
 
 def save_beside(few, folder):
-    "Write the network of `few` to a folder that `load_network` reads, and check that it then has the same features of an image"
+    "Write the network of `few` to a folder for `load_network`; UserError if it would then give other features for an image"
     image = np.random.default_rng(0).integers(0, 256, (few.px + 20, 2*few.px, 3), np.uint8)
     why = None
     try:
@@ -72,7 +73,7 @@ def weights_digest(net):
     return digest(net.state_dict())
 
 def load_classifier(cls, folder, device=None):
-    "The classifier of the class `cls` that `save_classifier` wrote; UserError if its files are damaged or its network is another"
+    "Load a classifier that `save_classifier` wrote, as a `cls`; UserError if its files are damaged or its network has changed"
     folder = user_path(folder)
     path = folder/FILE
     if not path.is_file(): raise UserError(f'{folder} holds no {FILE}: give a folder that the save of a FewShotClassifier has written')
@@ -89,7 +90,7 @@ def load_classifier(cls, folder, device=None):
     return few
 
 def check_content(cls, path:Path, tensors, meta):
-    "The features and class numbers of a file; UserError unless everything in it fits together"
+    "Return the features and class indices of a saved file; UserError if its parts do not fit together"
     h,y = tensors.get('h'),tensors.get('y')
     fits = (all(isinstance(meta.get(k), kind) for k,kind in KINDS.items()) and h is not None and y is not None and h.ndim == 2
             and h.dtype == torch.float32 and y.shape == h.shape[:1] and y.dtype == torch.int64 and len(meta['files']) == len(h) > 1

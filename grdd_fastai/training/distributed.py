@@ -80,8 +80,8 @@ class Distributed(UndoAfterFit):
         self.learn.model = DistributedDataParallel(self.model, broadcast_buffers=False) # training does not read them
     def after_train(self):
         "Give every process the first one's running statistics, so that all validate the same network"
-        net = measured_network(self.learn) # the moving average, where there is one
-        for b in [*self.model.module.buffers(), *(net.buffers() if net is not self.model.module else [])]: dist.broadcast(b, 0)
+        for net in dict.fromkeys([self.model.module, measured_network(self.learn)]): # one network, or two with a moving average
+            for b in net.buffers(): dist.broadcast(b, 0)
     def after_fit(self):
         for m in self.norms: del m.forward
         self.learn.dls.loaders = self.was

@@ -31,6 +31,6 @@ class EMA(UndoAfterFit):
 
 
 def measured_network(learn):
-    "The network whose accuracy counts: the moving average during a fit with `EMA`, else the network that is trained"
+    "The network that is evaluated: the moving average during a fit with `EMA`, otherwise the network that is trained"
     average = getattr(getattr(learn, 'ema', None), 'average', None)
     return unwrapped(learn.model) if average is None else average

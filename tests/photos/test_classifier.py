@@ -1,4 +1,4 @@
-"""A few images a class to predictions: those of the features by hand, and a sentence for what cannot be."""
+"""Test the predictions of a FewShotClassifier against features computed by hand, and its error messages."""
 import os
 import shutil
 
@@ -22,7 +22,7 @@ from grdd_fastai.stage_two import meta_learner
 
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory):
-    "Folders red, green and blue of three images each, and others of the same colours"
+    "Three folders, red, green and blue, of three images each, and a folder of other images in these colours"
     root = tmp_path_factory.mktemp('photos')
     for i,c in enumerate(('red','green','blue')):
         write_images(root/'few'/c, [f'{k}.png' for k in range(3)], 40, i, i/3)
@@ -160,7 +160,7 @@ def test_changes_that_cannot_be_change_nothing(net):
 
 @pytest.mark.parametrize('classifier', ['cosine', 'prototype_cosine', 'simpleshot_l2n', 'ridge', 'logistic'])
 def test_a_class_of_many_photos_is_not_favoured(classifier):
-    "Of a class far away, twenty photos in place of two do not draw the photos of the others"
+    "Twenty photos of one class instead of two do not change the predictions for photos of the other classes"
     torch.manual_seed(0)
     centre = torch.randn(3, 40)
     def of(c, n): return centre[c] + .3*torch.randn(n, 40)
@@ -195,6 +195,9 @@ def test_unreadable_photos_are_left_out_with_a_warning(photos, net, tmp_path):
     with pytest.warns(UserWarning, match='1 of 1'): assert few.predict(tmp_path/'bad.png') == [None]
     with pytest.warns(UserWarning, match='gone.png is not there'): assert few.embed(tmp_path/'gone.png').isnan().all()
     says(lambda: few.score(tmp_path/'bad.png', 'red'), 'none of the photos can be read')
+    labels = ['a', 'a', 'b', 'c'] # bad.png is one of two photos of a, gone.png the only one of c
+    with pytest.warns(UserWarning, match='2 of 4'):
+        says(lambda: FewShotClassifier(net).fit([tmp_path/'bad.png', *files[:2], 'gone.png'], labels), "class 'c'", 'gone.png is not there')
     says(lambda: FewShotClassifier(net, errors='ignore'), "errors is 'ignore'")
 
 def test_the_table_by_hand(photos, net, tmp_path):
@@ -250,7 +253,7 @@ def test_class_folders_without_photos_are_said(photos, net, tmp_path):
         says(lambda: FewShotClassifier.from_folder(tmp_path/'few', net), 'bird holds no photos')
 
 def test_a_vision_transformer_by_its_name(monkeypatch):
-    "It is made for the side of its configuration; a side that it cannot take is a sentence"
+    "It is built for the image size in its configuration; for a size that it cannot take, the error is one sentence"
     torch.manual_seed(0)
     monkeypatch.setattr('timm.models._builder.load_pretrained', lambda *args, **kwargs: None) # its weights would be downloaded
     few = FewShotClassifier('test_vit2.r160_in1k').fit(IMAGES, LABELS)

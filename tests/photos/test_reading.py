@@ -1,4 +1,4 @@
-"""What counts as photos, and what becomes of those that cannot be read."""
+"""Test which inputs count as photos, and what happens to photos that cannot be read."""
 import threading
 import time
 from pathlib import Path
@@ -14,7 +14,7 @@ from grdd_fastai.photos.reading import THREADS, UnreadablePhoto, list_photos, lo
 
 @pytest.fixture
 def folder(tmp_path):
-    "Three photos, one of them in a folder, beside what is no photo"
+    "Three photos, one of them in a subfolder, and files that are not photos or are hidden"
     write_images(tmp_path/'new', ['b.png', 'a.jpg'], 20)
     write_images(tmp_path/'new'/'more', ['c.png'], 20)
     write_images(tmp_path/'new'/'.hidden', ['d.png'], 20)

@@ -1,4 +1,4 @@
-"""A classifier that is saved and loaded gives the same predictions; what does not fit is a sentence."""
+"""Test that a saved and loaded classifier gives the same predictions, and the error messages for damaged files."""
 import json
 import shutil
 
@@ -19,7 +19,7 @@ LABELS = ['a', 'a', 'b', 'b', 'c', 'c', 'c', 'c']
 @pytest.mark.parametrize('labels', [LABELS, [ord(o) for o in LABELS]])
 @pytest.mark.parametrize('network, classifier', [('convnet4.grdd_cifarfs', 'cosine'), ('own', 'tim_adm(scale=6)'), ('vit', 'ridge')])
 def test_it_comes_back_the_same(tmp_path, network, classifier, labels):
-    "By the name of the package's weights; a network of one's own beside it, also a foreign one with its crop and normalisation"
+    "The package's weights are saved by name; other networks are saved with the classifier, with their crop and normalisation"
     net = dict(own=lambda: create_backbone('convnet4_128', 0, 20), vit=lambda: timm.create_model('test_vit', num_classes=3))
     torch.manual_seed(0)
     few = FewShotClassifier(net[network]() if network in net else network, classifier, mirror=True, bs=3).fit(IMAGES, labels)
@@ -33,7 +33,7 @@ def test_it_comes_back_the_same(tmp_path, network, classifier, labels):
     assert len(FewShotClassifier.load(tmp_path/'third').support) == 9
 
 def test_the_crop_of_a_network_comes_back(tmp_path):
-    "IMAGES are no squares: squashed and cropped they are not the same"
+    "The images are not square, so that squashing and cropping give different results"
     net = create_backbone('convnet4', 0, 20, seed=3)
     net.pretrained_cfg = net.pretrained_cfg | dict(crop_mode='squash', crop_pct=.8, interpolation='bilinear')
     few = FewShotClassifier(net).fit(IMAGES, LABELS)
@@ -65,7 +65,7 @@ def test_forged_tensors_are_a_sentence(tmp_path, change):
     says(lambda: FewShotClassifier.load(tmp_path/'a'), 'is damaged')
 
 def test_a_save_that_fails_leaves_the_classifier_that_was_there(tmp_path):
-    "And one that succeeds removes the other's network"
+    "A save that succeeds removes the network of the classifier that it replaces"
     own = FewShotClassifier(create_backbone('convnet4', 0, 20, seed=3)).fit(IMAGES, LABELS)
     own.save(tmp_path/'a')
     bad = FewShotClassifier(classifier='tim_adm', scale=6.).fit(IMAGES, LABELS)
@@ -81,6 +81,12 @@ def test_a_saved_folder_tells_nothing_of_this_machine(tmp_path):
     folder = FewShotClassifier.from_folder(tmp_path/'few').save(tmp_path/'mine')
     assert FewShotClassifier.load(folder).files == ['cat/1.png', 'cat/2.png', 'dog/1.png']
     assert not any(str(tmp_path).encode() in f.read_bytes() for f in folder.rglob('*') if f.is_file())
+
+def test_a_large_bs_can_be_saved(tmp_path):
+    "It is reduced, because `load` refuses files that ask for a larger one"
+    few = FewShotClassifier(bs=10**6).fit(IMAGES, LABELS)
+    again = FewShotClassifier.load(few.save(tmp_path/'a'))
+    assert again.bs < few.bs and again.predict(IMAGES) == few.predict(IMAGES)
 
 def test_what_cannot_be_saved_or_loaded_is_a_sentence(tmp_path):
     says(lambda: FewShotClassifier().save(tmp_path/'a'), 'no classes yet')

@@ -109,7 +109,7 @@ def test_formats_can_be_turned_off(data):
 
 
 def test_each_callback_hears_the_events_that_it_hears_from_fastais_own_call(data, monkeypatch):
-    "The callbacks are a class with methods, one that is made of a keyword, and one that switches itself off until the next fit"
+    "Three callbacks: one defines methods, one is made from a keyword, and one turns itself off until the next fit"
     def heard():
         names = []
         class Own(Callback):
