@@ -4,8 +4,9 @@
     python recipes/teachers.py --demo                           # five minutes on two cores, no download
 
 The teachers of the first rows differ in one setting of stage one. The distilled teacher is the first one after a stage two in which it
-learns from itself, by the preset muon for 6 epochs whatever the flags of stage two say. The students start from random weights, relate
-each image of an episode to all others, and have the same settings.
+learns from itself, by the preset muon for 6 epochs whatever the flags of stage two say; a second one relates each image to all others and
+knows its own features of 20 views beforehand. The students start from random weights, relate each image of an episode to all others, and
+have the same settings.
 """
 from fastcore.meta import delegates
 from fastcore.script import call_parse
@@ -18,8 +19,9 @@ from grdd_fastai.stage_two import get_preset
 SET_BY_THE_ROWS = ('rotation', 'rotations', 'smoothing', 'drop_ramp', 'ema_decay', 'init', 'teacher_view', 'pairs')
 OF_ALL_ROWS = ('n_episodes', 'jitter', 'augment', 'seed') # settings that flags change for all rows
 ITSELF = {k:v for k,v in get_preset('muon').but(epochs=6).values().items() if k not in OF_ALL_ROWS}
+ALL_PAIRS = dict(teacher_view='views', pairs='all')
 def teacher(*versus, **changes): return CL | dict(psi='teacher', versus=versus, stage_one=dict(rotation=True) | changes)
-def student(phi, *versus): return GR | dict(phi=phi, versus=versus, stage_two=dict(init='random', teacher_view='views', pairs='all'))
+def student(phi, *versus): return GR | dict(phi=phi, versus=versus, stage_two=dict(init='random') | ALL_PAIRS)
 
 TEACHER = teacher()
 DISTILLED = TEACHER | dict(phi='teacher', versus=['stage one'], stage_two=ITSELF)
@@ -31,6 +33,7 @@ ROWS = {
     'stage one with early DropBlock':  teacher('stage one', drop_ramp=0.5), # at its full rate after half of the steps
     'stage one with moving average':   teacher('stage one', ema_decay=0.999), # of the weights
     'distilled teacher':               DISTILLED,
+    'teacher distilled by all pairs':  DISTILLED | dict(stage_two=ITSELF | ALL_PAIRS),
     'student of stage one':            student(TEACHER, 'student of distilled teacher'),
     'student of distilled teacher':    student(DISTILLED),
 }
