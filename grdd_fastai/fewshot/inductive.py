@@ -8,7 +8,7 @@ from ..core.errors import UserError
 from .classifiers import cosines, n_classes, nan_without_support, norms, one_hot, prototypes, register_classifier, squared_distances
 
 __all__ = ['mean_cosine', 'nearest_prototype', 'nearest_prototype_cosine', 'simpleshot_cl2n', 'simpleshot_l2n', 'nearest_neighbour',
-           'ridge', 'logistic_regression']
+           'lda', 'ridge', 'logistic_regression']
 
 
 @register_classifier('cosine')
@@ -54,6 +54,36 @@ def nearest_neighbour(support, support_y, query):
     R = cosines(query, support)
     index = support_y.unsqueeze(1).expand_as(R)
     return R.new_full((*R.shape[:2], n_classes(support_y)), -torch.inf).scatter_reduce(2, index, R, 'amax')
+
+@register_classifier('lda')
+def lda(support, support_y, query,
+    normalize=True, # whether features are scaled to unit length first
+):
+    """Linear discriminant analysis with equal priors and one covariance for all classes, shrunk as Ledoit and Wolf (2004) say
+
+    The shrinkage is scikit-learn's `ledoit_wolf` of the features' differences to their class means; the covariance is divided by the number
+    of support images less the number of classes. It is inverted in dual form, as an (NS, NS) matrix. If each class has one support image,
+    there is no covariance, and this is the nearest mean.
+    """
+    if normalize: support,query = F.normalize(support, dim=-1),F.normalize(query, dim=-1)
+    Y,p = one_hot(support_y, support),prototypes(support, support_y)
+    N,D = support.shape[1:]
+    free = N - Y.shape[2] # degrees of freedom
+    if free < 1: return -squared_distances(query, p)
+    X = support - Y @ p
+    K = X @ X.mT
+    lengths = K.diagonal(dim1=1, dim2=2)
+    mean = lengths.sum(1)/(N*D) # of the variances
+    square = K.square().sum((1, 2))/N**2 # squared Frobenius norm of the covariance
+    delta = square/D - mean**2
+    beta = (lengths.square().sum(1)/N - square)/(N*D)
+    shrinkage = (beta/delta.clamp_min(torch.finfo(K.dtype).tiny)).clamp(0, 1)
+    own = ((1 - shrinkage)/free).view(-1, 1, 1) # the covariance is own * X.T X + spherical * identity
+    spherical = (shrinkage.clamp_min(1e-4)*mean.clamp_min(1e-12)*N/free).view(-1, 1, 1)
+    K = own*K
+    K.diagonal(dim1=1, dim2=2).add_(spherical.squeeze(-1))
+    w = (p - own*(X.mT @ torch.linalg.solve(K, X @ p.mT)).mT)/spherical # the inverse of the covariance times each mean
+    return query @ w.mT - (w*p).sum(-1).unsqueeze(1)/2 + nan_without_support(Y)
 
 @register_classifier('ridge')
 def ridge(support, support_y, query,

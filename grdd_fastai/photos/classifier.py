@@ -17,14 +17,19 @@ from ..core.device import ieee_float32
 from ..core.distributed import backbone_of
 from ..core.errors import UserError, first_line
 from ..core.storage import MAX_SIDE, user_path
-from ..fewshot.classifiers import check_classifier_settings, check_scale, get_classifier
+from ..fewshot.classifiers import check_classifier_settings, check_scale, get_classifier, without_settings
 from ..fewshot.evaluate import checked_logits, is_missing
 from ..models.create import check_input_config, features, input_config
 from ..models.pretrained import load_network
+from .check import SupportCheck, check_support
 from .reading import UnreadablePhoto, check_ordered, list_photos, load_photos, photo_name, photos_below, warn_of
 from .saving import load_classifier, save_classifier
+from .trust import AUTO, choose_classifier, hold_out, similarity, softmax_scale, unknown_below
 
-__all__ = ['FewShotClassifier']
+__all__ = ['FewShotClassifier', 'UNKNOWN']
+
+
+UNKNOWN = 'unknown' # what a photo is called that is like none of the classes
 
 
 class FewShotClassifier:
@@ -37,7 +42,10 @@ class FewShotClassifier:
     def __init__(self,
         # a Learner of this package or a timm model (it is copied), or a name or path for `load_network`
         network:str|Path|nn.Module|Learner='convnet4.grdd_cifarfs',
-        classifier:str|Callable='cosine', # name in `CLASSIFIERS`, or function `(support, support_y, query) -> logits`
+        # name in `CLASSIFIERS`; 'auto', which chooses one by held-out support photos; or function `(support, support_y, query) -> logits`
+        classifier:str|Callable='simpleshot_l2n',
+        # share of photos of known classes that may be called 'unknown', so that photos of other classes are; None: no photo is unknown
+        unknown:float|None=None,
         bs:int=64, # photos embedded at a time
         # side of the images in pixels; None: the side in the network's `pretrained_cfg`, where our Learners write that of their data
         px:int|None=None,
@@ -67,11 +75,13 @@ class FewShotClassifier:
         config = timm.data.resolve_model_data_config(self.net) | dict(input_size=(3, self.px, self.px), mean=mean, std=std)
         self.transform = timm.data.create_transform(**config)
         self._check_network()
-        check_classifier_settings(classifier, settings)
-        self.classifier = classifier
-        self.settings = settings
+        check_rate(unknown)
+        self.unknown,self.classifier,self.settings = unknown,classifier,settings
+        if classifier != 'auto': check_classifier_settings(classifier, settings)
+        elif settings: raise UserError(f"classifier='auto' takes no settings, and {next(iter(settings))!r} is one: name the classifier")
+        self.chosen = classifier # by 'auto', `fit` chooses another one each time
         # `fit` sets the classes, and for each support photo its features, the index of its class in `vocab`, and its file
-        self.vocab = self.support = self.support_y = self.files = None
+        self.vocab = self.support = self.support_y = self.files = self._held = None
 
     def _check_network(self):
         "Set the number of features `n_features`; UserError unless the network gives a vector of features for a blank image"
@@ -165,10 +175,35 @@ class FewShotClassifier:
         try: vocab = sorted(set(labels))
         except TypeError: raise UserError('the labels cannot be sorted: give all of them as text') from None
         if len(vocab) < 2: raise UserError(f'all images are of {len(vocab)} class: give images of at least two')
-        self.support = check_scale(h)
-        self.support_y = torch.tensor([vocab.index(o) for o in labels], device=h.device)
-        self.vocab,self.files = vocab,files
+        if self.unknown is not None and UNKNOWN in vocab:
+            raise UserError(f'a class is called {UNKNOWN!r}, as photos of no class are: give it another name, or leave out unknown=')
+        y = torch.tensor([vocab.index(o) for o in labels], device=check_scale(h).device)
+        if self.classifier == 'auto':
+            several = (torch.bincount(y) > 1).any() # otherwise no photo can be held out
+            self.chosen = choose_classifier({k:get_classifier(k) for k in AUTO}, h, y) if several else AUTO[0]
+        self.support,self.support_y,self.vocab,self.files,self._held = h,y,vocab,files,None
         return self
+
+    @property
+    def _function(self): return partial(get_classifier(self.chosen), **self.settings)
+
+    def held_out(self):
+        "The `HeldOut` of the support: what the classifier says of its own photos when they are held out; UserError if none can be"
+        self._check_fitted()
+        if getattr(without_settings(get_classifier(self.chosen)), 'transductive', False):
+            raise UserError(f'{self.chosen} classifies photos together, so that it cannot be measured by one photo at a time: '
+                            'choose a classifier that takes each photo by itself, such as simpleshot_l2n')
+        if self._held is None: self._held = hold_out(self._function, self.support, self.support_y)
+        return self._held
+
+    def check(self, confidence:float=0.95) -> SupportCheck:
+        """Check the support: the accuracy to expect, the confusion of classes, labels that may be wrong, photos that are there twice
+
+        Print it for a summary. UserError if each class has one photo, and for a transductive classifier.
+        """
+        held = self.held_out() # an error if there is no support
+        names = [f or f'photo {i}' for i,f in enumerate(self.files)]
+        return check_support(held, self.support, self.support_y, self.vocab, names, confidence)
 
     # ---- predictions --------------------------------------------------------------------------------------------------
 
@@ -208,38 +243,58 @@ class FewShotClassifier:
         read = [i for i in range(len(photos)) if i not in problems]
         out = np.full((len(photos), len(self.vocab)), np.nan, np.float32)
         if read:
-            f = partial(get_classifier(self.classifier), **self.settings)
+            f = self._function
             support,support_y,query = self.support.to(h.device)[None],self.support_y.to(h.device)[None],check_scale(h[read])[None]
             out[read] = checked_logits('the classifier', f, support, support_y, query, len(self.vocab))[0].cpu().numpy()
         return pd.DataFrame(out, columns=self.vocab),h,problems
 
+    def predict_proba(self, photos) -> pd.DataFrame:
+        """The probability of each class (columns) for each photo (rows); NaN for a photo that cannot be read
+
+        The probabilities are calibrated by the support photos, held out in turn: of photos with probability 0.8, eight in ten are right.
+        UserError if each class has one photo, and for a transductive classifier.
+        """
+        held = self.held_out()
+        return probabilities(self.logits(photos), softmax_scale(held))
+
+    def _is_known(self, h):
+        "Whether each of the features (N, D) is like one of the classes"
+        if self.unknown is None: return np.ones(len(h), bool)
+        similar = similarity(self.support.to(h.device)[None], self.support_y.to(h.device)[None], h.nan_to_num()[None])[0]
+        return similar >= unknown_below(self.held_out(), self.unknown)
+
     def predict(self, photos) -> list:
-        "A list with the class of each photo; None for a photo that cannot be read"
-        return classes_of(self.logits(photos))
+        "A list with the class of each photo; with `unknown=`, 'unknown' for a photo like none of them; None for one that cannot be read"
+        logits,h,_ = self._logits(list_photos(photos))
+        return [c if known or c is None else UNKNOWN for c,known in zip(classes_of(logits), self._is_known(h))]
 
     def predict_table(self, photos) -> pd.DataFrame:
         """A DataFrame with a row for each photo
 
-        Its columns are the `file`; the `class`; the `runner_up`, the class that comes second; `nearest`, the file of the support photo of
-        that class with the most similar features, or its place in the support if it has no file; `distance`, 1 minus the cosine to it; and
-        `problem`, why a photo cannot be read, or an empty text.
+        Its columns are the `file`; the `class`, 'unknown' for a photo that is like none of the classes; the `probability` of the most
+        probable class, NaN where it cannot be calibrated (see `predict_proba`); the `runner_up`, the most probable class beside the one
+        in the column `class`; `nearest`, the file of the support photo of the most probable class with the most similar features, or its
+        place in the support if it has no file; `distance`, 1 minus the cosine to it; and `problem`, why a photo cannot be read, or an empty
+        text.
         """
         photos = list_photos(photos)
         logits,h,problems = self._logits(photos)
-        classes = classes_of(logits)
+        try: probability = probabilities(logits, softmax_scale(self.held_out()))
+        except UserError: probability = logits*np.nan
         with ieee_float32(): similar = (F.normalize(h, dim=1) @ F.normalize(self.support.to(h.device), dim=1).T).cpu().numpy()
         support_y,rows = self.support_y.cpu().numpy(),[]
-        for i,(photo,predicted) in enumerate(zip(photos, classes)):
-            row = {'file':photo_name(photo), 'class':predicted, 'runner_up':None, 'nearest':None, 'distance':np.nan,
+        for i,(photo,best,known) in enumerate(zip(photos, classes_of(logits), self._is_known(h))):
+            row = {'file':photo_name(photo), 'class':best, 'probability':np.nan, 'runner_up':None, 'nearest':None, 'distance':np.nan,
                    'problem':str(problems.get(i, ''))}
             if i not in problems:
-                of_class = np.flatnonzero(support_y == self.vocab.index(predicted))
-                best = of_class[similar[i, of_class].argmax()]
-                row |= {'runner_up':logits.iloc[i].sort_values().index[-2], 'nearest':self.files[best] or str(best),
-                        'distance':float(1 - similar[i, best])}
+                of_class = np.flatnonzero(support_y == self.vocab.index(best))
+                nearest = of_class[similar[i, of_class].argmax()]
+                second = logits.iloc[i].sort_values().index[-2]
+                row |= {'class':best if known else UNKNOWN, 'probability':probability[best][i], 'runner_up':second if known else best,
+                        'nearest':self.files[nearest] or str(nearest), 'distance':float(1 - similar[i, nearest])}
             rows.append(row)
         table = pd.DataFrame(rows, dtype=object) # so that classes that are numbers stay what they are
-        return table.assign(distance=table.distance.astype(float))
+        return table.assign(probability=table.probability.astype(float), distance=table.distance.astype(float))
 
     def score(self, photos, labels:Iterable) -> float:
         "The share of photos whose class is predicted right, from 0 to 1; photos that cannot be read do not count"
@@ -272,6 +327,11 @@ def classes_of(logits):
     vocab,found = list(logits.columns),logits.to_numpy()
     return [None if np.isnan(row).any() else vocab[row.argmax()] for row in found]
 
+def probabilities(logits, scale):
+    "Softmax of a DataFrame of logits that are multiplied by `scale` first"
+    p = torch.from_numpy(logits.to_numpy()*np.float32(scale)).softmax(1).numpy()
+    return pd.DataFrame(p, columns=logits.columns, index=logits.index)
+
 def names_of(vocab): return ', '.join(map(str, vocab))
 
 def labelled(photos, labels):
@@ -299,6 +359,11 @@ def as_device(device):
     try: return torch.empty(0, device=device).device
     except (RuntimeError, TypeError, AssertionError, NotImplementedError) as e:
         raise UserError(f'the device {device!r} cannot be used ({first_line(e)}): give cpu, cuda or mps, whichever is here') from None
+
+def check_rate(unknown):
+    "Raise UserError if `unknown` is neither None nor a share between 0 and 1"
+    if unknown is None or (isinstance(unknown, int | float) and not isinstance(unknown, bool) and 0 < unknown < 1): return
+    raise UserError(f'unknown is {unknown!r}: it is a share of photos above 0 and below 1, such as 0.05, or None')
 
 def pair_of(stats):
     "(mean, std) of three numbers each; UserError for anything else"

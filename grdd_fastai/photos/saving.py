@@ -13,16 +13,17 @@ import torch
 from ..core.errors import UserError, first_line
 from ..core.storage import digest, load_tensors, output_folder, save_tensors, user_path
 from ..models.pretrained import save_network
+from .trust import AUTO
 
 __all__ = ['save_classifier', 'load_classifier']
 
 
 FILE = 'classifier.safetensors'
-FORMAT = 1
+FORMAT = 2
 MAX_BS = 4096 # largest `bs` in a file, which may come from somebody else
 SETTINGS = ('bs', 'px', 'mirror', 'allow_large', 'errors') # arguments of a `FewShotClassifier` that are also its attributes
-KINDS = dict(classifier=str, settings=dict, stats=list, vocab=list, files=list, sha256=str, bs=int, px=int, mirror=bool, allow_large=bool,
-             errors=str)
+KINDS = dict(classifier=str, chosen=str, unknown=float | int | None, settings=dict, stats=list, vocab=list, files=list, sha256=str, bs=int,
+             px=int, mirror=bool, allow_large=bool, errors=str)
 
 
 def save_classifier(few, folder):
@@ -39,7 +40,7 @@ def save_classifier(few, folder):
     beside = None if by_name else f'network-{sha256[:8]}'
     files = [f and '/'.join(Path(f).parts[-2:]) for f in few.files] # without the folders of this machine
     meta = dict(format=FORMAT, network=few.network if by_name else None, sha256=sha256, classifier=few.classifier, settings=few.settings,
-                stats=[list(v) for v in few.stats], vocab=few.vocab, files=files,
+                chosen=few.chosen, unknown=few.unknown, stats=[list(v) for v in few.stats], vocab=few.vocab, files=files,
                 **{k:getattr(few, k) for k in SETTINGS} | dict(bs=min(few.bs, MAX_BS)))
     try: json.dumps(meta)
     except TypeError as e: raise UserError(f'a setting of the classifier cannot be written ({e}): give numbers or text') from None
@@ -82,11 +83,12 @@ def load_classifier(cls, folder, device=None):
         raise UserError(f'{path} has format {meta.get("format")} and this version of grdd_fastai reads {FORMAT}: update grdd_fastai')
     h,y = check_content(cls, path, tensors, meta)
     name = meta['network'] or folder/f'network-{meta["sha256"][:8]}'
-    few = cls(name, meta['classifier'], stats=meta['stats'], device=device, **{k:meta[k] for k in SETTINGS}, **meta['settings'])
+    few = cls(name, meta['classifier'], meta['unknown'], stats=meta['stats'], device=device, **{k:meta[k] for k in SETTINGS},
+              **meta['settings'])
     if weights_digest(few.net) != meta['sha256']:
         raise UserError(f'the network {name} has other weights than when {folder} was saved: fit the classifier again')
     few.support,few.support_y = h.to(few.device),y.to(few.device)
-    few.vocab,few.files = meta['vocab'],meta['files']
+    few.vocab,few.files,few.chosen = meta['vocab'],meta['files'],meta['chosen']
     return few
 
 def check_content(cls, path:Path, tensors, meta):
@@ -97,6 +99,7 @@ def check_content(cls, path:Path, tensors, meta):
             and all(f is None or isinstance(f, str) for f in meta['files']) and bool(h.isfinite().all())
             and sorted(set(y.tolist())) == list(range(len(meta['vocab']))) and len(meta['vocab']) > 1
             and all(isinstance(o, str | int | float) for o in meta['vocab']) and 0 < meta['bs'] <= MAX_BS
+            and (meta['chosen'] == meta['classifier'] or (meta['classifier'] == 'auto' and meta['chosen'] in AUTO))
             and re.fullmatch('[0-9a-f]{64}', meta['sha256']) and not inspect.signature(cls).parameters.keys() & meta['settings'].keys()
             and (meta.get('network', 0) is None or (isinstance(meta['network'], str) and has_name(meta['network']))))
     if not fits: raise UserError(f'{path} is damaged or not ours: take it from a copy')

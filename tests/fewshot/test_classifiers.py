@@ -32,7 +32,7 @@ def test_settings(name, settings):
     for e,ours in enumerate(logits(name, s, s_y, q, **given)):
         assert np.allclose(ours, PLAIN[name](s[e], s_y[e], q[e], **settings), atol=1e-4)
 
-def test_every_classifier_has_its_restatement(): assert set(CLASSIFIERS) == {*PLAIN, 'ridge', 'logistic'}
+def test_every_classifier_has_its_restatement(): assert set(CLASSIFIERS) == {*PLAIN, 'lda', 'ridge', 'logistic'}
 
 @pytest.mark.parametrize('method, K, n, name, settings', [
     ('SimpleShot', 1, 1000, 'simpleshot_l2n', {}),

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from helpers import episodes, logits
 from naive import cos, naive_logistic, unit
+from sklearn.covariance import ledoit_wolf
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 
 
@@ -21,6 +22,22 @@ def test_logistic_regression_minimises_its_loss():
     s,s_y,q,_ = episodes(E=1, C=3, K=4, D=5)
     theirs,ours = naive_logistic(unit(s[0]), s_y[0], unit(q[0]), 7),logits('logistic', s, s_y, q, C=7.)[0]
     assert np.abs((ours - ours.mean(1, keepdims=True)) - (theirs - theirs.mean(1, keepdims=True))).max() < 2e-3
+
+@pytest.mark.parametrize('K, D, noise', [(2, 8, 1.), (5, 64, 1.), (40, 6, .3)])
+def test_lda_has_sklearns_covariance(K, D, noise):
+    "The discriminant by the inverse of scikit-learn's shrunk covariance of the differences to the means; one photo a class: nearest mean"
+    s,s_y,q,_ = episodes(E=2, C=4, K=K, Q=3, D=D, noise=noise)
+    for e,ours in enumerate(logits('lda', s, s_y, q)):
+        S,Q = unit(s[e]),unit(q[e])
+        m = np.stack([S[s_y[e] == c].mean(0) for c in range(4)])
+        inverse = np.linalg.inv(ledoit_wolf(S - m[s_y[e]], assume_centered=True)[0]*len(S)/(len(S) - 4))
+        theirs = np.array([[-(x - c) @ inverse @ (x - c)/2 for c in m] for x in Q])
+        scale = np.abs(theirs - theirs.mean(1, keepdims=True)).max()
+        assert np.abs((ours - ours.mean(1, keepdims=True)) - (theirs - theirs.mean(1, keepdims=True))).max() < 1e-3*scale
+
+def test_lda_of_one_photo_a_class_is_the_nearest_mean():
+    s,s_y,q,_ = episodes(E=2, C=4, K=1, Q=3)
+    assert np.allclose(logits('lda', s, s_y, q), logits('simpleshot_l2n', s, s_y, q), atol=1e-5)
 
 @pytest.mark.parametrize('K', [1, 4])
 def test_ridge_is_sklearns(K):

@@ -41,7 +41,7 @@ def test_folders_of_photos_to_classes(photos, net, classifier):
     assert few.vocab == ['blue','green','red'] and few.predict(others) == [f.stem[:-1] for f in others]
 
 def test_logits_by_hand(photos, net):
-    few = FewShotClassifier.from_folder(photos/'few', net)
+    few = FewShotClassifier.from_folder(photos/'few', net, 'cosine')
     sigma = naive_logits_of_photos(net, [photos/'few'/c for c in few.vocab], photos/'more'/'red0.png')
     assert few.logits(photos/'more'/'red0.png').iloc[0].to_dict() == pytest.approx(sigma, abs=1e-2)
 
@@ -205,7 +205,7 @@ def test_the_table_by_hand(photos, net, tmp_path):
     few = FewShotClassifier.from_folder(photos/'few', net)
     files = sorted((photos/'more').iterdir())
     with pytest.warns(UserWarning): table = few.predict_table([*files, tmp_path/'bad.png'])
-    assert list(table.columns) == ['file', 'class', 'runner_up', 'nearest', 'distance', 'problem']
+    assert list(table.columns) == ['file', 'class', 'probability', 'runner_up', 'nearest', 'distance', 'problem']
     assert table.file.tolist() == [*map(str, files), str(tmp_path/'bad.png')] and table['class'].tolist()[:-1] == few.predict(files)
     last = table.iloc[-1]
     assert pd.isna(last['class']) and 'cannot be read' in last.problem and not any(table.problem[:-1])
@@ -214,7 +214,8 @@ def test_the_table_by_hand(photos, net, tmp_path):
     best = min((1 - float(torch.cosine_similarity(h, s, dim=0)), f) for s,f in zip(few.support, few.files, strict=True)
                if f.split('/')[-2] == logits.idxmax())
     assert table.runner_up[0] == logits.nlargest(2).index[1] and table.distance[0] == pytest.approx(best[0], abs=1e-4)
-    assert table.nearest[0] == best[1]
+    assert table.nearest[0] == best[1] and np.isnan(last.probability)
+    assert np.allclose(table.probability[:-1], few.predict_proba(files).max(1))
 
 def test_the_score_is_the_share_of_right_ones(photos, net):
     few = FewShotClassifier.from_folder(photos/'few', net)

@@ -45,8 +45,9 @@ def test_the_crop_of_a_network_comes_back(tmp_path):
 def saved(folder): return FewShotClassifier().fit(IMAGES, LABELS).save(folder)
 
 @pytest.mark.parametrize('change, word', [
-    (dict(sha256='0'*64), 'other weights'), (dict(format=2), 'has format 2'), (dict(vocab=['a', 'b']), 'is damaged'),
-    (dict(files=[None]), 'is damaged'), (dict(classifier='nothing'), 'unknown classifier'), (dict(px=0), 'px is 0'),
+    (dict(sha256='0'*64), 'other weights'), (dict(format=3), 'has format 3'), (dict(vocab=['a', 'b']), 'is damaged'),
+    (dict(chosen='ridge'), 'is damaged'), (dict(unknown=2), 'unknown is 2'), (dict(unknown='x'), 'is damaged'),
+    (dict(files=[None]), 'is damaged'), (dict(classifier='nothing', chosen='nothing'), 'unknown classifier'), (dict(px=0), 'px is 0'),
     (dict(network='nothing'), 'is damaged'), (dict(network='/etc'), 'is damaged'), (dict(bs=10**9), 'is damaged'),
     (dict(settings=dict(device='cpu')), 'is damaged'), (dict(settings=dict(x=1)), "no setting 'x'"), (dict(stats=[1, 2]), 'stats is'),
     (dict(network=3), 'is damaged')])
