@@ -18,7 +18,7 @@ REPEATS = 5 # times that each photo is held out, beside other photos each time
 MAX_FOLDS = 50 # parts of the support, of which one is held out at a time
 ELEMENTS = 2**25 # numbers that a batch of supports may have
 # measured on the validation classes of CIFAR-FS (docs/photos.md): what N photos say is as certain as N*EVIDENCE new ones
-EVIDENCE = 0.9
+EVIDENCE = 0.8
 # also from there: mean and standard deviation of the logarithm of the best scale of logits whose deviations from their mean have the
 # root mean square 1, over classifiers, ways and shots from 2 on
 LOG_SCALE = 0.7,0.35
