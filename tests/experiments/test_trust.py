@@ -40,7 +40,7 @@ def test_classes_that_are_the_same():
     h,y = features(1.)
     h = torch.randn(h.shape, generator=torch.Generator().manual_seed(1))
     r = row(h, y, CLASSIFIERS['simpleshot_l2n'], 4, 10, .1, 60, 40, 0)
-    assert (r['accuracy'] == pytest.approx(25, abs=3) and r['expected'] == pytest.approx(25, abs=3) and r['covered'] >= 85
+    assert (r['accuracy'] == pytest.approx(25, abs=3) and r['expected'] == pytest.approx(27, abs=3) and r['covered'] >= 85
             and r['auroc'] == pytest.approx(50, abs=3) and r['lost'] == pytest.approx(10, abs=4))
 
 def test_the_recipe_writes_a_record(csv_set, cache, tmp_path):

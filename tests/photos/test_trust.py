@@ -61,15 +61,16 @@ def test_one_photo_of_each_class_cannot_be_held_out():
 @pytest.mark.parametrize('k, n', [(0, 10), (7, 10), (25, 25), (40, 160)])
 def test_the_interval_is_wilsons(k, n, monkeypatch):
     monkeypatch.setattr(trust, 'EVIDENCE', 1.)
+    monkeypatch.setattr(trust, 'LEARNING', 0.)
     for confidence in (0.9, 0.95):
         low,high = binomtest(k, n).proportion_ci(confidence, 'wilson')
         assert expected_accuracy(held([1]*k + [0]*(n - k)), confidence) == pytest.approx((k/n, low, high), abs=1e-9)
 
 def test_each_class_counts_the_same():
-    "A class of 2 photos, both wrong, and one of 98, all right: half of the photos will be right, and little is known"
+    "A class of 2 photos, both wrong, and one of 98, all right: about half of the photos will be right, and little is known"
     y = np.array([0]*2 + [1]*98)
     accuracy,low,high = expected_accuracy(held([0]*2 + [1]*98, y))
-    assert accuracy == 0.5 and low < 0.25 and high > 0.75
+    assert 0.5 < accuracy < 0.6 and low < 0.3 and high > 0.75
 
 def test_the_scale_that_made_the_labels_is_found():
     g = torch.Generator().manual_seed(0)
