@@ -1,13 +1,15 @@
-"""Write RESULTS.md, and the measured parts of README.md, docs/method.md and benchmarks/README.md, from the records in results/
+"""Write RESULTS.md, and the measured parts of README.md, docs/ and benchmarks/README.md, from the records in results/
 
 Each number in the tables comes from a record, which holds the command that gives the number again. The texts of results/LEARNT.md and
 results/NOTES.md stand above the tables.
 """
+import inspect
 import json
 import statistics
 from collections import defaultdict
 from pathlib import Path
 
+from ..photos.classifier import FewShotClassifier
 from ..stage_one import StageOne
 
 __all__ = ['write_report']
@@ -347,6 +349,21 @@ def benchmark_tables(path):
     return '\n\n'.join([*parts, benchmark_source(r, 'torch', 'fastai', 'albumentations', 'easyfsl')])
 
 
+# ---- photos -----------------------------------------------------------------------------------------------------------
+
+def trust_table(folder):
+    "Table of the records of recipes/trust.py in a folder: the default classifier, and the others for five photos"
+    names = ('covered', 'ece', 'ece_before', 'lost', 'found', 'auroc')
+    rows,default = [],inspect.signature(FewShotClassifier).parameters['classifier'].default
+    for path in sorted(folder.glob('trust-*.json')):
+        r = json.loads(path.read_text())
+        shown = [o for o in r['rows'] if o['classifier'] == default or o['shot'] == 5]
+        data = [f"[{r['data']['name']}, {CLASSES[r['split']]} classes](../results/{path.name})", *['']*len(shown)]
+        rows += [[d, f"`{o['classifier']}`", f"{o['way']} x {o['shot']}", f"{o['accuracy']:.1f}", f"{o['expected']:.1f}",
+                  *(f'{o[k]:.1f}' if k in o else '' for k in names)] for d,o in zip(data, shown)]
+    return markdown_table(['data', 'classifier', 'classes x photos', 'accuracy', 'expected', *(f'`{k}`' for k in names)], rows)
+
+
 # ---- the files --------------------------------------------------------------------------------------------------------
 
 def results(root, found):
@@ -369,7 +386,7 @@ def results(root, found):
     return '\n'.join(parts)
 
 def write_report(root='.'):
-    "Write RESULTS.md and the measured parts of README.md, docs/method.md and benchmarks/README.md in the checkout `root` from its records"
+    "Write RESULTS.md and the measured parts of README.md, docs/ and benchmarks/README.md in the checkout `root` from its records"
     root = Path(root)
     found = records(root/'results')
     (root/'RESULTS.md').write_text(results(root, found))
@@ -379,6 +396,8 @@ def write_report(root='.'):
         doc.write_text(replace_measured(doc.read_text(), table, f'## {measured.stem}.py'))
     readme = root/'README.md'
     readme.write_text(replace_measured(readme.read_text(), published_table(root, found, 'ConvNet-4')))
+    doc = root/'docs'/'photos.md'
+    doc.write_text(replace_measured(doc.read_text(), trust_table(root/'results')))
     doc = root/'docs'/'method.md'
     rows = found['readings'].get('val')
     if not rows: return

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ..core.errors import UserError
 from ..core.progress import with_progress
@@ -92,7 +92,8 @@ def load_photo(photo, allow_large:bool=False) -> Image.Image:
         return upright_rgb(im)
     except FileNotFoundError: raise UnreadablePhoto(f'{photo} is not there: check the path') from None
     except Exception as e:
-        name,why = photo_name(photo) or 'a PIL image',getattr(e, 'strerror', None) or e
+        why = 'it holds no image' if isinstance(e, UnidentifiedImageError) else getattr(e, 'strerror', None) or e
+        name = photo_name(photo) or 'a PIL image'
         raise UnreadablePhoto(f'{name} cannot be read as an image ({why}): remove it or replace it') from None
 
 def from_array(a):

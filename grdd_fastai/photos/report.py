@@ -1,0 +1,135 @@
+"""One HTML page with the classes of photos, which needs no network access and nothing beside it."""
+import base64
+import io
+from html import escape
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from ..core.errors import UserError
+from ..core.storage import atomic_write, user_path
+from .classifier import UNKNOWN, FewShotClassifier
+from .reading import UnreadablePhoto, list_photos, load_photos
+
+__all__ = ['write_page']
+
+
+SIDE = 160 # longest side of the small pictures in pixels
+MOST = 200 # photos of a class that are shown
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #777; --good: #2a7d4f; --warn: #b35c00 }
+* { box-sizing: border-box }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 75rem; padding: 1.5rem }
+h1 { font-size: 1.6rem; margin: 0 0 .5rem } h2 { font-size: 1.15rem; margin: 2rem 0 .75rem }
+h2 small, figcaption small, .soft { color: var(--soft); font-weight: normal }
+ul { padding-left: 1.2rem } li { margin: .3rem 0 }
+.grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(10.5rem, 1fr)) }
+figure { border: 1px solid var(--line); border-radius: .5rem; margin: 0; overflow: hidden; padding: .6rem }
+figure > img { display: block; height: 9rem; object-fit: contain; width: 100% }
+figcaption { font-size: .85rem; margin-top: .4rem; overflow-wrap: anywhere }
+meter { display: block; height: .7rem; margin: .3rem 0; width: 100% }
+.near { align-items: center; display: flex; gap: .5rem; margin-top: .4rem } .near img { border-radius: .25rem; height: 2.6rem }
+.suspect { border-color: var(--warn) } nav a { margin-right: .9rem; white-space: nowrap }
+"""
+
+
+def write_page(path:str|Path, few:FewShotClassifier, photos, table:pd.DataFrame|None=None) -> Path:
+    """Write an HTML page that shows the class of each photo, the accuracy to expect and what is wrong with the support
+
+    `photos` is what `predict_table` takes, and `table` what it has returned for them, where it is there already. Small pictures are part of
+    the page. UserError for a file that cannot be written.
+    """
+    path = user_path(path)
+    photos = list_photos(photos)
+    if table is None: table = few.predict_table(photos)
+    if len(table) != len(photos):
+        raise UserError(f'the table has {len(table)} rows for {len(photos)} photos: make it from the same photos')
+    shown = [i for _,rows in by_class(table) for i in rows[:MOST]]
+    images = dict(zip(shown, pictures([photos[i] for i in shown])))
+    nearest = support_pictures([table.nearest[i] for i in images])
+    unread = table[table.problem != '']
+    parts = [f'<h1>{count(photos)}, {len(few.vocab)} classes</h1>', summary(few), contents(table)]
+    for name,rows in by_class(table):
+        more = f' The first {MOST} are shown.' if len(rows) > MOST else ''
+        note = f'<small>{count(rows)}, the least certain first.{more}</small>'
+        parts.append(f'<h2 id="{anchor(name)}">{escape(str(name))} {note}</h2>')
+        parts.append('<div class="grid">' + ''.join(card(table.loc[i], images[i], nearest) for i in rows[:MOST]) + '</div>')
+    if len(unread):
+        parts.append('<h2>Not read</h2><ul>' + ''.join(f'<li>{escape(p)}</li>' for p in unread.problem) + '</ul>')
+    parts.append(suspects(few))
+    page = ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; style-src \'unsafe-inline\'">'
+            f'<title>{count(photos)}</title><style>{STYLE}</style></head><body>{"".join(parts)}</body></html>')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, page)
+    except OSError as e: raise UserError(f'{path} cannot be written ({e.strerror}): give another file') from None
+    return path
+
+
+def by_class(table):
+    "(class, rows of the table) for each class that has photos, the least probable first; unknown ones are the last"
+    read = table[table.problem == '']
+    names = sorted(set(read['class']), key=lambda c: (c == UNKNOWN, str(c)))
+    return [(c, read[read['class'] == c].sort_values('probability', na_position='first').index.tolist()) for c in names]
+
+def pictures(photos):
+    "A data URI with a small JPEG of each photo; None for one that cannot be read"
+    return [None if isinstance(p, UnreadablePhoto) else p for p in load_photos(photos, data_uri, allow_large=True)]
+
+def data_uri(image):
+    small = image.copy()
+    small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    small.save(file, 'JPEG', quality=80)
+    return 'data:image/jpeg;base64,' + base64.b64encode(file.getvalue()).decode()
+
+def support_pictures(names):
+    "name -> data URI for the support photos that are files on this machine"
+    files = sorted({n for n in names if isinstance(n, str) and Path(n).is_file()})
+    return dict(zip(files, pictures(files)))
+
+def count(photos): return '1 photo' if len(photos) == 1 else f'{len(photos)} photos'
+
+def percent(p): return f'{p:.0%}' if p < 0.995 else 'over 99%'
+
+def anchor(name): return 'class-' + ''.join(c if c.isalnum() else '-' for c in str(name))
+
+def summary(few):
+    "What `check` says, as a list; why it cannot say anything, if that is so"
+    try: lines = str(few.check()).splitlines()
+    except UserError as e: lines = [f'The accuracy to expect is not known: {e}.']
+    return '<ul>' + ''.join(f'<li>{escape(line)}</li>' for line in lines) + '</ul>'
+
+def contents(table):
+    links = (f'<a href="#{anchor(c)}">{escape(str(c))} ({len(rows)})</a>' for c,rows in by_class(table))
+    return '<nav>' + ' '.join(links) + '</nav>'
+
+def picture(uri, name): return f'<img src="{uri}" alt="{escape(str(name), quote=True)}">' if uri else ''
+
+def card(row, uri, nearest):
+    "A photo with its file, its probability, the class that comes second, and the support photo that it is most like"
+    name = row.file or 'a photo without a file'
+    second = 'most like' if row['class'] == UNKNOWN else 'or'
+    parts = [picture(uri, name), '<figcaption>', escape(Path(name).name)]
+    if not np.isnan(row.probability):
+        what = 'probability of the most like class' if row['class'] == UNKNOWN else 'probability'
+        parts.append(f'<meter value="{row.probability:.3f}" title="{what}"></meter>{percent(row.probability)}')
+    parts.append(f' <small>{second} {escape(str(row.runner_up))}</small>')
+    parts.append(f'<div class="near">{picture(nearest.get(row.nearest), row.nearest)}'
+                 f'<small>nearest: {escape("/".join(Path(str(row.nearest)).parts[-2:]))}</small></div></figcaption>')
+    return f'<figure>{"".join(parts)}</figure>'
+
+def suspects(few):
+    "The photos of the support that perhaps have a wrong label"
+    try: found = few.check().suspects
+    except UserError: return ''
+    if found.empty: return ''
+    shown = support_pictures(found.file)
+    cards = [f'<figure class="suspect">{picture(shown.get(r.file), r.file)}<figcaption>{escape(r.file)}<br>'
+             f'labelled {escape(str(r.label))}, looks like {escape(str(r.looks_like))}</figcaption></figure>' for r in found.itertuples()]
+    return f'<h2>Perhaps a wrong label <small>among the photos of the support</small></h2><div class="grid">{"".join(cards)}</div>'
