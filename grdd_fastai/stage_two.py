@@ -68,7 +68,7 @@ class StageTwo(Settings):
 PRESETS = dict( # docs/method.md says what each setting is and what was measured
     best=StageTwo(), # did best on the validation classes
     muon=StageTwo(opt='muon', lr=1e-2), # best after a stage one by Muon, whose weights SGD hardly moves
-    # from random weights, each image related to all others, and time: the shipped ConvNet-4
+    # from random weights, each image related to all others, and time; the package's networks had more of it (their cards say how much)
     patient=StageTwo(opt='muon', lr=2e-2, epochs=30, init='random', distill=Distill(pairs='all', teacher_view='views')),
     paper=StageTwo(n_way=5, n_query=15, schedule='step', lr=1e-3, scale=1., mean=False, # the paper's words; L_rt reads the sums as they are
                    distill=Distill(T=4., gamma=0.2, kl_weight=1., reduction='sum', teacher_view='clean')))

@@ -91,7 +91,7 @@ def place(tmp_path_factory):
     "A folder with the files that the pages name: a data set, photos of two classes, and new photos, single and in a folder"
     place = tmp_path_factory.mktemp('place')
     write_csv_set(place/'my-data', (20, 6, 6))
-    for c,hue in (('cat', 0.), ('dog', .5)): write_images(place/'few'/c, ['1.jpg', '2.jpg'], 40, 0, hue)
+    for c,hue in (('cat', 0.), ('dog', .5)): write_images(place/'few'/c, [f'{k}.jpg' for k in (1, 2, 3, 4)], 40, 0, hue)
     for new,c in (('new1', 'dog'), ('new2', 'cat')): Image.open(place/'few'/c/'1.jpg').save(place/f'{new}.jpg')
     write_images(place/'new', ['1.jpg', '2.jpg'], 40, 7, .5)
     return place

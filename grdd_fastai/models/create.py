@@ -2,6 +2,7 @@
 import difflib
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import timm
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 
 from ..core.device import cpu_seed
 from ..core.errors import UserError, first_line
+from ..core.hub import hub_host, quick_offline
 from ..core.storage import MAX_SIDE
 
 __all__ = ['check_backbone', 'pretrained_tag', 'create_backbone', 'check_input_config', 'input_config', 'seeing', 'features',
@@ -52,10 +54,18 @@ def create_backbone(
     check_backbone(arch, pretrained=pretrained)
     weights = pretrained_tag(arch, pretrained)
     if weights is None: return _build(arch, num_classes, px, seed, **kwargs)
-    try: return _build(weights, num_classes, px, seed, pretrained=True, **kwargs)
-    except Exception as e:
-        raise UserError(f'the weights of {weights} cannot be loaded ({first_line(e)}): '
-                        'give the name of an architecture, or of weights that can') from None
+    here = timm.get_pretrained_cfg(weights).file # in an installed package
+    with nullcontext(True) if here else quick_offline() as online:
+        try: return _build(weights, num_classes, px, seed, pretrained=True, **kwargs)
+        except Exception as e:
+            if not online: raise not_on_this_machine(f'the weights of {weights}') from None
+            raise UserError(f'the weights of {weights} cannot be loaded ({first_line(e)}): '
+                            'give the name of an architecture, or of weights that can') from None
+
+def not_on_this_machine(what):
+    "A UserError for weights that would have to be downloaded without a connection"
+    return UserError(f'{what} are not on this machine, and {hub_host()} cannot be reached: connect to it once, which keeps them here, '
+                     'or give convnet4.grdd_cifarfs, which is part of the package')
 
 def _build(arch, num_classes, px, seed, **kwargs):
     with cpu_seed(seed):

@@ -13,8 +13,9 @@ from safetensors.torch import save
 from timm.models._hub import save_config_for_hf
 
 from ..core.errors import UserError, first_line
+from ..core.hub import quick_offline
 from ..core.storage import atomic_write, check_state, digest, load_state, on_cpu, read_json, read_safetensors, user_path, write_json
-from .create import check_backbone, check_input_config, create_backbone, pretrained_tag
+from .create import check_backbone, check_input_config, create_backbone, not_on_this_machine, pretrained_tag
 
 __all__ = ['load_network', 'save_network', 'save_weights', 'load_weights']
 
@@ -23,7 +24,10 @@ RUNS = ('net', 'student_grdd') # names of the network that a run saves
 PICKLES = ('.bin', '.pth', '.pt', '.ckpt', '.pkl', '.pickle', '.tar', '.npz', '.h5')
 
 
-def load_network(name:str|Path) -> torch.nn.Module:
+def load_network(
+    name:str|Path,
+    px:int|None=None, # side of the images of a timm model by name, if its shape depends on it; None: as in its `pretrained_cfg`
+) -> torch.nn.Module:
     """The trained network with the name or path `name`, without a classifier
 
     It names a timm model with pretrained weights, a folder of recipes/publish.py, `hf-hub:user/name`, the folder of a run, or weights in
@@ -39,7 +43,7 @@ def load_network(name:str|Path) -> torch.nn.Module:
     if path.exists():
         raise UserError(f'{path} holds no network (net.json or config.json): give the folder of a run or of recipes/publish.py')
     side = timm.get_pretrained_cfg(pretrained_tag(str(name), True)).input_size[-1] if timm.is_model(str(name).partition('.')[0]) else 32
-    return create_backbone(str(name), px=side, pretrained=True)
+    return create_backbone(str(name), px=px or side, pretrained=True)
 
 def _of_a_run(card):
     "The network that a run saved with the JSON file `card`"
@@ -122,12 +126,14 @@ def _with_weights(arch, images, args, path, tensors):
 def _from_hub(repo):
     "Download config.json and model.safetensors of a Hugging Face repository, user/name or user/name@revision, and return their folder"
     repo,_,revision = repo.partition('@')
-    try: files = [hf_hub_download(repo, f, revision=revision or None) for f in ('config.json', 'model.safetensors')]
-    except EntryNotFoundError:
-        raise UserError(f'hf-hub:{repo} lacks config.json or model.safetensors, the only formats that are read: '
-                        'ask its author for them') from None
-    except Exception as e:
-        raise UserError(f'the weights of hf-hub:{repo} cannot be loaded ({first_line(e)}): check the name and the connection') from None
+    with quick_offline() as online:
+        try: files = [hf_hub_download(repo, f, revision=revision or None) for f in ('config.json', 'model.safetensors')]
+        except Exception as e:
+            if not online: raise not_on_this_machine(f'the weights of hf-hub:{repo}') from None
+            if isinstance(e, EntryNotFoundError):
+                raise UserError(f'hf-hub:{repo} lacks config.json or model.safetensors, the only formats that are read: '
+                                'ask its author for them') from None
+            raise UserError(f'the weights of hf-hub:{repo} cannot be loaded ({first_line(e)}): check the name') from None
     return Path(files[0]).parent
 
 def save_network(net, folder, px, mean, std, **cfg):

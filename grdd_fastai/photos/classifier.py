@@ -59,13 +59,12 @@ class FewShotClassifier:
     ):
         if isinstance(network, Learner): network = backbone_of(network)
         given = isinstance(network, nn.Module)
-        self.net = (copy.deepcopy(network) if given else load_network(network)).eval()
+        check_side(px)
+        self.net = (copy.deepcopy(network) if given else load_network(network, px)).eval()
         self.network = None if given else str(network) # the name or path by which the network was loaded
         if device is not None or not given: self.net.to(as_device(device))
         if errors not in ('skip', 'raise'): raise UserError(f"errors is {errors!r}: it is 'skip' or 'raise'")
         if not isinstance(bs, int) or bs < 1: raise UserError(f'bs is {bs!r}: it must be at least 1')
-        if px is not None and (not isinstance(px, int) or isinstance(px, bool) or not 1 <= px <= MAX_SIDE):
-            raise UserError(f'px is {px!r}: it must be from 1 to {MAX_SIDE}')
         self.bs,self.mirror,self.allow_large,self.errors = bs,mirror,allow_large,errors
         self.px,self.stats = px,stats if stats is None else pair_of(stats)
         if px is None or stats is None:
@@ -359,6 +358,11 @@ def as_device(device):
     try: return torch.empty(0, device=device).device
     except (RuntimeError, TypeError, AssertionError, NotImplementedError) as e:
         raise UserError(f'the device {device!r} cannot be used ({first_line(e)}): give cpu, cuda or mps, whichever is here') from None
+
+def check_side(px):
+    "Raise UserError if `px` is neither None nor a side of images"
+    if px is not None and (not isinstance(px, int) or isinstance(px, bool) or not 1 <= px <= MAX_SIDE):
+        raise UserError(f'px is {px!r}: it must be from 1 to {MAX_SIDE}')
 
 def check_rate(unknown):
     "Raise UserError if `unknown` is neither None nor a share between 0 and 1"

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import timm
 import torch
+import torchvision
 from helpers import posix, says, write_images
 from naive import naive_logits_of_photos
 from PIL import Image
@@ -259,7 +260,29 @@ def test_a_vision_transformer_by_its_name(monkeypatch):
     monkeypatch.setattr('timm.models._builder.load_pretrained', lambda *args, **kwargs: None) # its weights would be downloaded
     few = FewShotClassifier('test_vit2.r160_in1k').fit(IMAGES, LABELS)
     assert few.px == 160 and few.support.shape == (9, 64)
-    says(lambda: FewShotClassifier('vit_tiny_patch16_224', px=100), 'makes no features of an image of 100 px')
+    assert FewShotClassifier('test_vit2.r160_in1k', px=96).fit(IMAGES, LABELS).support.shape == (9, 64) # built for another side
+    says(lambda: FewShotClassifier(few.net, px=100), 'makes no features of an image of 100 px') # a network that is there already
+
+def test_a_large_pretrained_transformer(monkeypatch):
+    "DINOv2 as timm describes it, with random weights: its side, its normalisation and its features, at its own side and at another"
+    monkeypatch.setattr('timm.models._builder.load_pretrained', lambda *args, **kwargs: None) # its weights would be downloaded
+    name = 'vit_small_patch14_dinov2.lvd142m'
+    cfg = timm.get_pretrained_cfg(name)
+    few = FewShotClassifier(name)
+    assert few.px == cfg.input_size[-1] == 518 and few.stats == (list(cfg.mean), list(cfg.std)) and few.n_features == 384
+    few = FewShotClassifier(name, px=70).fit(IMAGES[:4], ['a', 'a', 'b', 'b'])
+    assert few.net.patch_embed.grid_size == (5, 5)
+    x = few.transform(Image.fromarray(IMAGES[0]) if isinstance(IMAGES[0], np.ndarray) else IMAGES[0])
+    with torch.no_grad(): h = few.net.forward_head(few.net.forward_features(x[None].to(few.device)), pre_logits=True)
+    assert x.shape == (3, 70, 70) and torch.allclose(few.support[0], h[0], atol=1e-4)
+
+def test_a_torchvision_model():
+    net = torchvision.models.resnet18(num_classes=5)
+    says(lambda: FewShotClassifier(net), 'does not say what images it takes')
+    few = FewShotClassifier(net, px=64, stats=((.5,)*3, (.25,)*3)).fit(IMAGES, LABELS)
+    assert few.support.shape == (9, 5) # its output, which is no features: take its last layer away
+    net.fc = torch.nn.Identity()
+    assert FewShotClassifier(net, px=64, stats=((.5,)*3, (.25,)*3)).fit(IMAGES, LABELS).support.shape == (9, 512)
 
 def test_tables_of_files_and_classes(photos, net, tmp_path):
     files = sorted((photos/'few').rglob('*.png'))
