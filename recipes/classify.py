@@ -31,6 +31,7 @@ def main(
     report:str=None, # HTML file to write
     csv:str=None, # CSV file to write
     save:str=None, # folder to save the classifier in
+    export:str=None, # folder for the classifier as an ONNX file, with a program that needs no PyTorch
 ):
     "Classify photos by a few examples of each class"
     given = {k:v for k,v in dict(network=network, classifier=classifier, unknown=unknown).items() if v is not None}
@@ -39,6 +40,7 @@ def main(
     warnings.showwarning = lambda message, *_: log(f'warning: {message}')
     few = FewShotClassifier.load(load) if load else FewShotClassifier.from_folder(support, **given)
     if save: log(f'saved in {few.save(save)}')
+    if export: log(f'exported to {few.export_onnx(export)}')
     try: log(few.check())
     except UserError as e: log(f'The accuracy to expect is not known: {e}.')
     table = few.predict_table(photos)

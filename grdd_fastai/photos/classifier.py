@@ -295,6 +295,11 @@ class FewShotClassifier:
         table = pd.DataFrame(rows, dtype=object) # so that classes that are numbers stay what they are
         return table.assign(probability=table.probability.astype(float), distance=table.distance.astype(float))
 
+    def show_results(self, photos, n:int=12):
+        "Draw the first `n` photos with their classes, each above the support photo that it is most like; returns the figure"
+        from .report import plot_photos
+        return plot_photos(self, photos, n)
+
     def score(self, photos, labels:Iterable) -> float:
         "The share of photos whose class is predicted right, from 0 to 1; photos that cannot be read do not count"
         self._check_fitted()
@@ -314,6 +319,11 @@ class FewShotClassifier:
         """
         self._check_fitted()
         return save_classifier(self, folder)
+
+    def export_onnx(self, folder:str|Path) -> Path:
+        "Write the classifier as an ONNX file, with a small program that needs no PyTorch: `grdd_fastai.photos.export.export_onnx`"
+        from .export import export_onnx
+        return export_onnx(self, folder)
 
     @classmethod
     def load(cls, folder:str|Path, device:str|torch.device|None=None) -> 'FewShotClassifier':

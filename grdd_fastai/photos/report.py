@@ -1,9 +1,10 @@
-"""One HTML page with the classes of photos, which needs no network access and nothing beside it."""
+"""Photos with their classes: as one HTML page that needs nothing beside it, and as a figure."""
 import base64
 import io
 from html import escape
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from PIL import Image
@@ -13,7 +14,7 @@ from ..core.storage import atomic_write, user_path
 from .classifier import UNKNOWN, FewShotClassifier
 from .reading import UnreadablePhoto, list_photos, load_photos
 
-__all__ = ['write_page']
+__all__ = ['write_page', 'plot_photos']
 
 
 SIDE = 160 # longest side of the small pictures in pixels
@@ -133,3 +134,29 @@ def suspects(few):
     cards = [f'<figure class="suspect">{picture(shown.get(r.file), r.file)}<figcaption>{escape(r.file)}<br>'
              f'labelled {escape(str(r.label))}, looks like {escape(str(r.looks_like))}</figcaption></figure>' for r in found.itertuples()]
     return f'<h2>Perhaps a wrong label <small>among the photos of the support</small></h2><div class="grid">{"".join(cards)}</div>'
+
+
+def plot_photos(few:FewShotClassifier, photos, n:int=12) -> plt.Figure:
+    "Figure of the first `n` photos with their classes, each above the support photo that it is most like, if that is a file here"
+    photos = list_photos(photos)[:n]
+    table = few.predict_table(photos)
+    columns = min(6, len(photos))
+    rows = -(-len(photos)//columns)
+    fig,axes = plt.subplots(2*rows, columns, figsize=(2*columns, 3.6*rows), squeeze=False, height_ratios=[2, 1]*rows, layout='constrained')
+    for ax in axes.flat: ax.axis('off')
+    nearest = [Path(name) if isinstance(name, str) and Path(name).is_file() else None for name in table.nearest]
+    def read(files): return load_photos(files, lambda image: image.copy(), allow_large=True)
+    support = iter(read([f for f in nearest if f]))
+    for i,(image,near) in enumerate(zip(read(photos), nearest)):
+        top,below = axes[2*(i//columns):2*(i//columns) + 2, i % columns]
+        row = table.loc[i]
+        if isinstance(image, UnreadablePhoto):
+            top.text(.5, .5, 'not read', ha='center', va='center')
+            continue
+        top.imshow(image)
+        certain = not np.isnan(row.probability) and row['class'] != UNKNOWN
+        top.set_title(f'{row["class"]} {percent(row.probability)}' if certain else row['class'], fontsize=10)
+        if near is None: continue
+        below.imshow(next(support))
+        below.set_title('/'.join(near.parts[-2:]), fontsize=7)
+    return fig

@@ -76,3 +76,13 @@ def test_the_recipe(folders, capsys, monkeypatch):
     for wrong,word in ((dict(), 'give --support'), (dict(support='a', load='b'), 'give --support'),
                        (dict(load=str(folders/'mine'), classifier='lda'), '--classifier belongs to --support')):
         with pytest.raises(UserError, match=word): recipe('classify')(str(folders/'new'), **wrong)
+
+def test_the_figure_shows_photos_above_their_nearest(folders):
+    few = FewShotClassifier.from_folder(folders/'few')
+    files = [*sorted(folders.glob('new/[0-9]*.png'))[:7], folders/'new'/'broken.png']
+    with pytest.warns(UserWarning): fig = few.show_results(files, 8)
+    with pytest.warns(UserWarning): table = few.predict_table(files)
+    top,below,again,_ = (fig.axes[i:i + 6] for i in (0, 6, 12, 18))
+    assert [ax.get_title().split()[0] for ax in [*top, again[0]]] == table['class'].tolist()[:7]
+    assert [ax.get_title() for ax in below] == ['/'.join(n.split('/')[-2:]) for n in table.nearest[:6]]
+    assert again[1].texts[0].get_text() == 'not read' and len(few.show_results(files[:2]).axes) == 4
