@@ -11,7 +11,7 @@ import pytest
 from fastcore.script import anno_parser
 from helpers import ROOT, recipe
 
-from grdd_fastai.experiments.report import chosen_on_validation
+from grdd_fastai.experiments.report import chosen_on_validation, trust_table
 
 
 def test_prepare_data_recipe(csv_set, tmp_path, capsys):
@@ -66,7 +66,7 @@ def checkout(tmp_path):
             (tmp_path/'results'/r['experiment']).mkdir(parents=True, exist_ok=True)
             (tmp_path/'results'/r['experiment']/r['file']).write_text(json.dumps(r))
         (tmp_path/'docs').mkdir()
-        shutil.copy(ROOT/'docs'/'method.md', tmp_path/'docs')
+        for page in ('method.md', 'photos.md'): shutil.copy(ROOT/'docs'/page, tmp_path/'docs')
         shutil.copy(ROOT/'README.md', tmp_path)
         recipe('report')(root=str(tmp_path))
         return (tmp_path/'RESULTS.md').read_text()
@@ -150,6 +150,16 @@ def test_the_classifier_that_did_best_on_the_validation_classes_stands_beside_th
     assert chosen_on_validation(tmp_path, 'net', 'unknown') is None
     assert chosen_on_validation(tmp_path, 'net', 'mine', (5,), transductive=True) == ('`tim_adm`', ['85.00 ± 0.20'], 'inference-3.json')
 
+def test_the_table_of_trust_has_the_default_classifier_and_the_others_for_five_photos(tmp_path):
+    rows = [dict(classifier=k, way=5, shot=shot, accuracy=80.12, expected=79., covered=95., width=20., ece=2., ece_before=50.)
+            for k in ('simpleshot_l2n', 'lda') for shot in (2, 5)]
+    rows[1] |= dict(lost=9.5, found=50., auroc=82.)
+    (tmp_path/'trust-net.json').write_text(json.dumps(dict(data=dict(name='birds'), split='novel', rows=rows)))
+    head,_,*lines = trust_table(tmp_path).splitlines()
+    assert lines == ['| [birds, novel classes](../results/trust-net.json) | `simpleshot_l2n` | 5 x 2 | 80.1 | 79.0 | 95.0 | 2.0 | 50.0 |  |  |  |',
+                     '|  | `simpleshot_l2n` | 5 x 5 | 80.1 | 79.0 | 95.0 | 2.0 | 50.0 | 9.5 | 50.0 | 82.0 |',
+                     '|  | `lda` | 5 x 5 | 80.1 | 79.0 | 95.0 | 2.0 | 50.0 |  |  |  |'] and head.count('|') == 12
+
 def test_the_head_of_the_results_has_a_table_for_each_way_to_see_the_queries(checkout, tmp_path):
     "Each shot has its own transductive classifier, teachers have a table of their own, and then comes what was learnt"
     (tmp_path/'results').mkdir()
@@ -183,7 +193,7 @@ def test_what_is_committed_is_what_the_records_say(tmp_path):
         shutil.copytree(ROOT/f, tmp_path/f, ignore=shutil.ignore_patterns('*.safetensors'))
     shutil.copy(ROOT/'README.md', tmp_path)
     recipe('report')(root=str(tmp_path))
-    for f in ('RESULTS.md','README.md','docs/method.md','benchmarks/README.md'):
+    for f in ('RESULTS.md','README.md','docs/method.md','docs/photos.md','benchmarks/README.md'):
         assert (tmp_path/f).read_text() == (ROOT/f).read_text(), f'{f} is out of date: python recipes/report.py'
 
 # Flags that were called otherwise at the commit of some records
@@ -198,7 +208,8 @@ def test_a_record_names_a_clean_commit_and_a_command_that_parses(path):
     words = [FORMER_FLAGS.get(w, w) for w in shlex.split(r['command']) if not re.fullmatch(r'[A-Z_]+=\d+', w)]
     assert words[0] == 'python' and words[1] == f'recipes/{r["experiment"]}.py'
     args = vars(anno_parser(runpy.run_path(str(ROOT/words[1]))['main'].__wrapped__).parse_args(words[2:]))
-    assert args['score'] == r['split'] and str(r['seed']) in args['seeds'].split(',')
+    seeds = [*args['seeds'].split(','), str(args['stage_one_seed'])] # a row without stage two has the seed of stage one
+    assert args['score'] == r['split'] and str(r['seed']) in seeds
     for scores in r['scores'].values(): assert scores['n'] >= 10_000 and 20 < scores['accuracy'] < 100 and 0 < scores['ci95'] < 1
 
 def test_every_novel_record_is_in_the_log():
