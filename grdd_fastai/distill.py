@@ -1,0 +1,129 @@
+"""From a large network with weights to a small one of one's own: the program behind recipes/distill.py."""
+import statistics
+import time
+from dataclasses import asdict
+from functools import partial
+from typing import Annotated
+
+import torch
+
+from .core.device import ieee_float32
+from .core.distributed import log, processes
+from .core.errors import UserError
+from .data.blocks import plain_dl
+from .data.episodes import check_episode
+from .fewshot.embed import cached_features, embed
+from .fewshot.evaluate import evaluate
+from .models.create import check_backbone, features, input_config, seeing
+from .models.pretrained import load_network, save_network
+from .runs.checkpoint import Stopped
+from .runs.options import ComputeOptions, DataOptions
+from .runs.run import Run, default_out
+from .settings import at_least, between, checked, from_flags, positive, with_flags
+from .stage_one import StageOne, stage_one
+from .stage_two import PRESETS, Preset, get_preset, known_features, stage_two
+
+__all__ = ['distill']
+
+
+DEMO = dict(teacher='convnet4_256.grdd_cifarfs', epochs=2, n_episodes=60, views=2)
+CLASSIFIER = 'simpleshot_l2n' # the default of `FewShotClassifier`, too
+
+
+@processes()
+@checked
+@with_flags(files=DataOptions, two=PRESETS | dict(demo=PRESETS['patient'].but(**{k:v for k,v in DEMO.items() if k != 'teacher'})),
+            compute=ComputeOptions)
+def distill(
+    teacher:str=None, # a network with weights: a timm name, a folder of a run or of recipes/publish.py, hf-hub:user/name
+    student:str='convnet4', # small network, a timm model; it starts from random weights, a name with a tag from the tag's
+    px:int=32, # side of the student's images in pixels; the teacher gets them at its own side and normalisation
+    labels:bool=True, # learn from the labels of the base classes too; without, they only say which photos stand together in an episode
+    way:Annotated[int, 'classes per episode of the held-out classes', at_least(2)]=5,
+    baseline_epochs:Annotated[int, 'also train the student on labels alone for so many epochs, and compare', at_least(1)]=None,
+    files=None, # the given `DataOptions`
+    out:str=None, # folder for the network, the history and the result (runs/distill; demo: runs/distill-demo)
+    preset:Preset='patient',
+    two=None, # the given settings of `StageTwo`
+    test_episodes:Annotated[int, 'episodes of the held-out classes', between(1, 10**8)]=10_000,
+    compute=None, # the given `ComputeOptions`
+    demo:bool=False, # small settings, on the embedded data set unless --data is given
+    resume:bool=False, # go on with the run in --out; begin it where there is none
+    overwrite:bool=False, # delete the run that --out holds, and begin anew
+    max_minutes:Annotated[float, 'stop after this many minutes with everything saved, for --resume', positive]=None,
+) -> dict:
+    """Train a small network to see the relatedness that a large one sees, without a stage one of either
+
+    The novel classes of the data, which neither training nor the choice of the epoch has seen, compare it with its teacher. The folder
+    `network` in --out is a timm model (`FewShotClassifier('runs/distill/network')`, `timm.create_model('local-dir:...')`). Returns the
+    result. UserError for networks, data or flags that cannot be used.
+    """
+    teacher = teacher or (DEMO['teacher'] if demo else None)
+    if teacher is None: raise UserError('no teacher is given: name a network with weights, such as convnet4_256.grdd_cifarfs')
+    files,compute = from_flags(DataOptions(), files),from_flags(ComputeOptions(), compute)
+    two = from_flags(get_preset(preset).but(**{k:v for k,v in DEMO.items() if k != 'teacher'} if demo else {}), two)
+    if not labels: two = two.but(gamma=0.)
+    check_backbone(student, px)
+    start = two.but(init='cl') if '.' in student else two # a tag's weights are a start
+    alone = baseline_epochs and StageOne(arch=student, epochs=baseline_epochs, schedule='one_cycle', lr=0.02, opt='muon', bs=128,
+                                         head='cosine', rotation=False, smoothing=0.1, jitter=two.jitter, seed=two.seed)
+    settings = dict(teacher=teacher, student=student, px=px, way=way, data=files.data, labels=labels, stage_two=two.values(),
+                    baseline=alone.values() if alone else None, test_episodes=test_episodes, **asdict(compute), demo=demo)
+    plan = ['student_grdd', *(['student_cl'] if alone else []), 'evaluation']
+    episode = dict(n_way=way, k_shot=1, n_query=15)
+    with Run(default_out('distill', demo) if out is None else out, settings, resume, max_minutes, plan, overwrite=overwrite) as run:
+        if run.result: return run.print(run.result)
+        try:
+            files.warn_of_demo(demo)
+            large = load_network(teacher)
+            data = files.load(px, demo, two.seed)
+            for split in (data.val, data.test): check_episode(split, way, 5, 15)
+            run.begin(data, files.cache)
+            known = partial(known_features, large, data, start, run.cache, not compute.fp32, run.stop_if_due)
+            meta = stage_two(data, start, student, large, known, valid=episode, **compute.for_learner())
+            small,val = run.train('student_grdd', *meta, student)
+            nets = dict(teacher=seeing(large, px, data.stats), student=small)
+            if alone: nets['labels'],_ = run.train('student_cl', *stage_one(data, alone, valid=episode, **compute.for_learner()), student)
+            scores = accuracies(nets, data, way, test_episodes, run)
+            save_network(small, run.out/'network', px, *data.stats)
+            log(f"FewShotClassifier({str(run.out/'network')!r}) classifies photos with it")
+            costs = {k:cost(net, data.px) for k,net in dict(teacher=large, student=small).items()}
+            for k,v in costs.items(): log(f'{k}: ' + ', '.join(f'{n:,} {name.replace("_", " ")}' for name,n in v.items()))
+            return run.finish(dataset=data.name, teacher=teacher, student=student, classifier=CLASSIFIER, val_accuracy=round(val, 3),
+                              **scores, costs=costs, seed=two.seed)
+        except Stopped as stop: return run.stopped(stop)
+
+
+def accuracies(nets, data, way, n_episodes, run):
+    "Accuracy of each network on the novel classes for one shot and five, and the paired differences of the student from the others"
+    scores = {}
+    for name,net in nets.items():
+        h,y = cached_features(net, data, 'test', stats=data.stats, cache=run.cache) if name == 'teacher' else embed(
+            net, plain_dl(data, 'test'), distributed=True)
+        for shot in (1, 5):
+            e = scores[name, shot] = evaluate(h, y, way, shot, 15, n_episodes, classifier=CLASSIFIER)
+            run.log_novel(what=name, shot=shot, classifier=CLASSIFIER, accuracy=e.accuracy, ci95=e.ci95, test_episodes=n_episodes)
+            log(f'{name}, {shot}-shot: {e}')
+    found = {f'accuracy_{name}':{f'{shot}-shot':dict(accuracy=round(scores[name, shot].accuracy, 3), ci95=round(scores[name, shot].ci95, 3))
+                                 for shot in (1, 5)} for name in nets}
+    for other in nets.keys() - {'student'}:
+        differences = {shot:scores['student', shot] - scores[other, shot] for shot in (1, 5)}
+        found[f'student_minus_{other}'] = {f'{shot}-shot':dict(difference=round(d.mean, 3), ci95=round(d.ci95, 3))
+                                           for shot,d in differences.items()}
+    return found
+
+@torch.no_grad()
+def cost(net, px):
+    "Parameters in millions, side of the images, and images per second of a network, on the device that it is on"
+    side = (getattr(net, 'pretrained_cfg', None) and input_config(net)[0]) or px
+    net = net.eval()
+    device = next(net.parameters()).device
+    x = torch.zeros(32, 3, side, side, device=device)
+    times = []
+    with ieee_float32():
+        for _ in range(6): # the first one warms up
+            began = time.perf_counter()
+            features(net, x).sum().item() # waits for a GPU
+            times.append(time.perf_counter() - began)
+    return dict(million_parameters=round(sum(p.numel() for p in net.parameters())/1e6, 3), px=side,
+                images_per_second=round(len(x)/statistics.median(times[1:])))
