@@ -15,8 +15,9 @@ __all__ = ['HeldOut', 'hold_out', 'expected_accuracy', 'softmax_scale', 'unknown
 
 
 REPEATS = 5 # times that each photo is held out, beside other photos each time
+MANY = 500 # photos of a support above which each is held out once, which is enough then
 MAX_FOLDS = 50 # parts of the support, of which one is held out at a time
-ELEMENTS = 2**25 # numbers that a batch of supports may have
+ELEMENTS = 2**25 # numbers that a batch of supports may take
 # measured on the validation classes of CIFAR-FS (docs/photos.md): what N photos say is as certain as N*EVIDENCE new ones
 EVIDENCE = 0.9
 # also from there: errors fall with the number of photos of a class to the power of -LEARNING
@@ -47,19 +48,20 @@ def hold_out(
 
     One photo of each class is held out at a time, or a fiftieth of a larger class, and the others are the support, so that the classes keep
     their proportions: without the photo alone, its class would have one photo less than the others, to which some classifiers are
-    sensitive. All this is done five times. A class of one photo always stays in the support. UserError if there is no other class.
+    sensitive. All this is done five times, for more than 500 photos once. A class of one photo always stays in the support. UserError if
+    there is no other class.
     """
     labels = y.cpu().numpy()
     if (np.bincount(labels) < 2).all():
         raise UserError('each class has one photo, so that none can be held out to measure the classifier: add photos')
     rng = np.random.default_rng(seed)
-    folds = [f for _ in range(REPEATS) for f in parts_of(labels, rng)]
+    folds = [f for _ in range(REPEATS if len(h) <= MANY else 1) for f in parts_of(labels, rng)]
     n_classes = labels.max() + 1
     logits = torch.zeros(len(h), n_classes)
     right,similar,times = np.zeros(len(h)),np.zeros(len(h)),np.zeros(len(h))
     for n in sorted({len(f) for f in folds}):
         same = np.stack([f for f in folds if len(f) == n])
-        for held in np.array_split(same, -(-len(same)*h.numel()//ELEMENTS)):
+        for held in np.array_split(same, -(-len(same)*len(h)*max(h.shape)//ELEMENTS)): # some classifiers need (N, N) numbers for each
             if not len(held): continue
             stays = np.ones((len(held), len(h)), bool)
             np.put_along_axis(stays, held, False, 1)
