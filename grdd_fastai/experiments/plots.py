@@ -1,5 +1,6 @@
 """Figures of the experiments: matplotlib Figures of arrays and DataFrames, legible in grey and for colour-blind readers."""
 import io
+import itertools
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -25,7 +26,7 @@ def plot_rows(
     "A line per row and a mark per shot: the mean over seeds with the 95% interval over episodes, and a small tick for each seed"
     shots = sorted(scored.shot.unique())
     rows = list(dict.fromkeys(scored.row))
-    fig,ax = plt.subplots(figsize=(5. + .07*max(map(len, rows)), 1.4 + .27*len(rows)*max(1, .7*len(shots))), layout='constrained')
+    fig,ax = plt.subplots(figsize=(5.9 + .07*max(map(len, rows)), 1.4 + .27*len(rows)*max(1, .7*len(shots))), layout='constrained')
     for i,shot in enumerate(shots):
         for j,row in enumerate(rows):
             runs = scored[(scored.shot == shot) & (scored.row == row)]
@@ -40,7 +41,7 @@ def plot_rows(
     ax.set(yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - .4, -.6), title=title,
            xlabel=f'accuracy on the {classes} classes, %\n95% interval, {scored.n.iloc[0]:,} episodes')
     ax.margins(x=.12)
-    if len(shots) > 1: ax.legend(frameon=False)
+    if len(shots) > 1: ax.legend(frameon=False, loc='upper left', bbox_to_anchor=(1, 1)) # beside the axes, where no data is
     _plain(ax)
     return fig
 
@@ -59,7 +60,7 @@ def plot_sweep(
             order = np.argsort(at)
             ax.errorbar(np.take(at, order), line.accuracy.to_numpy()[order], line.ci95.to_numpy()[order], marker=MARKERS[i % 8],
                         color=COLORS[i % 8], capsize=3, lw=1.5, label=f'{shot}-shot, seed {seed}')
-        for (name,accuracy),style in zip(references.items(), ('--', ':', '-.')):
+        for (name,accuracy),style in zip(references.items(), itertools.cycle(('--', ':', '-.', (0, (6, 2, 1, 2, 1, 2))))):
             ax.axhline(accuracy, ls=style, color='0.4', lw=1.2, label=name)
         ax.set(xticks=range(len(values)), xticklabels=[f'{v:g}' for v in values], xlabel=symbol)
         _plain(ax)
