@@ -44,6 +44,9 @@ def main(
     try: log(few.check())
     except UserError as e: log(f'The accuracy to expect is not known: {e}.')
     table = few.predict_table(photos)
-    print(table.drop(columns='problem').to_string(index=False, float_format='{:.2f}'.format))
-    if csv: atomic_write(user_path(csv), table.to_csv(index=False))
+    text = table.drop(columns='problem').to_string(index=False, float_format='{:.2f}'.format)
+    print(text.encode('utf-8', 'replace').decode()) # names of files may hold anything
+    if csv:
+        user_path(csv).parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(user_path(csv), table.to_csv(index=False).encode('utf-8', 'replace'))
     if report: log(f'{write_page(report, few, photos, table)} shows the photos')

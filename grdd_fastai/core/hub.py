@@ -2,7 +2,7 @@
 import socket
 from contextlib import contextmanager
 from urllib.parse import urlsplit
-from urllib.request import getproxies
+from urllib.request import getproxies, proxy_bypass
 
 from huggingface_hub import constants
 
@@ -18,7 +18,9 @@ def hub_host() -> str:
 
 def reachable():
     "Whether a connection can be made to the hub, or to the proxy that leads there"
-    url = urlsplit(getproxies().get(urlsplit(constants.ENDPOINT).scheme, constants.ENDPOINT))
+    to = urlsplit(constants.ENDPOINT)
+    proxy = None if proxy_bypass(to.hostname) else getproxies().get(to.scheme)
+    url = urlsplit(proxy if proxy and '://' in proxy else f'http://{proxy}') if proxy else to
     try:
         with socket.create_connection((url.hostname, url.port or dict(http=80).get(url.scheme, 443)), TIMEOUT): return True
     except OSError: return False

@@ -14,7 +14,7 @@ from ..core.distributed import log
 from ..core.errors import UserError
 from ..core.progress import with_progress
 from ..core.storage import digest, output_folder, user_path, write_json
-from ..fewshot.classifiers import get_classifier, split_names
+from ..fewshot.classifiers import get_classifier, split_names, without_settings
 from ..fewshot.embed import cached_features
 from ..models.create import input_config
 from ..models.pretrained import load_network
@@ -55,6 +55,9 @@ def measure_trust(
     check_choice('--score', score, SPLITS)
     check_writable(out, results)
     names = split_names(classifiers)
+    if together := next((k for k in names if without_settings(get_classifier(k)).transductive), None):
+        raise UserError(f'{together} classifies photos together, and a photo is held out by itself: give inductive classifiers')
+    if unknown >= 1: raise UserError(f'--unknown is {unknown:g}: it is a share of photos below 1, such as 0.1')
     net = load_network(network)
     data = from_flags(DataOptions(), files).load(input_config(net)[0])
     h,y = cached_features(net, data, SPLITS[score], cache=from_flags(DataOptions(), files).cache)
@@ -63,6 +66,8 @@ def measure_trust(
     for way,shot,name in itertools.product(whole_numbers('ways', ways), whole_numbers('shots', shots), names):
         if not 2 <= way < classes: raise UserError(f'--ways is {way}: give 2 to {classes - 1}, so that other classes are left')
         if shot < 2: raise UserError(f'--shots is {shot}: a photo can be held out only if its class has another')
+        least = int(torch.bincount(y).min())
+        if shot >= least: raise UserError(f'--shots is {shot}: a class has {least} photos, and new ones must be left, so give fewer')
         measured = row(h, y, get_classifier(name), way, shot, unknown, supports, queries, seed)
         rows.append(dict(classifier=name, way=way, shot=shot) | measured)
         log(', '.join(f'{k} {v:.1f}' if isinstance(v, float) else f'{k} {v}' for k,v in rows[-1].items()))

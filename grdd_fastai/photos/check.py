@@ -11,9 +11,9 @@ from .trust import HeldOut, expected_accuracy, softmax_scale
 __all__ = ['SupportCheck', 'check_support']
 
 
-# Measured on the validation classes of CIFAR-FS (docs/photos.md): with one label in twenty wrong, half to three quarters of the photos that
-# this names are wrong ones, and it names as large a part of these; and no two of 9,600 photos have features of this cosine.
-SUSPECT = 0.05 # largest probability of its own label with which a held-out photo is a suspect
+# Measured on the validation classes of CIFAR-FS, with 5, 10 and 16 classes of 5 and 10 photos of which one in twenty has a wrong label: two
+# thirds to nine tenths of the photos that this names are wrong ones, a third to a half of all; and no two of 9,600 photos have this cosine.
+SUSPECT = 0.02 # largest probability of its own label, as a share of that of the predicted class, with which a held-out photo is a suspect
 SAME = 0.995 # cosine of the features from which two photos count as the same one
 
 
@@ -35,19 +35,27 @@ class SupportCheck:
     duplicates: pd.DataFrame # pairs of photos that are almost the same: file, label, other, other_label, cosine
 
     def __str__(self):
-        percent = f'{self.accuracy:.0%} of new photos right ({self.low:.0%} to {self.high:.0%} with {self.confidence:.0%} confidence)'
-        lines = [f'Expect {percent}, if they are of these {len(self.classes)} classes, each equally often, and taken like these photos. '
-                 f'{self.n_photos} photos were held out in turn to measure this.']
         alone = self.classes[self.classes.photos == 1].index
+        n,measured = len(self.classes) - len(alone),'measured ' if len(alone) else ''
+        of = f'they are of these {n} {measured}classes' if n > 1 else 'the classes were all as easy as the one that could be measured'
+        lines = [f'Expect {self.accuracy:.0%} of new photos to be classified right ({self.low:.0%} to {self.high:.0%} with '
+                 f'{self.confidence:.0%} confidence), if {of}, each equally often, and taken like these photos. '
+                 f'{self.n_photos} photos were held out in turn to measure this.']
         if len(alone): lines.append(f'Not measured, because there is only one photo: {", ".join(map(str, alone))}.')
-        weak = self.classes[self.classes.right < self.accuracy - 0.2].sort_values('right')
-        lines += [f'{name}: {r.right:.0%} right, often taken for {r.confused_with}. More photos of both would help.'
-                  for name,r in weak.head(3).iterrows() if r.confused_with is not None]
-        lines += [f'{r.file} is labelled {r.label} and looks like {r.looks_like}.' for r in self.suspects.head(5).itertuples()]
-        lines += [f'{r.file} ({r.label}) and {r.other} ({r.other_label}) are almost the same photo.'
-                  for r in self.duplicates.head(5).itertuples()]
+        weak = self.classes[(self.classes.right < self.accuracy - 0.2) & self.classes.confused_with.notna()].sort_values('right')
+        lines += shortened([f'{name}: {r.right:.0%} right, most often taken for {r.confused_with}. More photos of both would help.'
+                            for name,r in weak.iterrows()], 'classes with many errors')
+        lines += shortened([f'{r.file} is labelled {r.label} and looks like {r.looks_like}.' for r in self.suspects.itertuples()],
+                           'photos with a doubtful label, in check.suspects')
+        lines += shortened([f'{r.file} ({r.label}) and {r.other} ({r.other_label}) are almost the same photo. Remove one of them: the '
+                            'accuracy above is too high if a photo is there twice.' for r in self.duplicates.itertuples()],
+                           'pairs of photos that are almost the same, in check.duplicates')
         return '\n'.join(lines)
 
+
+def shortened(lines, what, n=5):
+    "The first `n` lines, and one that says how many more there are"
+    return lines if len(lines) <= n else [*lines[:n], f'There are {len(lines) - n} more {what}.']
 
 def check_support(held:HeldOut, h, y, vocab:list, names:list, confidence:float=0.95) -> SupportCheck:
     "The `SupportCheck` of a support with features `h` (N, D), classes `y` (N), class names `vocab`, and the `names` of its photos"
@@ -63,7 +71,8 @@ def check_support(held:HeldOut, h, y, vocab:list, names:list, confidence:float=0
         right=[held.right[held.y == c].mean() if (held.y == c).any() else np.nan for c in range(len(vocab))],
         confused_with=pd.Series([vocab[row.argmax()] if row.any() else None for row in wrong], vocab, object)), index=vocab)
     own = probability[np.arange(len(held.y)), held.y]
-    doubtful = [i for i in np.argsort(own) if own[i] <= SUSPECT and not held.right[i]]
+    share = own/probability.max(1)
+    doubtful = [i for i in np.argsort(share) if share[i] <= SUSPECT and not held.right[i]]
     suspects = pd.DataFrame([dict(file=names[held.rows[i]], label=vocab[held.y[i]], looks_like=vocab[predicted[i]],
                                   probability=float(own[i])) for i in doubtful], columns=['file', 'label', 'looks_like', 'probability'])
     return SupportCheck(accuracy, low, high, confidence, len(held.rows), classes, pd.DataFrame(confusion, vocab, vocab), suspects,

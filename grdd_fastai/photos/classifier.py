@@ -17,14 +17,14 @@ from ..core.device import ieee_float32
 from ..core.distributed import backbone_of
 from ..core.errors import UserError, first_line
 from ..core.storage import MAX_SIDE, user_path
-from ..fewshot.classifiers import check_classifier_settings, check_scale, get_classifier, without_settings
+from ..fewshot.classifiers import CLASSIFIERS, check_classifier_settings, check_scale, get_classifier, without_settings
 from ..fewshot.evaluate import checked_logits, is_missing
 from ..models.create import check_input_config, features, input_config
 from ..models.pretrained import load_network
 from .check import SupportCheck, check_support
 from .reading import UnreadablePhoto, check_ordered, list_photos, load_photos, photo_name, photos_below, warn_of
 from .saving import load_classifier, save_classifier
-from .trust import AUTO, choose_classifier, hold_out, similarity, softmax_scale, unknown_below
+from .trust import AUTO, check_confidence, choose_classifier, hold_out, lda_has_enough, similarity, softmax_scale, unknown_below
 
 __all__ = ['FewShotClassifier', 'UNKNOWN']
 
@@ -81,6 +81,7 @@ class FewShotClassifier:
         self.chosen = classifier # by 'auto', `fit` chooses another one each time
         # `fit` sets the classes, and for each support photo its features, the index of its class in `vocab`, and its file
         self.vocab = self.support = self.support_y = self.files = self._held = None
+        self.photos_here = True # whether `files` are files of this machine; those of a loaded classifier may be anywhere
 
     def _check_network(self):
         "Set the number of features `n_features`; UserError unless the network gives a vector of features for a blank image"
@@ -179,7 +180,8 @@ class FewShotClassifier:
         y = torch.tensor([vocab.index(o) for o in labels], device=check_scale(h).device)
         if self.classifier == 'auto':
             several = (torch.bincount(y) > 1).any() # otherwise no photo can be held out
-            self.chosen = choose_classifier({k:get_classifier(k) for k in AUTO}, h, y) if several else AUTO[0]
+            names = [k for k in AUTO if k != 'lda' or lda_has_enough(y.cpu())]
+            self.chosen = choose_classifier({k:get_classifier(k) for k in names}, h, y) if several else AUTO[0]
         self.support,self.support_y,self.vocab,self.files,self._held = h,y,vocab,files,None
         return self
 
@@ -192,6 +194,8 @@ class FewShotClassifier:
         if getattr(without_settings(get_classifier(self.chosen)), 'transductive', False):
             raise UserError(f'{self.chosen} classifies photos together, so that it cannot be measured by one photo at a time: '
                             'choose a classifier that takes each photo by itself, such as simpleshot_l2n')
+        if without_settings(get_classifier(self.chosen)) is CLASSIFIERS['lda'] and not lda_has_enough(self.support_y.cpu()):
+            raise UserError('lda cannot be measured with fewer than three photos of a class on average: add photos, or take simpleshot_l2n')
         if self._held is None: self._held = hold_out(self._function, self.support, self.support_y)
         return self._held
 
@@ -200,6 +204,7 @@ class FewShotClassifier:
 
         Print it for a summary. UserError if each class has one photo, and for a transductive classifier.
         """
+        check_confidence(confidence)
         held = self.held_out() # an error if there is no support
         names = [f or f'photo {i}' for i,f in enumerate(self.files)]
         return check_support(held, self.support, self.support_y, self.vocab, names, confidence)
@@ -256,16 +261,20 @@ class FewShotClassifier:
         held = self.held_out()
         return probabilities(self.logits(photos), softmax_scale(held))
 
-    def _is_known(self, h):
-        "Whether each of the features (N, D) is like one of the classes"
-        if self.unknown is None: return np.ones(len(h), bool)
-        similar = similarity(self.support.to(h.device)[None], self.support_y.to(h.device)[None], h.nan_to_num()[None])[0]
-        return similar >= unknown_below(self.held_out(), self.unknown)
+    def _limit(self):
+        "The similarity below which a photo is unknown; UserError if it cannot be known"
+        return -np.inf if self.unknown is None else unknown_below(self.held_out(), self.unknown)
+
+    def _is_known(self, h, limit):
+        "Whether each of the features (N, D) is at least as similar as `limit` to one of the classes"
+        return similarity(self.support.to(h.device)[None], self.support_y.to(h.device)[None], h.nan_to_num()[None])[0] >= limit
 
     def predict(self, photos) -> list:
         "A list with the class of each photo; with `unknown=`, 'unknown' for a photo like none of them; None for one that cannot be read"
+        self._check_fitted()
+        limit = self._limit() # an error comes before the photos are read
         logits,h,_ = self._logits(list_photos(photos))
-        return [c if known or c is None else UNKNOWN for c,known in zip(classes_of(logits), self._is_known(h))]
+        return [c if known or c is None else UNKNOWN for c,known in zip(classes_of(logits), self._is_known(h, limit))]
 
     def predict_table(self, photos) -> pd.DataFrame:
         """A DataFrame with a row for each photo
@@ -276,19 +285,21 @@ class FewShotClassifier:
         place in the support if it has no file; `distance`, 1 minus the cosine to it; and `problem`, why a photo cannot be read, or an empty
         text.
         """
+        self._check_fitted()
+        limit = self._limit() # an error comes before the photos are read
         photos = list_photos(photos)
         logits,h,problems = self._logits(photos)
         try: probability = probabilities(logits, softmax_scale(self.held_out()))
         except UserError: probability = logits*np.nan
         with ieee_float32(): similar = (F.normalize(h, dim=1) @ F.normalize(self.support.to(h.device), dim=1).T).cpu().numpy()
         support_y,rows = self.support_y.cpu().numpy(),[]
-        for i,(photo,best,known) in enumerate(zip(photos, classes_of(logits), self._is_known(h))):
+        for i,(photo,best,known) in enumerate(zip(photos, classes_of(logits), self._is_known(h, limit))):
             row = {'file':photo_name(photo), 'class':best, 'probability':np.nan, 'runner_up':None, 'nearest':None, 'distance':np.nan,
                    'problem':str(problems.get(i, ''))}
             if i not in problems:
                 of_class = np.flatnonzero(support_y == self.vocab.index(best))
                 nearest = of_class[similar[i, of_class].argmax()]
-                second = logits.iloc[i].sort_values().index[-2]
+                second = logits.iloc[i].drop(best).idxmax()
                 row |= {'class':best if known else UNKNOWN, 'probability':probability[best][i], 'runner_up':second if known else best,
                         'nearest':self.files[nearest] or str(nearest), 'distance':float(1 - similar[i, nearest])}
             rows.append(row)
@@ -296,7 +307,7 @@ class FewShotClassifier:
         return table.assign(probability=table.probability.astype(float), distance=table.distance.astype(float))
 
     def show_results(self, photos, n:int=12):
-        "Draw the first `n` photos with their classes, each above the support photo that it is most like; returns the figure"
+        "Draw the first `n` photos with their classes, each above the most similar support photo of its class; returns the figure"
         from .report import plot_photos
         return plot_photos(self, photos, n)
 

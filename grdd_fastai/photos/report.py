@@ -12,7 +12,7 @@ from PIL import Image
 from ..core.errors import UserError
 from ..core.storage import atomic_write, user_path
 from .classifier import UNKNOWN, FewShotClassifier
-from .reading import UnreadablePhoto, list_photos, load_photos
+from .reading import UnreadablePhoto, list_photos, load_photos, photo_name
 
 __all__ = ['write_page', 'plot_photos']
 
@@ -46,20 +46,21 @@ def write_page(path:str|Path, few:FewShotClassifier, photos, table:pd.DataFrame|
     path = user_path(path)
     photos = list_photos(photos)
     if table is None: table = few.predict_table(photos)
-    if len(table) != len(photos):
-        raise UserError(f'the table has {len(table)} rows for {len(photos)} photos: make it from the same photos')
+    if list(table.file) != [photo_name(p) for p in photos]:
+        raise UserError(f'the table ({len(table)} rows) is not of these {len(photos)} photos in this order: make it by predict_table')
+    table = table.assign(problem=table.problem.fillna('')).reset_index(drop=True)
     shown = [i for _,rows in by_class(table) for i in rows[:MOST]]
     images = dict(zip(shown, pictures([photos[i] for i in shown])))
-    nearest = support_pictures([table.nearest[i] for i in images])
+    nearest = support_pictures(few, [table.nearest[i] for i in images])
     unread = table[table.problem != '']
     parts = [f'<h1>{count(photos)}, {len(few.vocab)} classes</h1>', summary(few), contents(table)]
     for name,rows in by_class(table):
         more = f' The first {MOST} are shown.' if len(rows) > MOST else ''
         note = f'<small>{count(rows)}, the least certain first.{more}</small>'
-        parts.append(f'<h2 id="{anchor(name)}">{escape(str(name))} {note}</h2>')
-        parts.append('<div class="grid">' + ''.join(card(table.loc[i], images[i], nearest) for i in rows[:MOST]) + '</div>')
+        parts.append(f'<h2 id="{anchor(name)}">{text(name)} {note}</h2>')
+        parts.append('<div class="grid">' + ''.join(card(few, table.loc[i], images[i], nearest) for i in rows[:MOST]) + '</div>')
     if len(unread):
-        parts.append('<h2>Not read</h2><ul>' + ''.join(f'<li>{escape(p)}</li>' for p in unread.problem) + '</ul>')
+        parts.append('<h2>Not read</h2><ul>' + ''.join(f'<li>{text(p)}</li>' for p in unread.problem) + '</ul>')
     parts.append(suspects(few))
     page = ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -89,10 +90,18 @@ def data_uri(image):
     small.save(file, 'JPEG', quality=80)
     return 'data:image/jpeg;base64,' + base64.b64encode(file.getvalue()).decode()
 
-def support_pictures(names):
+def support_files(few, names):
+    "The support photos among the `names` that are files on this machine; none of a classifier that was loaded, whose photos are elsewhere"
+    return sorted({n for n in names if isinstance(n, str) and Path(n).is_file()}) if few.photos_here else []
+
+def support_pictures(few, names):
     "name -> data URI for the support photos that are files on this machine"
-    files = sorted({n for n in names if isinstance(n, str) and Path(n).is_file()})
+    files = support_files(few, names)
     return dict(zip(files, pictures(files)))
+
+def text(name):
+    "A name for HTML; what is no UTF-8 in the name of a file becomes a question mark"
+    return escape(str(name).encode('utf-8', 'replace').decode(), quote=True)
 
 def count(photos): return '1 photo' if len(photos) == 1 else f'{len(photos)} photos'
 
@@ -104,25 +113,26 @@ def summary(few):
     "What `check` says, as a list; why it cannot say anything, if that is so"
     try: lines = str(few.check()).splitlines()
     except UserError as e: lines = [f'The accuracy to expect is not known: {e}.']
-    return '<ul>' + ''.join(f'<li>{escape(line)}</li>' for line in lines) + '</ul>'
+    return '<ul>' + ''.join(f'<li>{text(line)}</li>' for line in lines) + '</ul>'
 
 def contents(table):
-    links = (f'<a href="#{anchor(c)}">{escape(str(c))} ({len(rows)})</a>' for c,rows in by_class(table))
+    links = (f'<a href="#{anchor(c)}">{text(c)} ({len(rows)})</a>' for c,rows in by_class(table))
     return '<nav>' + ' '.join(links) + '</nav>'
 
-def picture(uri, name): return f'<img src="{uri}" alt="{escape(str(name), quote=True)}">' if uri else ''
+def picture(uri, name): return f'<img src="{uri}" alt="{text(name)}">' if uri else ''
 
-def card(row, uri, nearest):
-    "A photo with its file, its probability, the class that comes second, and the support photo that it is most like"
+def card(few, row, uri, nearest):
+    "A photo with its file, its probability, the class that comes second, and the most similar support photo of its class"
     name = row.file or 'a photo without a file'
-    second = 'most like' if row['class'] == UNKNOWN else 'or'
-    parts = [picture(uri, name), '<figcaption>', escape(Path(name).name)]
+    unknown = few.unknown is not None and row['class'] == UNKNOWN
+    second = 'most like' if unknown else 'or'
+    parts = [picture(uri, name), '<figcaption>', text(Path(name).name)]
     if not np.isnan(row.probability):
-        what = 'probability of the most like class' if row['class'] == UNKNOWN else 'probability'
+        what = 'probability of the most similar class' if unknown else 'probability'
         parts.append(f'<meter value="{row.probability:.3f}" title="{what}"></meter>{percent(row.probability)}')
-    parts.append(f' <small>{second} {escape(str(row.runner_up))}</small>')
+    parts.append(f' <small>{second} {text(row.runner_up)}</small>')
     parts.append(f'<div class="near">{picture(nearest.get(row.nearest), row.nearest)}'
-                 f'<small>nearest: {escape("/".join(Path(str(row.nearest)).parts[-2:]))}</small></div></figcaption>')
+                 f'<small>nearest: {text("/".join(Path(str(row.nearest)).parts[-2:]))}</small></div></figcaption>')
     return f'<figure>{"".join(parts)}</figure>'
 
 def suspects(few):
@@ -130,33 +140,34 @@ def suspects(few):
     try: found = few.check().suspects
     except UserError: return ''
     if found.empty: return ''
-    shown = support_pictures(found.file)
-    cards = [f'<figure class="suspect">{picture(shown.get(r.file), r.file)}<figcaption>{escape(r.file)}<br>'
-             f'labelled {escape(str(r.label))}, looks like {escape(str(r.looks_like))}</figcaption></figure>' for r in found.itertuples()]
+    shown = support_pictures(few, found.file)
+    cards = [f'<figure class="suspect">{picture(shown.get(r.file), r.file)}<figcaption>{text(r.file)}<br>'
+             f'labelled {text(r.label)}, looks like {text(r.looks_like)}</figcaption></figure>' for r in found.itertuples()]
     return f'<h2>Perhaps a wrong label <small>among the photos of the support</small></h2><div class="grid">{"".join(cards)}</div>'
 
 
 def plot_photos(few:FewShotClassifier, photos, n:int=12) -> plt.Figure:
-    "Figure of the first `n` photos with their classes, each above the support photo that it is most like, if that is a file here"
+    "Figure of the first `n` photos with their classes, each above the most similar support photo of its class, if that is a file here"
     photos = list_photos(photos)[:n]
     table = few.predict_table(photos)
     columns = min(6, len(photos))
     rows = -(-len(photos)//columns)
     fig,axes = plt.subplots(2*rows, columns, figsize=(2*columns, 3.6*rows), squeeze=False, height_ratios=[2, 1]*rows, layout='constrained')
     for ax in axes.flat: ax.axis('off')
-    nearest = [Path(name) if isinstance(name, str) and Path(name).is_file() else None for name in table.nearest]
     def read(files): return load_photos(files, lambda image: image.copy(), allow_large=True)
-    support = iter(read([f for f in nearest if f]))
-    for i,(image,near) in enumerate(zip(read(photos), nearest)):
+    files = support_files(few, table.nearest)
+    support = dict(zip(files, read(files)))
+    for i,(image,near) in enumerate(zip(read(photos), table.nearest)):
         top,below = axes[2*(i//columns):2*(i//columns) + 2, i % columns]
         row = table.loc[i]
         if isinstance(image, UnreadablePhoto):
             top.text(.5, .5, 'not read', ha='center', va='center')
             continue
         top.imshow(image)
-        certain = not np.isnan(row.probability) and row['class'] != UNKNOWN
+        certain = not np.isnan(row.probability) and not (few.unknown is not None and row['class'] == UNKNOWN)
         top.set_title(f'{row["class"]} {percent(row.probability)}' if certain else row['class'], fontsize=10)
-        if near is None: continue
-        below.imshow(next(support))
-        below.set_title('/'.join(near.parts[-2:]), fontsize=7)
+        found = support.get(near)
+        if found is None or isinstance(found, UnreadablePhoto): continue
+        below.imshow(found)
+        below.set_title('/'.join(Path(near).parts[-2:]), fontsize=7)
     return fig

@@ -88,7 +88,7 @@ def load_classifier(cls, folder, device=None):
     if weights_digest(few.net) != meta['sha256']:
         raise UserError(f'the network {name} has other weights than when {folder} was saved: fit the classifier again')
     few.support,few.support_y = h.to(few.device),y.to(few.device)
-    few.vocab,few.files,few.chosen = meta['vocab'],meta['files'],meta['chosen']
+    few.vocab,few.files,few.chosen,few.photos_here = meta['vocab'],meta['files'],meta['chosen'],False
     return few
 
 def check_content(cls, path:Path, tensors, meta):

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
 from scipy.stats import norm
 
+from ..core.device import ieee_float32
 from ..core.errors import UserError
+from ..fewshot.evaluate import checked_logits
 from ..fewshot.inductive import mean_cosine
 
 __all__ = ['HeldOut', 'hold_out', 'expected_accuracy', 'softmax_scale', 'unknown_below', 'similarity', 'choose_classifier', 'AUTO']
@@ -46,17 +48,17 @@ def hold_out(
 ) -> HeldOut:
     """Classify the support photos without themselves
 
-    One photo of each class is held out at a time, or a fiftieth of a larger class, and the others are the support, so that the classes keep
-    their proportions: without the photo alone, its class would have one photo less than the others, to which some classifiers are
-    sensitive. All this is done five times, for more than 500 photos once. A class of one photo always stays in the support. UserError if
-    there is no other class.
+    One photo of each class is held out at a time, or a fiftieth of a larger class, and the others are the support, so that classes of equal
+    size stay equal: without the photo alone, its class would have one photo less than the others, to which some classifiers are sensitive.
+    All this is done five times, for more than 500 photos once. A class of one photo always stays in the support. UserError if there is no
+    other class.
     """
     labels = y.cpu().numpy()
     if (np.bincount(labels) < 2).all():
         raise UserError('each class has one photo, so that none can be held out to measure the classifier: add photos')
     rng = np.random.default_rng(seed)
     folds = [f for _ in range(REPEATS if len(h) <= MANY else 1) for f in parts_of(labels, rng)]
-    n_classes = labels.max() + 1
+    n_classes = int(labels.max()) + 1
     logits = torch.zeros(len(h), n_classes)
     right,similar,times = np.zeros(len(h)),np.zeros(len(h)),np.zeros(len(h))
     for n in sorted({len(f) for f in folds}):
@@ -67,7 +69,8 @@ def hold_out(
             np.put_along_axis(stays, held, False, 1)
             stay = torch.from_numpy(np.nonzero(stays)[1].reshape(len(held), -1)).to(h.device)
             out = torch.from_numpy(held).to(h.device)
-            found = classifier(h[stay], y[stay], h[out]).float().cpu().flatten(0, 1)
+            with ieee_float32():
+                found = checked_logits('the classifier', classifier, h[stay], y[stay], h[out], n_classes).float().cpu().flatten(0, 1)
             at = held.reshape(-1)
             logits.index_add_(0, torch.from_numpy(at), found)
             np.add.at(right, at, found.argmax(1).numpy() == labels[at])
@@ -88,6 +91,15 @@ def similarity(support, support_y, query):
     "Mean cosine of each query with the support photos of the class where this is largest: (E, NS, D), (E, NS), (E, NQ, D) -> array (E, NQ)"
     return mean_cosine(support, support_y, query).amax(-1).float().cpu().numpy()
 
+
+def check_confidence(confidence):
+    "Raise UserError if `confidence` is no share between 0 and 1"
+    if not isinstance(confidence, int | float) or not 0 < confidence < 1:
+        raise UserError(f'confidence is {confidence!r}: it is a share above 0 and below 1, such as 0.95')
+
+def lda_has_enough(y):
+    "Whether `lda` can still estimate its covariance when one photo of each class is held out, of classes `y` (N)"
+    return len(y) >= 3*len(np.unique(y))
 
 def expected_accuracy(held:HeldOut, confidence:float=0.95) -> tuple[float, float, float]:
     """(accuracy, low, high): the accuracy to expect of new photos, from 0 to 1, and its interval, if all classes are equally frequent
@@ -142,9 +154,11 @@ def choose_classifier(classifiers:dict, h:torch.Tensor, y:torch.Tensor) -> str:
     """
     best = None
     for name,f in classifiers.items():
-        right = hold_out(f, h, y).right
+        held = hold_out(f, h, y)
         if best is not None:
-            gain = right - best[1]
-            if gain.mean() <= gain.std()/np.sqrt(len(gain)): continue
-        best = name,right
+            classes,sizes = np.unique(held.y, return_counts=True)
+            gains = [held.right[held.y == c] - best[1][held.y == c] for c in classes]
+            error = np.sqrt(sum(g.var()/n for g,n in zip(gains, sizes)))/len(classes) # of the mean over the classes
+            if np.mean([g.mean() for g in gains]) <= error: continue
+        best = name,held.right
     return best[0]

@@ -42,10 +42,13 @@ def test_what_is_in_the_cache_is_used(offline, tmp_path):
     again = load_network('hf-hub:me/mine')
     for k,v in net.state_dict().items(): assert torch.equal(again.state_dict()[k], v), k
 
-def test_a_proxy_is_asked_instead(offline, monkeypatch):
-    monkeypatch.setattr(hub, 'getproxies', lambda: dict(https='http://proxy.example:3128'))
+@pytest.mark.parametrize('proxy', ['http://proxy.example:3128', 'proxy.example:3128'])
+def test_a_proxy_is_asked_instead(offline, monkeypatch, proxy):
+    monkeypatch.setattr(hub, 'getproxies', lambda: dict(https=proxy))
     with quick_offline() as online: assert not online and constants.HF_HUB_OFFLINE
-    assert offline[0][0] == ('proxy.example', 3128)
+    monkeypatch.setattr(hub, 'proxy_bypass', lambda host: host == hub_host())
+    with quick_offline(): pass
+    assert [address for address,_ in offline] == [('proxy.example', 3128), (hub_host(), 443)]
 
 def test_a_connection_changes_nothing(monkeypatch):
     with socket.create_server(('localhost', 0)) as server:

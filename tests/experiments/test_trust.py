@@ -50,4 +50,6 @@ def test_the_recipe_writes_a_record(csv_set, cache, tmp_path):
     assert [(r['way'], r['shot']) for r in record['rows']] == [(2, 2), (2, 4)] and {'weights', 'command', 'commit', 'seed'} <= set(record)
     assert record == json.loads(next((tmp_path/'a').iterdir()).read_text())
     says(lambda: recipe('trust')('convnet4.grdd_cifarfs', shots='1', **common), '--shots is 1')
-    says(lambda: recipe('trust')('convnet4.grdd_cifarfs', **common | dict(ways='99')), '--ways is 99')
+    for wrong,word in ((dict(ways='99'), '--ways is 99'), (dict(shots='9999'), '--shots is 9999'), (dict(unknown=2.), '--unknown is 2'),
+                       (dict(classifiers='tim_adm'), 'tim_adm classifies photos together')):
+        says(lambda wrong=wrong: recipe('trust')('convnet4.grdd_cifarfs', **common | wrong), word)

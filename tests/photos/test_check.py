@@ -34,12 +34,14 @@ def test_the_check_finds_what_is_wrong(few):
     assert check.confusion.to_numpy().tolist() == [[9, 1, 0], [0, 10, 0], [0, 0, 10]] and list(check.confusion) == few.vocab
     assert check.accuracy == pytest.approx((.9 + 1 + 1)/3, abs=2e-3) and check.low < check.accuracy < check.high and check.n_photos == 30
     assert check.classes.photos.tolist() == [10]*3 and check.classes.confused_with.tolist() == ['green', None, None]
+    for wrong in (95, 1., 0, 'x'): says(lambda wrong=wrong: few.check(wrong), 'confidence is', 'such as 0.95')
     narrow = few.check(confidence=.5)
     assert check.low < narrow.low and narrow.high < check.high and narrow.accuracy == check.accuracy
 
 def test_the_summary_is_plain_sentences(few):
     text = str(few.check())
-    assert text.startswith('Expect 97% of new photos right (') and 'with 95% confidence), if they are of these 3 classes' in text
+    assert text.startswith('Expect 97% of new photos to be classified right (')
+    assert 'with 95% confidence), if they are of these 3 classes' in text
     assert 'photo 29 is labelled blue and looks like green.' in text
     assert 'photo 3 (red) and photo 7 (red) are almost the same photo.' in text
 
@@ -47,6 +49,7 @@ def test_classes_of_one_photo_are_named():
     few = FewShotClassifier().fit([*colours(3, RED), *colours(3, GREEN), *colours(1, BLUE)], ['red']*3 + ['green']*3 + ['blue'])
     check = few.check()
     assert check.n_photos == 6 and np.isnan(check.classes.right['blue']) and 'only one photo: blue.' in str(check)
+    assert 'these 2 measured classes' in str(check)
 
 def test_a_weak_class_is_named():
     few = FewShotClassifier().fit([*colours(4, RED), *colours(4, RED, 5), *colours(4, BLUE)], ['a']*4 + ['b']*4 + ['c']*4)
@@ -108,3 +111,33 @@ def test_what_cannot_be_known_is_a_sentence():
     for rate in (0, 1, -.1, 'x', True): says(lambda rate=rate: FewShotClassifier(unknown=rate), 'unknown is', 'such as 0.05')
     says(lambda: FewShotClassifier(classifier='auto', weight=2), "classifier='auto' takes no settings", "'weight'")
     says(FewShotClassifier().check, 'no classes yet')
+
+def test_a_function_as_the_classifier_is_measured_too():
+    "One that takes a single episode at a time gets a sentence instead of an error of torch"
+    photos,labels = [*colours(3, RED), *colours(3, GREEN)],['red']*3 + ['green']*3
+    def nearest(s, y, q): return torch.stack([(q @ s[:, y[0] == c].mT).amax(2) for c in (0, 1)], 2)
+    assert FewShotClassifier(classifier=nearest).fit(photos, labels).check().n_photos == 6
+    def one_episode(s, y, q): return nearest(s[:1], y[:1], q[:1])
+    few = FewShotClassifier(classifier=one_episode).fit(photos, labels)
+    assert len(few.predict(photos)) == 6
+    says(few.check, 'the classifier gives', 'logits (E, NQ, C)')
+    assert few.predict_table(photos).probability.isna().all()
+
+def test_lda_needs_three_photos_of_a_class():
+    photos,labels = [*colours(2, RED), *colours(2, GREEN)],['red']*2 + ['green']*2
+    few = FewShotClassifier(classifier='lda').fit(photos, labels)
+    says(lambda: few.predict_proba(photos), 'lda cannot be measured', 'simpleshot_l2n')
+    assert few.predict(photos) == labels and few.predict_table(photos).probability.isna().all()
+    assert FewShotClassifier(classifier='auto').fit(photos, labels).chosen != 'lda'
+    more = FewShotClassifier(classifier='lda').fit([*photos, *colours(2, RED, 1)], [*labels, 'red', 'red'])
+    assert more.predict_proba(photos).notna().all(None)
+
+def test_the_runner_up_is_another_class():
+    "Also where classes have the same logit"
+    few = FewShotClassifier(classifier='nearest_neighbour').fit([*colours(2, RED), *colours(2, RED)], ['a', 'a', 'b', 'b'])
+    table = few.predict_table(list(colours(2, RED)))
+    assert (table['class'] != table.runner_up).all()
+
+def test_what_unknown_lacks_is_said_before_photos_are_read(tmp_path):
+    few = FewShotClassifier(unknown=.01).fit([*colours(3, RED), *colours(3, GREEN)], ['red']*3 + ['green']*3)
+    for f in (few.predict, few.predict_table): says(lambda f=f: f(tmp_path/'gone.png'), 'needs 99 photos')

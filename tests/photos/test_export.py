@@ -28,6 +28,10 @@ def photos(tmp_path_factory):
     image.resize((99, 37)).save(root/'new'/'wide.png')
     image.resize((31, 83)).save(root/'new'/'tall.png')
     image.convert('L').save(root/'new'/'grey.png')
+    levels = np.asarray(image.convert('L'))
+    Image.fromarray(levels.astype(np.uint16)*250).save(root/'new'/'grey16.png')
+    Image.fromarray(levels.astype(np.float32)/255).save(root/'new'/'grey32.tif')
+    image.convert('CMYK').save(root/'new'/'cmyk.jpg')
     exif = Image.Exif()
     exif[274] = 6
     image.resize((60, 40)).save(root/'new'/'turned.jpg', exif=exif)
@@ -79,11 +83,17 @@ def test_the_program_needs_no_pytorch(photos, tmp_path):
     files = sorted((photos/'new').iterdir())[:3]
     folder = few.export_onnx(tmp_path/'a')
     assert sorted(f.name for f in folder.iterdir()) == ['classes.json', 'classifier.onnx', 'predict_onnx.py']
+    bad = tmp_path/'bad.png'
+    bad.write_bytes(b'no image')
     code = ("import sys; sys.modules['torch'] = sys.modules['timm'] = None; sys.argv[0] = sys.argv[1]; del sys.argv[1];"
             "import runpy; runpy.run_path(sys.argv[0], run_name='__main__')")
-    out = subprocess.run([sys.executable, '-c', code, folder/'predict_onnx.py', *files], capture_output=True, text=True, check=True).stdout
-    rows = [line.split('\t') for line in out.splitlines()]
-    assert [name for _,name,_ in rows] == few.predict(files) and [f for f,*_ in rows] == list(map(str, files))
+    def run(*files): return subprocess.run([sys.executable, '-c', code, folder/'predict_onnx.py', *files], capture_output=True, text=True)
+    done = run(*files)
+    rows = [line.split('\t') for line in done.stdout.splitlines()]
+    assert done.returncode == 0 and [name for _,name,_ in rows] == few.predict(files) and [f for f,*_ in rows] == list(map(str, files))
+    some = run(files[0], bad, tmp_path, files[1])
+    assert some.returncode == 1 and len(some.stdout.splitlines()) == 2 and some.stderr.count('cannot be read') == 2
+    assert run().stderr.startswith('Classify photos with classifier.onnx')
 
 def test_the_recipe_exports(photos, tmp_path):
     recipe('classify')(str(photos/'new'), support=str(photos/'few'), export=str(tmp_path/'a'))

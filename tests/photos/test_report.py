@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 
 import pandas as pd
 import pytest
-from helpers import recipe, says, write_images
+from helpers import posix, recipe, says, write_images
 
 from grdd_fastai.core.errors import UserError
 from grdd_fastai.photos.classifier import FewShotClassifier
@@ -45,7 +45,7 @@ def test_the_page_shows_each_photo_and_its_nearest(folders):
     assert not page.open and sum('/new/' in n for n in names) == 9 and sum('/few/' in n for n in names) == 9
     assert all(src.startswith('data:image/jpeg;base64,') and len(src) < 20_000 for _,src in page.images)
     assert {href.removeprefix('#') for href in page.links} == page.ids and 'b' not in page.tags and '<b>&blue (3)' in page.text
-    assert re.search(r'Expect \d+% of new photos right', page.text)
+    assert re.search(r'Expect \d+% of new photos to be classified right', page.text)
     assert 'broken.png cannot be read as an image (it holds no image)' in page.text
     outside = re.findall(r'(?:src|href)="(?!data:|#)[^"]*"|url\(|@import|<script', (folders/'page.html').read_text())
     assert outside == []
@@ -54,7 +54,7 @@ def test_a_page_without_evidence_says_so(folders, monkeypatch):
     few = FewShotClassifier().fit([folders/'few'/c/'0.png' for c in ('red', 'green')], ['red', 'green'])
     text = Page(write_page(folders/'page.html', few, [folders/'new'/'00.png'])).text
     assert 'The accuracy to expect is not known: each class has one photo' in text and '%' not in text
-    says(lambda: write_page(folders/'page.html', few, [folders/'new'/'00.png'], pd.DataFrame(dict(file=[]))), '0 rows for 1 photos')
+    says(lambda: write_page(folders/'page.html', few, [folders/'new'/'00.png'], pd.DataFrame(dict(file=[]))), '0 rows', 'these 1 photos')
     (folders/'file').write_text('')
     says(lambda: write_page(folders/'file'/'page.html', few, [folders/'new'/'00.png']), 'cannot be written', 'give another file')
 
@@ -86,3 +86,33 @@ def test_the_figure_shows_photos_above_their_nearest(folders):
     assert [ax.get_title().split()[0] for ax in [*top, again[0]]] == table['class'].tolist()[:7]
     assert [ax.get_title() for ax in below] == ['/'.join(n.split('/')[-2:]) for n in table.nearest[:6]]
     assert again[1].texts[0].get_text() == 'not read' and len(few.show_results(files[:2]).axes) == 4
+
+def test_a_table_of_other_photos_is_refused(folders):
+    few = FewShotClassifier.from_folder(folders/'few')
+    files = sorted(folders.glob('new/[0-9]*.png'))
+    table = few.predict_table(files)
+    says(lambda: write_page(folders/'page.html', few, files, table[::-1]), 'in this order')
+    table.to_csv(folders/'a.csv', index=False)
+    page = Page(write_page(folders/'page.html', few, files, pd.read_csv(folders/'a.csv'))) # a table from a file
+    assert sum('/new/' in name for name,_ in page.images) == 9
+
+def test_a_loaded_classifier_shows_no_photos_that_only_have_the_name(folders, monkeypatch):
+    few = FewShotClassifier.load(FewShotClassifier.from_folder(folders/'few').save(folders/'mine'))
+    monkeypatch.chdir(folders/'few') # where red/0.png is a file, of whoever
+    page = Page(write_page(folders/'page.html', few, [folders/'new'/'00.png']))
+    assert len(page.images) == 1 and len(few.show_results([folders/'new'/'00.png']).axes[1].images) == 0
+
+def test_damaged_support_photos_leave_a_gap(folders):
+    few = FewShotClassifier.from_folder(folders/'few')
+    for f in (folders/'few').rglob('*.png'): f.write_bytes(b'no image')
+    assert len(few.show_results(folders/'new'/'00.png').axes[1].images) == 0
+    assert len(Page(write_page(folders/'page.html', few, [folders/'new'/'00.png'])).images) == 1
+
+@posix
+def test_names_that_are_no_text(folders, capsys):
+    import os
+    odd = os.fsdecode(b'caf\xe9.png')
+    (folders/'odd').mkdir()
+    os.link(folders/'new'/'00.png', folders/'odd'/odd)
+    recipe('classify')(str(folders/'odd'), support=str(folders/'few'), report=str(folders/'p.html'), csv=str(folders/'deep'/'p.csv'))
+    assert 'caf' in (folders/'p.html').read_text() and 'caf' in (folders/'deep'/'p.csv').read_text() and 'caf' in capsys.readouterr().out
