@@ -1,4 +1,4 @@
-"""From a large network with weights to a small one of one's own: the program behind recipes/distill.py."""
+"""Distil a large network with weights into a small one, on any data set: the program behind recipes/distill.py."""
 import statistics
 import time
 from dataclasses import asdict
@@ -16,6 +16,7 @@ from .fewshot.embed import cached_features, embed
 from .fewshot.evaluate import evaluate
 from .models.create import check_backbone, features, input_config, seeing
 from .models.pretrained import load_network, save_network
+from .photos.trust import AUTO
 from .runs.checkpoint import Stopped
 from .runs.options import ComputeOptions, DataOptions
 from .runs.run import Run, default_out
@@ -26,14 +27,13 @@ from .stage_two import PRESETS, Preset, get_preset, known_features, stage_two
 __all__ = ['distill']
 
 
-DEMO = dict(teacher='convnet4_256.grdd_cifarfs', epochs=2, n_episodes=60, views=2)
-CLASSIFIER = 'simpleshot_l2n' # the default of `FewShotClassifier`, too
+DEMO = dict(teacher='convnet4_256.grdd_cifarfs', two=dict(epochs=2, n_episodes=60, views=2))
+CLASSIFIER = AUTO[0] # the default of `FewShotClassifier`
 
 
 @processes()
 @checked
-@with_flags(files=DataOptions, two=PRESETS | dict(demo=PRESETS['patient'].but(**{k:v for k,v in DEMO.items() if k != 'teacher'})),
-            compute=ComputeOptions)
+@with_flags(files=DataOptions, two=PRESETS | dict(demo=PRESETS['patient'].but(**DEMO['two'])), compute=ComputeOptions)
 def distill(
     teacher:str=None, # a network with weights: a timm name, a folder of a run or of recipes/publish.py, hf-hub:user/name
     student:str='convnet4', # small network, a timm model; it starts from random weights, a name with a tag from the tag's
@@ -61,10 +61,10 @@ def distill(
     teacher = teacher or (DEMO['teacher'] if demo else None)
     if teacher is None: raise UserError('no teacher is given: name a network with weights, such as convnet4_256.grdd_cifarfs')
     files,compute = from_flags(DataOptions(), files),from_flags(ComputeOptions(), compute)
-    two = from_flags(get_preset(preset).but(**{k:v for k,v in DEMO.items() if k != 'teacher'} if demo else {}), two)
+    two = from_flags(get_preset(preset).but(**DEMO['two'] if demo else {}), two)
     if not labels: two = two.but(gamma=0.)
     check_backbone(student, px)
-    start = two.but(init='cl') if '.' in student else two # a tag's weights are a start
+    if '.' in student: two = two.but(init='cl') # the weights of the tag are the start
     alone = baseline_epochs and StageOne(arch=student, epochs=baseline_epochs, schedule='one_cycle', lr=0.02, opt='muon', bs=128,
                                          head='cosine', rotation=False, smoothing=0.1, jitter=two.jitter, seed=two.seed)
     settings = dict(teacher=teacher, student=student, px=px, way=way, data=files.data, labels=labels, stage_two=two.values(),
@@ -79,8 +79,8 @@ def distill(
             data = files.load(px, demo, two.seed)
             for split in (data.val, data.test): check_episode(split, way, 5, 15)
             run.begin(data, files.cache)
-            known = partial(known_features, large, data, start, run.cache, not compute.fp32, run.stop_if_due)
-            meta = stage_two(data, start, student, large, known, valid=episode, **compute.for_learner())
+            known = partial(known_features, large, data, two, run.cache, not compute.fp32, run.stop_if_due)
+            meta = stage_two(data, two, student, large, known, valid=episode, **compute.for_learner())
             small,val = run.train('student_grdd', *meta, student)
             nets = dict(teacher=seeing(large, px, data.stats), student=small)
             if alone: nets['labels'],_ = run.train('student_cl', *stage_one(data, alone, valid=episode, **compute.for_learner()), student)
@@ -104,17 +104,17 @@ def accuracies(nets, data, way, n_episodes, run):
             e = scores[name, shot] = evaluate(h, y, way, shot, 15, n_episodes, classifier=CLASSIFIER)
             run.log_novel(what=name, shot=shot, classifier=CLASSIFIER, accuracy=e.accuracy, ci95=e.ci95, test_episodes=n_episodes)
             log(f'{name}, {shot}-shot: {e}')
-    found = {f'accuracy_{name}':{f'{shot}-shot':dict(accuracy=round(scores[name, shot].accuracy, 3), ci95=round(scores[name, shot].ci95, 3))
-                                 for shot in (1, 5)} for name in nets}
-    for other in nets.keys() - {'student'}:
-        differences = {shot:scores['student', shot] - scores[other, shot] for shot in (1, 5)}
-        found[f'student_minus_{other}'] = {f'{shot}-shot':dict(difference=round(d.mean, 3), ci95=round(d.ci95, 3))
-                                           for shot,d in differences.items()}
+    found = {}
+    for (name,shot),e in scores.items():
+        found.setdefault(f'accuracy_{name}', {})[f'{shot}-shot'] = dict(accuracy=round(e.accuracy, 3), ci95=round(e.ci95, 3))
+        if name == 'student': continue
+        d = scores['student', shot] - e
+        found.setdefault(f'student_minus_{name}', {})[f'{shot}-shot'] = dict(difference=round(d.mean, 3), ci95=round(d.ci95, 3))
     return found
 
 @torch.no_grad()
 def cost(net, px):
-    "Parameters in millions, side of the images, and images per second of a network, on the device that it is on"
+    "Measure a network on its device: millions of parameters, side of its images in pixels, images per second"
     side = (getattr(net, 'pretrained_cfg', None) and input_config(net)[0]) or px
     net = net.eval()
     device = next(net.parameters()).device

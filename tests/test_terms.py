@@ -124,7 +124,7 @@ def test_a_term_of_the_classes_by_loops(term):
     assert float(term().of_logits(z_g, z_g, y)) == pytest.approx(0., abs=1e-6)
 
 def test_dkd_takes_logit_distillation_apart():
-    "Eq. 7 of DKD splits an image's L_kd into the KL of (target, any other class) and 1 - p(target) times the KL among the others"
+    "By Eq. 7 of DKD, L_kd of an image is the KL of (target, other classes) plus 1 - p(target) times the KL among the other classes"
     torch.manual_seed(0)
     for c in range(4):
         z_e,z_g,y = torch.randn(1, 4).double(),torch.randn(1, 4).double(),torch.tensor([c])

@@ -21,7 +21,7 @@ from ..core.storage import read_bytes
 
 MAX_LINKS = 4 # most links that are followed to one folder
 MAX_BYTES = 2**28 # most bytes in one unpacked member of an archive
-ENDINGS = 'png|jpe?g|bmp|webp|gif|tiff?|ppm|pgm' # of image files, as a regular expression
+ENDINGS = 'png|jpe?g|bmp|webp|gif|tiff?|ppm|pgm' # regular expression for the file endings of images
 IMAGES = re.compile(rf'(^|/)[^./][^/]*\.({ENDINGS})$', re.IGNORECASE)
 
 

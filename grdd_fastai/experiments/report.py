@@ -3,13 +3,12 @@
 Each number in the tables comes from a record, which holds the command that gives the number again. The texts of results/LEARNT.md and
 results/NOTES.md stand above the tables.
 """
-import inspect
 import json
 import statistics
 from collections import defaultdict
 from pathlib import Path
 
-from ..photos.classifier import FewShotClassifier
+from ..photos.trust import AUTO
 from ..stage_one import StageOne
 
 __all__ = ['write_report']
@@ -201,7 +200,7 @@ def published_head(what): return [what, 'network', 'classifier', '1-shot', '5-sh
 def arxiv_link(number): return f'[{number}](https://arxiv.org/abs/{number})'
 
 def card_row(what, name, network, measured, folder):
-    "Table cells of a published network, with the accuracies of its card: by the cosine, on the novel classes"
+    "Table cells of a published network; its card has the accuracies of the cosine on the novel classes"
     accuracies = [accuracy_text(measured['scores']['novel'][k]) for k in SHOTS]
     return [what, network, COSINE, *accuracies, f'[card]({folder}/{name}/README.md)']
 
@@ -352,12 +351,12 @@ def benchmark_tables(path):
 # ---- photos -----------------------------------------------------------------------------------------------------------
 
 def trust_table(folder):
-    "Table of the records of recipes/trust.py in a folder: the default classifier, and the others for five photos"
+    "Table of the records of recipes/trust.py in a folder; classifiers other than the default one are shown for five photos alone"
     names = ('covered', 'ece', 'ece_before', 'lost', 'found', 'auroc')
-    rows,default = [],inspect.signature(FewShotClassifier).parameters['classifier'].default
+    rows = []
     for path in sorted(folder.glob('trust-*.json')):
         r = json.loads(path.read_text())
-        shown = [o for o in r['rows'] if o['classifier'] == default or o['shot'] == 5]
+        shown = [o for o in r['rows'] if o['classifier'] == AUTO[0] or o['shot'] == 5]
         data = [f"[{r['data']['name']}, {CLASSES[r['split']]} classes](../results/{path.name})", *['']*len(shown)]
         rows += [[d, f"`{o['classifier']}`", f"{o['way']} x {o['shot']}", f"{o['accuracy']:.1f}", f"{o['expected']:.1f}",
                   *(f'{o[k]:.1f}' if k in o else '' for k in names)] for d,o in zip(data, shown)]

@@ -14,11 +14,11 @@ from ..core.distributed import log
 from ..core.errors import UserError
 from ..core.progress import with_progress
 from ..core.storage import digest, output_folder, user_path, write_json
-from ..fewshot.classifiers import get_classifier, split_names, without_settings
+from ..fewshot.classifiers import get_classifier, split_names
 from ..fewshot.embed import cached_features
 from ..models.create import input_config
 from ..models.pretrained import load_network
-from ..photos.trust import expected_accuracy, hold_out, similarity, softmax_scale, unknown_below
+from ..photos.trust import AUTO, check_inductive, check_share, expected_accuracy, hold_out, similarity, softmax_scale, unknown_below
 from ..runs.options import DataOptions
 from ..runs.provenance import command, device_name, git_commit, now, versions
 from ..settings import between, checked, from_flags, positive, with_flags
@@ -36,7 +36,7 @@ def measure_trust(
     score:str='val', # classes to measure on: val, to choose settings, or novel, at the end
     ways:str='5', # classes of a support, separated by commas
     shots:str='2,5,20', # photos per class of a support, separated by commas
-    classifiers:str='simpleshot_l2n', # inductive classifiers, separated by commas
+    classifiers:str=AUTO[0], # inductive classifiers, separated by commas
     unknown:Annotated[float, 'share of photos of known classes that may be called unknown', positive]=0.1,
     supports:Annotated[int, 'number of supports of each kind', between(1, 10**6)]=200,
     queries:Annotated[int, 'most new photos of each class that a support is measured on', between(1, 10**6)]=100,
@@ -55,12 +55,12 @@ def measure_trust(
     check_choice('--score', score, SPLITS)
     check_writable(out, results)
     names = split_names(classifiers)
-    if together := next((k for k in names if without_settings(get_classifier(k)).transductive), None):
-        raise UserError(f'{together} classifies photos together, and a photo is held out by itself: give inductive classifiers')
-    if unknown >= 1: raise UserError(f'--unknown is {unknown:g}: it is a share of photos below 1, such as 0.1')
+    for name in names: check_inductive(name)
+    check_share('--unknown', unknown, 0.1)
+    files = from_flags(DataOptions(), files)
     net = load_network(network)
-    data = from_flags(DataOptions(), files).load(input_config(net)[0])
-    h,y = cached_features(net, data, SPLITS[score], cache=from_flags(DataOptions(), files).cache)
+    data = files.load(input_config(net)[0])
+    h,y = cached_features(net, data, SPLITS[score], cache=files.cache)
     classes = len(torch.unique(y))
     rows = []
     for way,shot,name in itertools.product(whole_numbers('ways', ways), whole_numbers('shots', shots), names):
@@ -83,7 +83,7 @@ def measure_trust(
 
 
 def row(h, y, classifier, way, shot, unknown, supports, queries, seed):
-    "The measured columns of one row, in percent"
+    "Measure one row of the table: a dict of its columns, in percent"
     rng = np.random.default_rng(seed)
     found = [one_support(h, y, classifier, *draw(y.cpu().numpy(), way, shot, queries, rng), unknown)
              for _ in with_progress(range(supports))]
@@ -104,7 +104,7 @@ def draw(labels, way, shot, queries, rng):
             rng.choice(others, min(len(others), way*queries), replace=False), known)
 
 def one_support(h, y, classifier, support, new, others, known, rate):
-    "What one support says of itself, and what new photos of its classes and photos of other classes show"
+    "Compare what one support says of itself with new photos of its classes and with photos of other classes"
     place = {c:i for i,c in enumerate(known.tolist())}
     def own(rows): return torch.tensor([place[c] for c in y[rows].tolist()], device=h.device)
     s,s_y,new_y = h[support],own(support),own(new).cpu().numpy()

@@ -82,7 +82,7 @@ def lda(support, support_y, query,
     spherical = (shrinkage.clamp_min(1e-4)*mean.clamp_min(1e-12)*N/free).view(-1, 1, 1)
     K = own*K
     K.diagonal(dim1=1, dim2=2).add_(spherical.squeeze(-1))
-    w = (p - own*(X.mT @ torch.linalg.solve(K, X @ p.mT)).mT)/spherical # the inverse of the covariance times each mean
+    w = (p - own*(X.mT @ torch.linalg.solve(K, X @ p.mT)).mT)/spherical # inverse covariance times class means
     return query @ w.mT - (w*p).sum(-1).unsqueeze(1)/2 + nan_without_support(Y)
 
 @register_classifier('ridge')

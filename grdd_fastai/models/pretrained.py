@@ -26,7 +26,8 @@ PICKLES = ('.bin', '.pth', '.pt', '.ckpt', '.pkl', '.pickle', '.tar', '.npz', '.
 
 def load_network(
     name:str|Path,
-    px:int|None=None, # side of the images of a timm model by name, if its shape depends on it; None: as in its `pretrained_cfg`
+    # side of the images in pixels for which a timm model is built that has one fixed side; None: the side in its `pretrained_cfg`
+    px:int|None=None,
 ) -> torch.nn.Module:
     """The trained network with the name or path `name`, without a classifier
 

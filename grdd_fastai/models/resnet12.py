@@ -42,7 +42,7 @@ class ScheduledDropBlock(nn.Module):
 
 
 def set_drop_steps(net, n_steps):
-    "Set the number of training batches after which every `ScheduledDropBlock` of a network has its full rate"
+    "Let each `ScheduledDropBlock` of a network reach its full rate after `n_steps` training batches"
     for m in net.modules():
         if isinstance(m, ScheduledDropBlock): m.n_steps = n_steps
 

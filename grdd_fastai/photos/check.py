@@ -13,8 +13,8 @@ __all__ = ['SupportCheck', 'check_support']
 
 # Measured on the validation classes of CIFAR-FS, with 5, 10 and 16 classes of 5 and 10 photos of which one in twenty has a wrong label: two
 # thirds to nine tenths of the photos that this names are wrong ones, a third to a half of all; and no two of 9,600 photos have this cosine.
-SUSPECT = 0.02 # largest probability of its own label, as a share of that of the predicted class, with which a held-out photo is a suspect
-SAME = 0.995 # cosine of the features from which two photos count as the same one
+SUSPECT = 0.02 # a held-out photo is a suspect if the probability of its label is at most this share of the predicted class's
+SAME = 0.995 # two photos count as the same one if the cosine of their features is at least this
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,11 @@ class SupportCheck:
 
 
 def shortened(lines, what, n=5):
-    "The first `n` lines, and one that says how many more there are"
+    "Return the lines if there are at most `n`; otherwise the first `n`, and a line that says how many more there are"
     return lines if len(lines) <= n else [*lines[:n], f'There are {len(lines) - n} more {what}.']
 
 def check_support(held:HeldOut, h, y, vocab:list, names:list, confidence:float=0.95) -> SupportCheck:
-    "The `SupportCheck` of a support with features `h` (N, D), classes `y` (N), class names `vocab`, and the `names` of its photos"
+    "Check a support with features `h` (N, D), classes `y` (N), class names `vocab`, and `names` of its photos"
     accuracy,low,high = expected_accuracy(held, confidence)
     probability = (held.logits*softmax_scale(held)).softmax(1).numpy()
     predicted = probability.argmax(1)

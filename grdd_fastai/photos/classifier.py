@@ -24,12 +24,12 @@ from ..models.pretrained import load_network
 from .check import SupportCheck, check_support
 from .reading import UnreadablePhoto, check_ordered, list_photos, load_photos, photo_name, photos_below, warn_of
 from .saving import load_classifier, save_classifier
-from .trust import AUTO, check_confidence, choose_classifier, hold_out, lda_has_enough, similarity, softmax_scale, unknown_below
+from .trust import AUTO, check_inductive, check_share, choose_classifier, hold_out, lda_has_enough, similarity, softmax_scale, unknown_below
 
 __all__ = ['FewShotClassifier', 'UNKNOWN']
 
 
-UNKNOWN = 'unknown' # what a photo is called that is like none of the classes
+UNKNOWN = 'unknown' # the class of a photo that is like none of the classes
 
 
 class FewShotClassifier:
@@ -42,8 +42,9 @@ class FewShotClassifier:
     def __init__(self,
         # a Learner of this package or a timm model (it is copied), or a name or path for `load_network`
         network:str|Path|nn.Module|Learner='convnet4.grdd_cifarfs',
-        # name in `CLASSIFIERS`; 'auto', which chooses one by held-out support photos; or function `(support, support_y, query) -> logits`
-        classifier:str|Callable='simpleshot_l2n',
+        # name in `CLASSIFIERS`; 'auto' to choose the one that is best on held-out support photos; or function
+        # `(support, support_y, query) -> logits`
+        classifier:str|Callable=AUTO[0],
         # share of photos of known classes that may be called 'unknown', so that photos of other classes are; None: no photo is unknown
         unknown:float|None=None,
         bs:int=64, # photos embedded at a time
@@ -74,14 +75,14 @@ class FewShotClassifier:
         config = timm.data.resolve_model_data_config(self.net) | dict(input_size=(3, self.px, self.px), mean=mean, std=std)
         self.transform = timm.data.create_transform(**config)
         self._check_network()
-        check_rate(unknown)
+        if unknown is not None: check_share('unknown', unknown, 0.05)
         self.unknown,self.classifier,self.settings = unknown,classifier,settings
         if classifier != 'auto': check_classifier_settings(classifier, settings)
         elif settings: raise UserError(f"classifier='auto' takes no settings, and {next(iter(settings))!r} is one: name the classifier")
         self.chosen = classifier # by 'auto', `fit` chooses another one each time
         # `fit` sets the classes, and for each support photo its features, the index of its class in `vocab`, and its file
         self.vocab = self.support = self.support_y = self.files = self._held = None
-        self.photos_here = True # whether `files` are files of this machine; those of a loaded classifier may be anywhere
+        self.photos_here = True # False for a loaded classifier, because its photos may be on another machine
 
     def _check_network(self):
         "Set the number of features `n_features`; UserError unless the network gives a vector of features for a blank image"
@@ -170,7 +171,7 @@ class FewShotClassifier:
         return h[read],kept,[photo_name(photos[i]) for i in read]
 
     def _keep(self, h, labels, files):
-        "Replace the support by these features, labels and files; if they are not valid, the old support stays"
+        "Replace the support by these features, labels and files; UserError if they are not valid, and the old support then stays"
         check_labels(labels)
         try: vocab = sorted(set(labels))
         except TypeError: raise UserError('the labels cannot be sorted: give all of them as text') from None
@@ -191,9 +192,7 @@ class FewShotClassifier:
     def held_out(self):
         "The `HeldOut` of the support: what the classifier says of its own photos when they are held out; UserError if none can be"
         self._check_fitted()
-        if getattr(without_settings(get_classifier(self.chosen)), 'transductive', False):
-            raise UserError(f'{self.chosen} classifies photos together, so that it cannot be measured by one photo at a time: '
-                            'choose a classifier that takes each photo by itself, such as simpleshot_l2n')
+        check_inductive(self.chosen)
         if without_settings(get_classifier(self.chosen)) is CLASSIFIERS['lda'] and not lda_has_enough(self.support_y.cpu()):
             raise UserError('lda cannot be measured with fewer than three photos of a class on average: add photos, or take simpleshot_l2n')
         if self._held is None: self._held = hold_out(self._function, self.support, self.support_y)
@@ -204,7 +203,7 @@ class FewShotClassifier:
 
         Print it for a summary. UserError if each class has one photo, and for a transductive classifier.
         """
-        check_confidence(confidence)
+        check_share('confidence', confidence, 0.95)
         held = self.held_out() # an error if there is no support
         names = [f or f'photo {i}' for i,f in enumerate(self.files)]
         return check_support(held, self.support, self.support_y, self.vocab, names, confidence)
@@ -217,7 +216,7 @@ class FewShotClassifier:
 
     @torch.no_grad()
     def _embed(self, photos):
-        "Features (N, D) of a list of photos, and the errors of the unreadable photos by their index in the list"
+        "Return the features (N, D) of a list of photos, and a dict from the index of each unreadable photo to its error"
         device = self.device
         parts,problems,batch,rows = [],{},[],[]
         def flush():
@@ -241,7 +240,7 @@ class FewShotClassifier:
         return self._logits(list_photos(photos))[0]
 
     def _logits(self, photos):
-        "The logits of a list of photos, their features, and the errors of the unreadable photos by their index"
+        "Return the logits of a list of photos, their features, and a dict from the index of each unreadable photo to its error"
         self._check_fitted()
         h,problems = self._embed(photos)
         read = [i for i in range(len(photos)) if i not in problems]
@@ -262,17 +261,18 @@ class FewShotClassifier:
         return probabilities(self.logits(photos), softmax_scale(held))
 
     def _limit(self):
-        "The similarity below which a photo is unknown; UserError if it cannot be known"
+        "The similarity below which a photo is unknown; it is asked for before photos are read, so that its UserError comes first"
+        self._check_fitted()
         return -np.inf if self.unknown is None else unknown_below(self.held_out(), self.unknown)
 
     def _is_known(self, h, limit):
-        "Whether each of the features (N, D) is at least as similar as `limit` to one of the classes"
+        "For each of the features (N, D): whether its similarity to the most similar class is at least `limit`"
+        if self.unknown is None: return np.ones(len(h), bool)
         return similarity(self.support.to(h.device)[None], self.support_y.to(h.device)[None], h.nan_to_num()[None])[0] >= limit
 
     def predict(self, photos) -> list:
         "A list with the class of each photo; with `unknown=`, 'unknown' for a photo like none of them; None for one that cannot be read"
-        self._check_fitted()
-        limit = self._limit() # an error comes before the photos are read
+        limit = self._limit()
         logits,h,_ = self._logits(list_photos(photos))
         return [c if known or c is None else UNKNOWN for c,known in zip(classes_of(logits), self._is_known(h, limit))]
 
@@ -285,8 +285,7 @@ class FewShotClassifier:
         place in the support if it has no file; `distance`, 1 minus the cosine to it; and `problem`, why a photo cannot be read, or an empty
         text.
         """
-        self._check_fitted()
-        limit = self._limit() # an error comes before the photos are read
+        limit = self._limit()
         photos = list_photos(photos)
         logits,h,problems = self._logits(photos)
         try: probability = probabilities(logits, softmax_scale(self.held_out()))
@@ -348,7 +347,7 @@ def classes_of(logits):
     return [None if np.isnan(row).any() else vocab[row.argmax()] for row in found]
 
 def probabilities(logits, scale):
-    "Softmax of a DataFrame of logits that are multiplied by `scale` first"
+    "Multiply a DataFrame of logits by `scale` and take the softmax of each row"
     p = torch.from_numpy(logits.to_numpy()*np.float32(scale)).softmax(1).numpy()
     return pd.DataFrame(p, columns=logits.columns, index=logits.index)
 
@@ -384,11 +383,6 @@ def check_side(px):
     "Raise UserError if `px` is neither None nor a side of images"
     if px is not None and (not isinstance(px, int) or isinstance(px, bool) or not 1 <= px <= MAX_SIDE):
         raise UserError(f'px is {px!r}: it must be from 1 to {MAX_SIDE}')
-
-def check_rate(unknown):
-    "Raise UserError if `unknown` is neither None nor a share between 0 and 1"
-    if unknown is None or (isinstance(unknown, int | float) and not isinstance(unknown, bool) and 0 < unknown < 1): return
-    raise UserError(f'unknown is {unknown!r}: it is a share of photos above 0 and below 1, such as 0.05, or None')
 
 def pair_of(stats):
     "(mean, std) of three numbers each; UserError for anything else"

@@ -19,11 +19,11 @@ __all__ = ['export_onnx']
 
 
 PROGRAM = Path(__file__).parent/'predict_onnx.py'
-TOLERANCE = 1e-3 # largest difference of a logit, relative to the largest one, for which a classifier counts as linear
+TOLERANCE = 1e-3 # a classifier counts as linear if no logit differs by more than this share of the largest logit
 
 
 class Exported(nn.Module):
-    "Photos (N, 3, px, px) from 0 to 1 -> probabilities (N, C), and the similarity (N) that tells unknown photos"
+    "Photos (N, 3, px, px) from 0 to 1 -> probabilities (N, C) and similarities (N), which are low for unknown photos"
     def __init__(self, few, weight, bias, normalize, scale):
         super().__init__()
         self.net,self.normalize,self.mirror = copy.deepcopy(few.net).cpu().eval(),normalize,few.mirror
@@ -52,11 +52,9 @@ def export_onnx(few:FewShotClassifier, folder:str|Path) -> Path:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as e: raise UserError(f"{e.name} is not installed: pip install 'grdd-fastai[onnx]'") from None
-    few._check_fitted()
-    weight,bias,normalize = linear_form(few)
-    try: scale,limit = softmax_scale(few.held_out()),few.unknown and unknown_below(few.held_out(), few.unknown)
-    except UserError as e: raise UserError(f'the probabilities are not known: {e}') from None
-    net = Exported(few, weight, bias, normalize, scale)
+    held = few.held_out() # a UserError without a support, and for a transductive classifier
+    limit = None if few.unknown is None else unknown_below(held, few.unknown)
+    net = Exported(few, *linear_form(few), softmax_scale(held))
     side = timm.data.resolve_model_data_config(few.net)
     if side['crop_mode'] == 'border': raise UserError("the network wants photos with a border (crop_mode='border'), which is not exported")
     about = dict(classes=[str(c) for c in few.vocab], px=few.px, resize=math.floor(few.px/side['crop_pct']),
@@ -78,7 +76,6 @@ def linear_form(few):
     They are read off the logits of unit vectors; the logits of other features, apart from what all classes share, must agree. UserError if
     they do not.
     """
-    few.held_out() # a sentence for a transductive classifier
     s,y = few.support.cpu()[None],few.support_y.cpu()[None]
     D = s.shape[2]
     size = s.norm(dim=2).mean()

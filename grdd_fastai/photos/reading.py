@@ -20,7 +20,7 @@ from ..core.storage import read_bytes, user_path
 from ..data.archives import ENDINGS, Folder
 from ..data.images import open_image, upright_rgb
 
-__all__ = ['UnreadablePhoto', 'list_photos', 'photo_name', 'load_photo', 'load_photos']
+__all__ = ['UnreadablePhoto', 'list_photos', 'photo_name', 'short_name', 'load_photo', 'load_photos']
 
 
 PHOTOS = re.compile(rf'\.({ENDINGS}|avif|jp2)$', re.IGNORECASE) # file names of the image formats that are supported
@@ -77,6 +77,10 @@ def photo_name(photo) -> str|None:
     "The path of a photo as text; None if the photo does not come from a file"
     if isinstance(photo, Image.Image): photo = getattr(photo, 'filename', None) or None
     return str(photo) if isinstance(photo, str | Path) else None
+
+def short_name(name) -> str:
+    "The last folder and the file name of a path, such as cat/1.jpg"
+    return '/'.join(Path(str(name)).parts[-2:])
 
 def load_photo(photo, allow_large:bool=False) -> Image.Image:
     """An upright RGB image from a path, a PIL image, an array or a tensor; `allow_large` as in `open_image`

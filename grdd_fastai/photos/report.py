@@ -12,20 +12,20 @@ from PIL import Image
 from ..core.errors import UserError
 from ..core.storage import atomic_write, user_path
 from .classifier import UNKNOWN, FewShotClassifier
-from .reading import UnreadablePhoto, list_photos, load_photos, photo_name
+from .reading import UnreadablePhoto, list_photos, load_photos, photo_name, short_name
 
 __all__ = ['write_page', 'plot_photos']
 
 
 SIDE = 160 # longest side of the small pictures in pixels
-MOST = 200 # photos of a class that are shown
+MOST = 200 # largest number of photos of a class on the page
 
 STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #777; --good: #2a7d4f; --warn: #b35c00 }
+:root { color-scheme: light dark; --line: #8884; --soft: #777; --warn: #b35c00 }
 * { box-sizing: border-box }
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 75rem; padding: 1.5rem }
 h1 { font-size: 1.6rem; margin: 0 0 .5rem } h2 { font-size: 1.15rem; margin: 2rem 0 .75rem }
-h2 small, figcaption small, .soft { color: var(--soft); font-weight: normal }
+h2 small, figcaption small { color: var(--soft); font-weight: normal }
 ul { padding-left: 1.2rem } li { margin: .3rem 0 }
 .grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(10.5rem, 1fr)) }
 figure { border: 1px solid var(--line); border-radius: .5rem; margin: 0; overflow: hidden; padding: .6rem }
@@ -49,19 +49,22 @@ def write_page(path:str|Path, few:FewShotClassifier, photos, table:pd.DataFrame|
     if list(table.file) != [photo_name(p) for p in photos]:
         raise UserError(f'the table ({len(table)} rows) is not of these {len(photos)} photos in this order: make it by predict_table')
     table = table.assign(problem=table.problem.fillna('')).reset_index(drop=True)
-    shown = [i for _,rows in by_class(table) for i in rows[:MOST]]
+    classes = by_class(table)
+    shown = [i for _,rows in classes for i in rows[:MOST]]
     images = dict(zip(shown, pictures([photos[i] for i in shown])))
     nearest = support_pictures(few, [table.nearest[i] for i in images])
     unread = table[table.problem != '']
-    parts = [f'<h1>{count(photos)}, {len(few.vocab)} classes</h1>', summary(few), contents(table)]
-    for name,rows in by_class(table):
+    try: lines,doubtful = str(check := few.check()).splitlines(),suspects(few, check.suspects)
+    except UserError as e: lines,doubtful = [f'The accuracy to expect is not known: {e}.'],''
+    parts = [f'<h1>{count(photos)}, {len(few.vocab)} classes</h1>', list_of(lines), contents(classes)]
+    for name,rows in classes:
         more = f' The first {MOST} are shown.' if len(rows) > MOST else ''
         note = f'<small>{count(rows)}, the least certain first.{more}</small>'
         parts.append(f'<h2 id="{anchor(name)}">{text(name)} {note}</h2>')
         parts.append('<div class="grid">' + ''.join(card(few, table.loc[i], images[i], nearest) for i in rows[:MOST]) + '</div>')
     if len(unread):
-        parts.append('<h2>Not read</h2><ul>' + ''.join(f'<li>{text(p)}</li>' for p in unread.problem) + '</ul>')
-    parts.append(suspects(few))
+        parts.append('<h2>Not read</h2>' + list_of(unread.problem))
+    parts.append(doubtful)
     page = ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
             '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; style-src \'unsafe-inline\'">'
@@ -74,7 +77,7 @@ def write_page(path:str|Path, few:FewShotClassifier, photos, table:pd.DataFrame|
 
 
 def by_class(table):
-    "(class, rows of the table) for each class that has photos, the least probable first; unknown ones are the last"
+    "List of (class, its rows of the table) for each class that has photos, with the least probable row first and unknown photos last"
     read = table[table.problem == '']
     names = sorted(set(read['class']), key=lambda c: (c == UNKNOWN, str(c)))
     return [(c, read[read['class'] == c].sort_values('probability', na_position='first').index.tolist()) for c in names]
@@ -91,7 +94,7 @@ def data_uri(image):
     return 'data:image/jpeg;base64,' + base64.b64encode(file.getvalue()).decode()
 
 def support_files(few, names):
-    "The support photos among the `names` that are files on this machine; none of a classifier that was loaded, whose photos are elsewhere"
+    "The `names` of support photos that are files on this machine; a loaded classifier has none, because its photos are elsewhere"
     return sorted({n for n in names if isinstance(n, str) and Path(n).is_file()}) if few.photos_here else []
 
 def support_pictures(few, names):
@@ -100,7 +103,7 @@ def support_pictures(few, names):
     return dict(zip(files, pictures(files)))
 
 def text(name):
-    "A name for HTML; what is no UTF-8 in the name of a file becomes a question mark"
+    "Escape a text for HTML; bytes of a file name that are not UTF-8 become question marks"
     return escape(str(name).encode('utf-8', 'replace').decode(), quote=True)
 
 def count(photos): return '1 photo' if len(photos) == 1 else f'{len(photos)} photos'
@@ -109,22 +112,20 @@ def percent(p): return f'{p:.0%}' if p < 0.995 else 'over 99%'
 
 def anchor(name): return 'class-' + ''.join(c if c.isalnum() else '-' for c in str(name))
 
-def summary(few):
-    "What `check` says, as a list; why it cannot say anything, if that is so"
-    try: lines = str(few.check()).splitlines()
-    except UserError as e: lines = [f'The accuracy to expect is not known: {e}.']
-    return '<ul>' + ''.join(f'<li>{text(line)}</li>' for line in lines) + '</ul>'
+def list_of(lines): return '<ul>' + ''.join(f'<li>{text(line)}</li>' for line in lines) + '</ul>'
 
-def contents(table):
-    links = (f'<a href="#{anchor(c)}">{text(c)} ({len(rows)})</a>' for c,rows in by_class(table))
+def contents(classes):
+    links = (f'<a href="#{anchor(c)}">{text(c)} ({len(rows)})</a>' for c,rows in classes)
     return '<nav>' + ' '.join(links) + '</nav>'
 
 def picture(uri, name): return f'<img src="{uri}" alt="{text(name)}">' if uri else ''
 
+def is_unknown(few, row): return few.unknown is not None and row['class'] == UNKNOWN
+
 def card(few, row, uri, nearest):
     "A photo with its file, its probability, the class that comes second, and the most similar support photo of its class"
     name = row.file or 'a photo without a file'
-    unknown = few.unknown is not None and row['class'] == UNKNOWN
+    unknown = is_unknown(few, row)
     second = 'most like' if unknown else 'or'
     parts = [picture(uri, name), '<figcaption>', text(Path(name).name)]
     if not np.isnan(row.probability):
@@ -132,13 +133,11 @@ def card(few, row, uri, nearest):
         parts.append(f'<meter value="{row.probability:.3f}" title="{what}"></meter>{percent(row.probability)}')
     parts.append(f' <small>{second} {text(row.runner_up)}</small>')
     parts.append(f'<div class="near">{picture(nearest.get(row.nearest), row.nearest)}'
-                 f'<small>nearest: {text("/".join(Path(str(row.nearest)).parts[-2:]))}</small></div></figcaption>')
+                 f'<small>nearest: {text(short_name(row.nearest))}</small></div></figcaption>')
     return f'<figure>{"".join(parts)}</figure>'
 
-def suspects(few):
-    "The photos of the support that perhaps have a wrong label"
-    try: found = few.check().suspects
-    except UserError: return ''
+def suspects(few, found):
+    "HTML of the support photos in the DataFrame `found`, whose labels may be wrong; empty if there are none"
     if found.empty: return ''
     shown = support_pictures(few, found.file)
     cards = [f'<figure class="suspect">{picture(shown.get(r.file), r.file)}<figcaption>{text(r.file)}<br>'
@@ -164,10 +163,10 @@ def plot_photos(few:FewShotClassifier, photos, n:int=12) -> plt.Figure:
             top.text(.5, .5, 'not read', ha='center', va='center')
             continue
         top.imshow(image)
-        certain = not np.isnan(row.probability) and not (few.unknown is not None and row['class'] == UNKNOWN)
+        certain = not np.isnan(row.probability) and not is_unknown(few, row)
         top.set_title(f'{row["class"]} {percent(row.probability)}' if certain else row['class'], fontsize=10)
         found = support.get(near)
         if found is None or isinstance(found, UnreadablePhoto): continue
         below.imshow(found)
-        below.set_title('/'.join(Path(near).parts[-2:]), fontsize=7)
+        below.set_title(short_name(near), fontsize=7)
     return fig

@@ -13,6 +13,7 @@ import torch
 from ..core.errors import UserError, first_line
 from ..core.storage import digest, load_tensors, output_folder, save_tensors, user_path
 from ..models.pretrained import save_network
+from .reading import short_name
 from .trust import AUTO
 
 __all__ = ['save_classifier', 'load_classifier']
@@ -38,7 +39,7 @@ def save_classifier(few, folder):
     by_name = few.network is not None and has_name(few.network)
     sha256 = weights_digest(few.net)
     beside = None if by_name else f'network-{sha256[:8]}'
-    files = [f and '/'.join(Path(f).parts[-2:]) for f in few.files] # without the folders of this machine
+    files = [f and short_name(f) for f in few.files] # a file that others get does not tell the folders of this machine
     meta = dict(format=FORMAT, network=few.network if by_name else None, sha256=sha256, classifier=few.classifier, settings=few.settings,
                 chosen=few.chosen, unknown=few.unknown, stats=[list(v) for v in few.stats], vocab=few.vocab, files=files,
                 **{k:getattr(few, k) for k in SETTINGS} | dict(bs=min(few.bs, MAX_BS)))
@@ -52,7 +53,7 @@ def save_classifier(few, folder):
     return folder
 
 def has_name(network):
-    "Whether other machines can load the network by this name: it is a timm model or on the Hugging Face hub, and not a local path"
+    "Whether another machine can load the network by its name, which is that of a timm model or of a hub repository and no local path"
     return network.startswith('hf-hub:') or (timm.is_model(network.partition('.')[0]) and not user_path(network).exists())
 
 def save_beside(few, folder):

@@ -10,14 +10,15 @@ from scipy.stats import norm
 
 from ..core.device import ieee_float32
 from ..core.errors import UserError
+from ..fewshot.classifiers import get_classifier, without_settings
 from ..fewshot.evaluate import checked_logits
 from ..fewshot.inductive import mean_cosine
 
 __all__ = ['HeldOut', 'hold_out', 'expected_accuracy', 'softmax_scale', 'unknown_below', 'similarity', 'choose_classifier', 'AUTO']
 
 
-REPEATS = 5 # times that each photo is held out, beside other photos each time
-MANY = 500 # photos of a support above which each is held out once, which is enough then
+REPEATS = 5 # how often each photo is held out, each time together with other photos
+MANY = 500 # in a support of more photos than this, each is held out only once
 MAX_FOLDS = 50 # parts of the support, of which one is held out at a time
 ELEMENTS = 2**25 # numbers that a batch of supports may take
 # measured on the validation classes of CIFAR-FS (docs/photos.md): what N photos say is as certain as N*EVIDENCE new ones
@@ -32,7 +33,7 @@ AUTO = ('simpleshot_l2n', 'lda', 'logistic', 'ridge', 'cosine') # classifiers th
 
 @dataclass(frozen=True)
 class HeldOut:
-    "What a classifier says of M photos of its support when they are held out, on average over several times"
+    "Mean predictions of a classifier for M photos of its support, each made while the photo was held out of it"
     rows: np.ndarray # (M) the photos, as places in the support; those of classes with one photo are missing
     y: np.ndarray # (M) their classes
     logits: torch.Tensor # (M, C) mean logits
@@ -63,8 +64,8 @@ def hold_out(
     right,similar,times = np.zeros(len(h)),np.zeros(len(h)),np.zeros(len(h))
     for n in sorted({len(f) for f in folds}):
         same = np.stack([f for f in folds if len(f) == n])
-        for held in np.array_split(same, -(-len(same)*len(h)*max(h.shape)//ELEMENTS)): # some classifiers need (N, N) numbers for each
-            if not len(held): continue
+        n_batches = -(-len(same)*len(h)*max(h.shape)//ELEMENTS) # some classifiers need (N, N) numbers for each support
+        for held in np.array_split(same, min(n_batches, len(same))):
             stays = np.ones((len(held), len(h)), bool)
             np.put_along_axis(stays, held, False, 1)
             stay = torch.from_numpy(np.nonzero(stays)[1].reshape(len(held), -1)).to(h.device)
@@ -81,21 +82,27 @@ def hold_out(
     return HeldOut(rows, labels[rows], logits[rows]/torch.from_numpy(n).float()[:, None], right[rows]/n, similar[rows]/n)
 
 def parts_of(labels, rng):
-    "Lists of photos, each with one photo of every class that has several, or a fiftieth of a larger class; together they have all of these"
+    "Split the photos of classes with several photos into lists, each with one photo of every such class, or a fiftieth of a larger one"
     sizes = np.bincount(labels)
     n = min(sizes.max(), MAX_FOLDS)
     parts = [np.array_split(rng.permutation(np.flatnonzero(labels == c)), min(size, n)) for c,size in enumerate(sizes) if size > 1]
     return [np.concatenate([p[i % len(p)] for p in parts]) for i in range(n)] # a smaller class begins again
 
 def similarity(support, support_y, query):
-    "Mean cosine of each query with the support photos of the class where this is largest: (E, NS, D), (E, NS), (E, NQ, D) -> array (E, NQ)"
+    "Largest mean cosine of each query with the support photos of a class: (E, NS, D), (E, NS), (E, NQ, D) -> array (E, NQ)"
     return mean_cosine(support, support_y, query).amax(-1).float().cpu().numpy()
 
 
-def check_confidence(confidence):
-    "Raise UserError if `confidence` is no share between 0 and 1"
-    if not isinstance(confidence, int | float) or not 0 < confidence < 1:
-        raise UserError(f'confidence is {confidence!r}: it is a share above 0 and below 1, such as 0.95')
+def check_share(name, value, example):
+    "Raise UserError, by the `name` of the argument and with an `example`, if the `value` is no share between 0 and 1"
+    if not isinstance(value, int | float) or not 0 < value < 1:
+        raise UserError(f'{name} is {value!r}: it is a share above 0 and below 1, such as {example}')
+
+def check_inductive(classifier):
+    "Raise UserError if the classifier, a name or a function, is transductive"
+    if getattr(without_settings(get_classifier(classifier)), 'transductive', False):
+        raise UserError(f'{classifier} classifies photos together, so that it cannot be measured by one photo at a time: '
+                        'choose a classifier that takes each photo by itself, such as simpleshot_l2n')
 
 def lda_has_enough(y):
     "Whether `lda` can still estimate its covariance when one photo of each class is held out, of classes `y` (N)"
