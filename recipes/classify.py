@@ -14,7 +14,7 @@ from fastcore.script import call_parse
 from grdd_fastai.core.distributed import log
 from grdd_fastai.core.errors import UserError
 from grdd_fastai.core.storage import atomic_write, user_path
-from grdd_fastai.photos.classifier import FewShotClassifier
+from grdd_fastai.photos.classifier import make_classifier
 from grdd_fastai.photos.report import write_page
 from grdd_fastai.settings import exact_flags
 
@@ -34,11 +34,9 @@ def main(
     export:str=None, # folder for the classifier as an ONNX file, with a program that needs no PyTorch
 ):
     "Classify photos by a few examples of each class"
-    given = {k:v for k,v in dict(network=network, classifier=classifier, unknown=unknown).items() if v is not None}
-    if (support is None) == (load is None): raise UserError('give --support with examples of each class, or --load with a saved classifier')
-    if load and given: raise UserError(f'--{next(iter(given))} belongs to --support: a saved classifier has its own')
+    if not (support or load): raise UserError('give --support with examples of each class, or --load with a saved classifier')
     warnings.showwarning = lambda message, *_: log(f'warning: {message}')
-    few = FewShotClassifier.load(load) if load else FewShotClassifier.from_folder(support, **given)
+    few = make_classifier(support, load, network=network, classifier=classifier, unknown=unknown)
     if save: log(f'saved in {few.save(save)}')
     if export: log(f'exported to {few.export_onnx(export)}')
     try: log(few.check())

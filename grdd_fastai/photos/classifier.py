@@ -26,7 +26,7 @@ from .reading import UnreadablePhoto, check_ordered, list_photos, load_photos, p
 from .saving import load_classifier, save_classifier
 from .trust import AUTO, check_inductive, check_share, choose_classifier, hold_out, lda_has_enough, similarity, softmax_scale, unknown_below
 
-__all__ = ['FewShotClassifier', 'UNKNOWN']
+__all__ = ['FewShotClassifier', 'make_classifier', 'UNKNOWN']
 
 
 UNKNOWN = 'unknown' # the class of a photo that is like none of the classes
@@ -237,19 +237,18 @@ class FewShotClassifier:
 
     def logits(self, photos) -> pd.DataFrame:
         "The logits as a DataFrame with a row for each photo and a column for each class; NaN for a photo that cannot be read"
-        return self._logits(list_photos(photos))[0]
-
-    def _logits(self, photos):
-        "Return the logits of a list of photos, their features, and a dict from the index of each unreadable photo to its error"
         self._check_fitted()
-        h,problems = self._embed(photos)
-        read = [i for i in range(len(photos)) if i not in problems]
-        out = np.full((len(photos), len(self.vocab)), np.nan, np.float32)
+        return self._logits(*self._embed(list_photos(photos)))
+
+    def _logits(self, h, problems):
+        "`logits` of photos with the features `h` (N, D); `problems` has the index of each unreadable photo"
+        read = [i for i in range(len(h)) if i not in problems]
+        out = np.full((len(h), len(self.vocab)), np.nan, np.float32)
         if read:
             f = self._function
             support,support_y,query = self.support.to(h.device)[None],self.support_y.to(h.device)[None],check_scale(h[read])[None]
             out[read] = checked_logits('the classifier', f, support, support_y, query, len(self.vocab))[0].cpu().numpy()
-        return pd.DataFrame(out, columns=self.vocab),h,problems
+        return pd.DataFrame(out, columns=self.vocab)
 
     def predict_proba(self, photos) -> pd.DataFrame:
         """The probability of each class (columns) for each photo (rows); NaN for a photo that cannot be read
@@ -273,8 +272,8 @@ class FewShotClassifier:
     def predict(self, photos) -> list:
         "A list with the class of each photo; with `unknown=`, 'unknown' for a photo like none of them; None for one that cannot be read"
         limit = self._limit()
-        logits,h,_ = self._logits(list_photos(photos))
-        return [c if known or c is None else UNKNOWN for c,known in zip(classes_of(logits), self._is_known(h, limit))]
+        h,problems = self._embed(list_photos(photos))
+        return [c if known or c is None else UNKNOWN for c,known in zip(classes_of(self._logits(h, problems)), self._is_known(h, limit))]
 
     def predict_table(self, photos) -> pd.DataFrame:
         """A DataFrame with a row for each photo
@@ -287,7 +286,11 @@ class FewShotClassifier:
         """
         limit = self._limit()
         photos = list_photos(photos)
-        logits,h,problems = self._logits(photos)
+        return self._table(photos, *self._embed(photos), limit)
+
+    def _table(self, photos, h, problems, limit):
+        "`predict_table` of photos with the features `h` (N, D), the errors of unreadable ones, and the similarity that known ones have"
+        logits = self._logits(h, problems)
         try: probability = probabilities(logits, softmax_scale(self.held_out()))
         except UserError: probability = logits*np.nan
         with ieee_float32(): similar = (F.normalize(h, dim=1) @ F.normalize(self.support.to(h.device), dim=1).T).cpu().numpy()
@@ -340,6 +343,18 @@ class FewShotClassifier:
         "Load a classifier that `save` wrote; UserError if its files are damaged or its network has other weights now"
         return load_classifier(cls, folder, device)
 
+
+def make_classifier(support:str|None=None, load:str|None=None, **settings) -> FewShotClassifier:
+    """A classifier of the classes in the folder `support`, or the one saved in the folder `load`, or one without classes yet
+
+    `settings` are arguments of `FewShotClassifier`, of which those that are None are left out. UserError for both folders, and for settings
+    of a saved classifier.
+    """
+    given = {k:v for k,v in settings.items() if v is not None}
+    if support and load: raise UserError('support and load are both given: give a folder of examples, or a saved classifier')
+    if load and given: raise UserError(f'{next(iter(given))} belongs to support: a saved classifier has its own')
+    if load: return FewShotClassifier.load(load)
+    return FewShotClassifier.from_folder(support, **given) if support else FewShotClassifier(**given)
 
 def classes_of(logits):
     "The class of each row of a DataFrame of logits; None for a row of NaN"

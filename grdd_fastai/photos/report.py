@@ -108,7 +108,7 @@ def text(name):
 
 def count(photos): return '1 photo' if len(photos) == 1 else f'{len(photos)} photos'
 
-def percent(p): return f'{p:.0%}' if p < 0.995 else 'over 99%'
+def percent(p): return f'{p:.0%}' if p < 0.995 else '>99%'
 
 def anchor(name): return 'class-' + ''.join(c if c.isalnum() else '-' for c in str(name))
 
@@ -130,7 +130,7 @@ def card(few, row, uri, nearest):
     parts = [picture(uri, name), '<figcaption>', text(Path(name).name)]
     if not np.isnan(row.probability):
         what = 'probability of the most similar class' if unknown else 'probability'
-        parts.append(f'<meter value="{row.probability:.3f}" title="{what}"></meter>{percent(row.probability)}')
+        parts.append(f'<meter value="{row.probability:.3f}" title="{what}"></meter>{text(percent(row.probability))}')
     parts.append(f' <small>{second} {text(row.runner_up)}</small>')
     parts.append(f'<div class="near">{picture(nearest.get(row.nearest), row.nearest)}'
                  f'<small>nearest: {text(short_name(row.nearest))}</small></div></figcaption>')
