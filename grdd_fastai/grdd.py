@@ -3,7 +3,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Annotated
 
-from .core.distributed import log, processes
+from .core.distributed import log, processes, rank_world
 from .data.blocks import plain_dl
 from .data.episodes import check_episode
 from .fewshot.classifiers import split_names, with_base_mean
@@ -12,6 +12,7 @@ from .fewshot.evaluate import evaluate
 from .models.create import check_backbone, create_backbone, pretrained_tag
 from .runs.checkpoint import Stopped
 from .runs.options import ComputeOptions, DataOptions
+from .runs.report import write_run_report
 from .runs.run import Run, default_out
 from .settings import at_least, between, checked, from_flags, positive, with_flags
 from .stage_one import StageOne, TeacherEpochs, stage_one
@@ -31,7 +32,11 @@ def method(
     classifiers, # names of the classifiers that score them
     **compute # of `few_shot_learner`
 ):
-    "The whole method: the scores on the novel classes and the two best accuracies on the validation classes"
+    """The whole method
+
+    Returns the scores on the novel classes, the two best accuracies on the validation classes, the features of the novel classes and the
+    teacher.
+    """
     # stage one, the global learner (Eq. 2-9): categories and rotations of the base classes
     student_cl,val_cl = run.train('student_cl', *stage_one(data, psi, valid=episode, **compute), psi.arch)
     teacher = student_cl if phi is None else run.train('teacher', *stage_one(data, phi, valid=episode, **compute), phi.arch)[0]
@@ -45,14 +50,15 @@ def method(
     novel = plain_dl(data, 'test')
     start = create_backbone(psi.arch, len(data.train.vocab), data.px, psi.seed, psi.pretrained).to(novel.device)
     before = 'pretrained' if pretrained_tag(psi.arch, psi.pretrained) else 'untrained'
-    scores = {}
+    scores,features = {},{}
     for stage,net in {before:start, 'cl':student_cl, 'grdd':student}.items():
         known = with_base_mean(classifiers, lambda net=net: embed(net, plain_dl(data, 'train'), distributed=True)[0])
-        scores[stage] = evaluate(*embed(net, novel, distributed=True), **episode, n_episodes=n_episodes, classifier=known, distributed=True)
+        features[stage],y = embed(net, novel, distributed=True)
+        scores[stage] = evaluate(features[stage], y, **episode, n_episodes=n_episodes, classifier=known, distributed=True)
         for name,e in scores[stage].items():
             run.log_novel(what=stage, classifier=name, accuracy=e.accuracy, ci95=e.ci95, test_episodes=n_episodes)
             log(f'{stage:>10}, {name}: {e}')
-    return scores,val,val_cl
+    return scores,val,val_cl,features,teacher
 
 
 # ---- the program behind the recipes -----------------------------------------------------------------------------------
@@ -115,11 +121,14 @@ def grdd(
             for split in (data.train, data.val, data.test): check_episode(split, **episode)
             check_episode(data.train, 2, two.k_shot, 1)
             run.begin(data, files.cache)
-            found = method(run, data, psi, None if shared else phi, two, episode, test_episodes, names, **compute.for_learner())
-            return run.finish(dataset=data.name, way=way, shot=shot, query=query, teacher=phi.arch, student=psi.arch, epochs=psi.epochs,
-                              meta_epochs=two.epochs, episodes=two.n_episodes, test_episodes=test_episodes, **result(*found),
-                              initial_weights={role:pretrained_tag(s.arch, s.pretrained) or 'random' for role,s in
-                                               dict(teacher=phi, student=psi).items()}, seed=psi.seed, demo=demo)
+            *found,features,network = method(run, data, psi, None if shared else phi, two, episode, test_episodes, names,
+                                             **compute.for_learner())
+            values = dict(dataset=data.name, way=way, shot=shot, query=query, teacher=phi.arch, student=psi.arch, epochs=psi.epochs,
+                          meta_epochs=two.epochs, episodes=two.n_episodes, test_episodes=test_episodes, **result(*found),
+                          initial_weights={role:pretrained_tag(s.arch, s.pretrained) or 'random' for role,s in
+                                           dict(teacher=phi, student=psi).items()}, seed=psi.seed, demo=demo)
+            if rank_world()[0] == 0: log(f'{write_run_report(run.out, values, data, features, network, episode)} shows the run')
+            return run.finish(**values)
         except Stopped as stop: return run.stopped(stop)
 
 

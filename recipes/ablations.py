@@ -9,8 +9,8 @@ gamma * L_rt; the row with matched weight multiplies it by N_S.
 from fastcore.meta import delegates
 from fastcore.script import call_parse
 
-from grdd_fastai.experiments.plots import plot_rows, save_figure
 from grdd_fastai.experiments.table import CL, EL, GR, table
+from grdd_fastai.plots import plot_rows, save_figure
 from grdd_fastai.runs.options import DataOptions
 from grdd_fastai.settings import exact_flags, from_flags
 from grdd_fastai.stage_two import Preset, get_preset

@@ -11,8 +11,8 @@ from fastcore.meta import delegates
 from fastcore.script import call_parse
 
 from grdd_fastai.distillation import TERMS
-from grdd_fastai.experiments.plots import plot_rows, save_figure
 from grdd_fastai.experiments.table import GR, table
+from grdd_fastai.plots import plot_rows, save_figure
 from grdd_fastai.settings import exact_flags
 
 START = dict(init='random', teacher_view='views', pairs='all')

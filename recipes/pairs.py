@@ -9,8 +9,8 @@ same cost. The teacher's features of 20 views of each image are computed once, b
 from fastcore.meta import delegates
 from fastcore.script import call_parse
 
-from grdd_fastai.experiments.plots import plot_rows, save_figure
 from grdd_fastai.experiments.table import GR, table
+from grdd_fastai.plots import plot_rows, save_figure
 from grdd_fastai.settings import exact_flags
 
 START = dict(init='random', teacher_view='views')

@@ -12,8 +12,8 @@ from fastcore.meta import delegates
 from fastcore.script import call_parse
 
 from grdd_fastai.core.errors import UserError
-from grdd_fastai.experiments.plots import plot_rows, save_figure
 from grdd_fastai.experiments.table import CL, EL, GR, table
+from grdd_fastai.plots import plot_rows, save_figure
 from grdd_fastai.settings import all_declared, between, checked, exact_flags
 from grdd_fastai.stage_two import PRESETS, StageTwo
 

@@ -8,8 +8,8 @@ T divides the cosines. A T below 1 sharpens the softmax: T = 0.25 multiplies the
 from fastcore.meta import delegates
 from fastcore.script import call_parse
 
-from grdd_fastai.experiments.plots import plot_sweep, save_figure
 from grdd_fastai.experiments.table import CL, EL, GR, table
+from grdd_fastai.plots import plot_sweep, save_figure
 from grdd_fastai.settings import exact_flags
 
 GAMMA = (0., 0.05, 0.2, 1., 5.)

@@ -9,8 +9,8 @@ and the same command goes on where it was stopped. `--teacher` names the large n
 from fastcore.meta import delegates
 from fastcore.script import call_parse
 
-from grdd_fastai.experiments.plots import plot_rows, save_figure
 from grdd_fastai.experiments.table import CL, EL, GR, table
+from grdd_fastai.plots import plot_rows, save_figure
 from grdd_fastai.settings import exact_flags
 
 small,large = dict(psi='student'),dict(psi='teacher')

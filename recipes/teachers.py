@@ -11,8 +11,8 @@ have the same settings.
 from fastcore.meta import delegates
 from fastcore.script import call_parse
 
-from grdd_fastai.experiments.plots import plot_rows, save_figure
 from grdd_fastai.experiments.table import CL, GR, table
+from grdd_fastai.plots import plot_rows, save_figure
 from grdd_fastai.settings import exact_flags
 from grdd_fastai.stage_two import get_preset
 

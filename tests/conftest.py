@@ -65,6 +65,11 @@ def two_nets(tmp_path_factory, faint_data):
                      stats=faint_data.stats)
     return out
 
+@pytest.fixture(autouse=True)
+def no_pages(monkeypatch):
+    "The runs of a test draw no page, which takes seconds; `finished_run` has one"
+    monkeypatch.setattr('grdd_fastai.grdd.write_run_report', lambda out, *args: out/'report.html')
+
 @pytest.fixture(scope='session')
 def finished_run(csv_set, cache, tmp_path_factory):
     "The folder of a run that was never stopped; no test changes it"

@@ -36,13 +36,11 @@ def naive_logits_of_photos(net, folders, path):
     q = h(path)
     return {d.name:float(sum(h(f) @ q for f in d.iterdir())) / len(list(d.iterdir())) for d in folders}
 
-def naive_accuracy(h, support, query, query_y):
+def naive_predictions(h, support, query):
     "Of one episode: each query has the class of the largest sum of cosines; support (C, K) and query (Q,) are rows of `h`"
-    right = 0
-    for q,c in zip(query, query_y):
-        sigma = [sum(float(torch.dot(h[s], h[q])/h[s].norm()/h[q].norm()) for s in rows) for rows in support]
-        right += int(np.argmax(sigma) == c)
-    return 100*right/len(query)
+    return [int(np.argmax([sum(float(torch.dot(h[s], h[q])/h[s].norm()/h[q].norm()) for s in rows) for rows in support])) for q in query]
+
+def naive_accuracy(h, support, query, query_y): return 100*np.mean(np.equal(naive_predictions(h, support, query), query_y))
 
 def naive_accuracy_of_views(h, views, support, query):
     "The support is the sum of its unit views; query (C, Q)"

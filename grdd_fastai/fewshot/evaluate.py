@@ -56,6 +56,29 @@ def checked_logits(name, f, support, support_y, query, n_way):
     if not torch.isfinite(logits.sum()): raise UserError(f'{name} gives logits that are NaN or infinite: they cannot be compared')
     return logits
 
+def classified(h, episodes, classifiers, n_way, names, views=None, rank=0, world=1):
+    """Yield (first, support, query, query_y, k, logits) for some episodes at a time and for each of the `classifiers` (k -> function)
+
+    `first` is the number of the first of these E episodes, `support` (E, NS) and `query` (E, NQ) are rows of the features `h`, and
+    `query_y` (E, NQ) are the classes in the episode. `episodes` is what a sampler of rows yields; the process `rank` of `world` classifies
+    its part. With `views` (V, N, D) the support features are those of all views.
+    """
+    support_features,V = (h, 1) if views is None else (views.flatten(0, 1), len(views))
+    functions = [without_settings(f) for f in classifiers.values()]
+    budget = CHUNK_BYTES[h.device.type != 'cpu'] * max(getattr(f, 'chunk_multiplier', 1) for f in functions)
+    for block,(support,query,query_y) in enumerate(episodes):
+        if block % world != rank: continue
+        k_shot,n_query = support.shape[2],query[0].size
+        size = max(1, budget // max(1, (n_way*V*k_shot + n_query)*h[0].numel()*h.element_size()))
+        for at in range(0, len(support), size):
+            s,q,q_y = (torch.as_tensor(a[at:at+size], device=h.device).flatten(1) for a in (support, query, query_y))
+            s_y = torch.arange(n_way, device=h.device).repeat_interleave(k_shot).repeat(V).expand(len(s), -1)
+            several = torch.cat([s + v*len(h) for v in range(V)], 1)
+            z_s,z_q = (b.index_select(0, rows.flatten()).view(*rows.shape, -1) for b,rows in ((support_features, several), (h, q)))
+            for k,f in classifiers.items():
+                with ieee_float32(): logits = checked_logits(names[k], f, z_s, s_y, z_q, n_way)
+                yield block*BLOCK + at,s,q,q_y,k,logits
+
 @torch.no_grad()
 def evaluate(
     h:torch.Tensor|np.ndarray, # features (N, D), a tensor or an array
@@ -96,30 +119,17 @@ def evaluate(
     if not classifiers: raise UserError('no classifier is given: name one, such as cosine')
     if not isinstance(n_episodes, int | np.integer) or isinstance(n_episodes, bool) or not 1 <= n_episodes <= MAX_EPISODES:
         raise UserError(f'{n_episodes!r} episodes are asked for: it must be at least 1 and at most {MAX_EPISODES}')
-    support_features,V = (h, 1) if views is None else (views.flatten(0, 1), len(views))
-    functions = [without_settings(f) for f in classifiers.values()]
-    budget = CHUNK_BYTES[h.device.type != 'cpu'] * max(getattr(f, 'chunk_multiplier', 1) for f in functions)
-    size = max(1, budget // max(1, n_way*(V*k_shot + n_query)*h[0].numel()*h.element_size()))
     # one array per classifier, because many small arrays would fragment the memory
     accs = {k:np.zeros(n_episodes) for k in classifiers}
     rank,n = rank_world() if distributed else (0, 1)
     names = {k:k if isinstance(k, str) else getattr(k, '__name__', str(k)) for k in classifiers}
-    for block,(support,query,query_y) in enumerate(QUERY_SAMPLERS[query_distribution](y, n_way, k_shot, n_query, n_episodes, seed)):
-        if block % n != rank: continue
-        for at in range(0, len(support), size):
-            s,q,q_y = (torch.as_tensor(a[at:at+size], device=h.device).flatten(1) for a in (support, query, query_y))
-            s_y = torch.arange(n_way, device=h.device).repeat_interleave(k_shot).repeat(V).expand(len(s), -1)
-            s = torch.cat([s + v*len(y) for v in range(V)], 1)
-            z_s,z_q = (b.index_select(0, rows.flatten()).view(*rows.shape, -1) for b,rows in ((support_features, s), (h, q)))
-            first = block*BLOCK + at
-            for k,f in classifiers.items():
-                with ieee_float32(): logits = checked_logits(names[k], f, z_s, s_y, z_q, n_way)
-                right = logits.argmax(-1) == q_y
-                accs[k][first:first+len(s)] = 100 * right.float().mean(1).cpu().numpy()
+    sampler = QUERY_SAMPLERS[query_distribution](y, n_way, k_shot, n_query, n_episodes, seed)
+    for first,_,_,q_y,k,logits in classified(h, sampler, classifiers, n_way, names, views, rank, n):
+        accs[k][first:first+len(q_y)] = 100 * (logits.argmax(-1) == q_y).float().mean(1).cpu().numpy()
     if n > 1: accs = {k:sum(all_gather([a])) for k,a in accs.items()} # each episode is zero in all processes but one
     classes = hashlib.sha256(y.numpy().tobytes()).hexdigest()[:8]
     episode_id = f'{n_episodes} of {n_way} way {k_shot} shot {n_query} query, seed {seed}, {len(y)} images {classes}'
     if query_distribution != 'balanced': episode_id += f', {query_distribution} queries'
-    how = '' if V == 1 else f', support of {V} views'
+    how = '' if views is None else f', support of {len(views)} views'
     made = {k:Evaluation(accs[k], episode_id, names[k] + how) for k in classifiers}
     return next(iter(made.values())) if one else made

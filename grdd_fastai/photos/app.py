@@ -5,7 +5,6 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable
-from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +14,10 @@ from PIL import Image
 
 from ..core.distributed import log
 from ..core.errors import UserError, first_line
+from ..core.html import text
 from .classifier import FewShotClassifier
 from .reading import UnreadablePhoto, load_photos, short_name
-from .report import percent, text, write_page
+from .report import percent, write_page
 
 __all__ = ['Visit', 'make_app', 'launch']
 
@@ -180,13 +180,19 @@ def caption(row):
     return str(row['class']) if np.isnan(row['probability']) else f'{row["class"]} {percent(row["probability"])}'
 
 
+def gradio():
+    "The module `gradio`; UserError if it is not installed"
+    try:
+        import gradio
+    except ImportError: raise UserError("gradio is not installed: pip install 'grdd-fastai[app]'") from None
+    return gradio
+
 def make_app(few:FewShotClassifier):
     """The page as a `gradio.Blocks`: `make_app(FewShotClassifier()).launch()`
 
     Each visitor begins with the classes of `few`, if it has any. UserError if gradio is not installed.
     """
-    try: import gradio as gr
-    except ImportError: raise UserError("gradio is not installed: pip install 'grdd-fastai[app]'") from None
+    gr = gradio()
     with gr.Blocks(title='Few-shot classifier', analytics_enabled=False, delete_cache=(3600, KEEP)) as app:
         state,example,photo = gr.State(),gr.State(),gr.State() # the Visit, and the places of the example and the photo that are selected
         classes = dict(visible=False, elem_classes='sticky')
@@ -234,16 +240,16 @@ def make_app(few:FewShotClassifier):
                 visit = visit or Visit(few)
                 try: problems = change(visit, *args) or ()
                 except UserError as e:
-                    gr.Warning(escape(visit.short(e)))
+                    gr.Warning(text(visit.short(e)))
                     return [visit, *[gr.skip()]*(len(shown) + len(empty) - 1)]
-                for problem in problems: gr.Warning(escape(visit.short(problem)))
+                for problem in problems: gr.Warning(text(visit.short(problem)))
                 return [*show(visit), *[None]*len(empty)]
             event(handler, [state, *inputs], [*shown, *empty], concurrency_limit=1, concurrency_id='visit', api_visibility='private')
 
         def selected(event:gr.SelectData): return event.index
         def download(visit):
             try: return gr.File([str(f) for f in visit.download()], visible=True)
-            except UserError as e: gr.Warning(escape(visit.short(e)))
+            except UserError as e: gr.Warning(text(visit.short(e)))
 
         on(app.load, lambda visit: None)
         on(add.click, Visit.add, [name, drop], [name, drop])

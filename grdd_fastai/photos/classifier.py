@@ -309,9 +309,9 @@ class FewShotClassifier:
         return table.assign(probability=table.probability.astype(float), distance=table.distance.astype(float))
 
     def show_results(self, photos, n:int=12):
-        "Draw the first `n` photos with their classes, each above the most similar support photo of its class; returns the figure"
+        "Draw the first `n` photos with their classes, each above the most similar support photo of its class (`plot_photos`)"
         from .report import plot_photos
-        return plot_photos(self, photos, n)
+        plot_photos(self, photos, n)
 
     def score(self, photos, labels:Iterable) -> float:
         "The share of photos whose class is predicted right, from 0 to 1; photos that cannot be read do not count"

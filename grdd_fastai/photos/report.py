@@ -1,16 +1,13 @@
 """Photos with their classes: as one HTML page that needs nothing beside it, and as a figure."""
-import base64
-import io
-from html import escape
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from PIL import Image
 
 from ..core.errors import UserError
-from ..core.storage import atomic_write, user_path
+from ..core.html import bullets, image_uri, text, write_html
 from .classifier import UNKNOWN, FewShotClassifier
 from .reading import UnreadablePhoto, list_photos, load_photos, photo_name, short_name
 
@@ -21,12 +18,6 @@ SIDE = 160 # longest side of the small pictures in pixels
 MOST = 200 # largest number of photos of a class on the page
 
 STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #777; --warn: #b35c00 }
-* { box-sizing: border-box }
-body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 75rem; padding: 1.5rem }
-h1 { font-size: 1.6rem; margin: 0 0 .5rem } h2 { font-size: 1.15rem; margin: 2rem 0 .75rem }
-h2 small, figcaption small { color: var(--soft); font-weight: normal }
-ul { padding-left: 1.2rem } li { margin: .3rem 0 }
 .grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(10.5rem, 1fr)) }
 figure { border: 1px solid var(--line); border-radius: .5rem; margin: 0; overflow: hidden; padding: .6rem }
 figure > img { display: block; height: 9rem; object-fit: contain; width: 100% }
@@ -43,7 +34,6 @@ def write_page(path:str|Path, few:FewShotClassifier, photos, table:pd.DataFrame|
     `photos` is what `predict_table` takes, and `table` what it has returned for them, where it is there already. Small pictures are part of
     the page. UserError for a file that cannot be written.
     """
-    path = user_path(path)
     photos = list_photos(photos)
     if table is None: table = few.predict_table(photos)
     if list(table.file) != [photo_name(p) for p in photos]:
@@ -56,24 +46,16 @@ def write_page(path:str|Path, few:FewShotClassifier, photos, table:pd.DataFrame|
     unread = table[table.problem != '']
     try: lines,doubtful = str(check := few.check()).splitlines(),suspects(few, check.suspects)
     except UserError as e: lines,doubtful = [f'The accuracy to expect is not known: {e}.'],''
-    parts = [f'<h1>{count(photos)}, {len(few.vocab)} classes</h1>', list_of(lines), contents(classes)]
+    parts = [f'<h1>{count(photos)}, {len(few.vocab)} classes</h1>', bullets(lines), contents(classes)]
     for name,rows in classes:
         more = f' The first {MOST} are shown.' if len(rows) > MOST else ''
         note = f'<small>{count(rows)}, the least certain first.{more}</small>'
         parts.append(f'<h2 id="{anchor(name)}">{text(name)} {note}</h2>')
         parts.append('<div class="grid">' + ''.join(card(few, table.loc[i], images[i], nearest) for i in rows[:MOST]) + '</div>')
     if len(unread):
-        parts.append('<h2>Not read</h2>' + list_of(unread.problem))
+        parts.append('<h2>Not read</h2>' + bullets(unread.problem))
     parts.append(doubtful)
-    page = ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; style-src \'unsafe-inline\'">'
-            f'<title>{count(photos)}</title><style>{STYLE}</style></head><body>{"".join(parts)}</body></html>')
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, page)
-    except OSError as e: raise UserError(f'{path} cannot be written ({e.strerror}): give another file') from None
-    return path
+    return write_html(path, count(photos), parts, STYLE)
 
 
 def by_class(table):
@@ -84,14 +66,7 @@ def by_class(table):
 
 def pictures(photos):
     "A data URI with a small JPEG of each photo; None for one that cannot be read"
-    return [None if isinstance(p, UnreadablePhoto) else p for p in load_photos(photos, data_uri, allow_large=True)]
-
-def data_uri(image):
-    small = image.copy()
-    small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    small.save(file, 'JPEG', quality=80)
-    return 'data:image/jpeg;base64,' + base64.b64encode(file.getvalue()).decode()
+    return [None if isinstance(p, UnreadablePhoto) else p for p in load_photos(photos, partial(image_uri, side=SIDE), allow_large=True)]
 
 def support_files(few, names):
     "The `names` of support photos that are files on this machine; a loaded classifier has none, because its photos are elsewhere"
@@ -102,17 +77,11 @@ def support_pictures(few, names):
     files = support_files(few, names)
     return dict(zip(files, pictures(files)))
 
-def text(name):
-    "Escape a text for HTML; bytes of a file name that are not UTF-8 become question marks"
-    return escape(str(name).encode('utf-8', 'replace').decode(), quote=True)
-
 def count(photos): return '1 photo' if len(photos) == 1 else f'{len(photos)} photos'
 
 def percent(p): return f'{p:.0%}' if p < 0.995 else '>99%'
 
 def anchor(name): return 'class-' + ''.join(c if c.isalnum() else '-' for c in str(name))
-
-def list_of(lines): return '<ul>' + ''.join(f'<li>{text(line)}</li>' for line in lines) + '</ul>'
 
 def contents(classes):
     links = (f'<a href="#{anchor(c)}">{text(c)} ({len(rows)})</a>' for c,rows in classes)

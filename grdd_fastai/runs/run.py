@@ -114,7 +114,7 @@ class Run:
 
     def _files(self):
         "Names of the run's own files that are in the folder"
-        names = ['settings.json', 'data.json', 'result.json']
+        names = ['settings.json', 'data.json', 'result.json', 'report.html']
         for s in STAGES:
             names += [f'{s}.safetensors', f'{s}.json', f'history_{s}.csv', f'checkpoint_{s}.safetensors', f'checkpoint_{s}.previous']
         return [f for f in names if os.path.lexists(self.out/f) and not (self.out/f).is_dir()]

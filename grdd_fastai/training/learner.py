@@ -13,6 +13,7 @@ from fastcore.foundation import L
 from ..core.device import fastest_convolutions, keep_freed_memory
 from ..core.distributed import rank_world
 from ..core.errors import UserError
+from ..fewshot.interpret import EpisodeInterpretation
 from .callbacks import Autocast, LightRecorder, Seeded, SmoothLoss, UndoAfterFit
 from .distributed import Distributed
 from .ema import EMA
@@ -41,6 +42,12 @@ class FewShotLearner(Learner):
         if not hasattr(event, event_name): raise Exception(f'there is no event {event_name}')
         for cb in self.cbs.sorted('order'):
             if event_name in vars(cb) or hasattr(type(cb), event_name) or event_name == 'after_fit': cb(event_name)
+    def show_results(self, max_n:int=8, seed:int=0, **kwargs):
+        """Draw an episode of the validation classes: which queries are right, and what the others are taken for
+
+        At most `max_n` queries of each class are drawn; `seed` gives another episode, and `kwargs` are those of `EpisodeInterpretation`.
+        """
+        EpisodeInterpretation.from_learner(self, n_episodes=1, seed=seed, **kwargs).plot_episode(n_query=max_n)
     def validate(self, *args, **kwargs): return L([self.few_shot_accuracy.measure().accuracy])
     @contextmanager
     def distrib_ctx(self, sync_bn=True):

@@ -30,11 +30,15 @@ class FewShotAccuracy(ShowsMetrics):
         self.fitting = not hasattr(self.learn, 'gather_preds')
         e = self.episodes
         indices_by_class(self.dls.valid.labels(), e['n_way'], e['k_shot'], e['n_query'], 'the validation set')
+    @property
+    def several(self): return isinstance(self.model, DistributedDataParallel)
+    def embed(self):
+        "Features and class codes of the validation images, by the network with its present weights, or by their moving average"
+        net = without_heads(measured_network(self.learn))
+        return embed(net, self.dls.valid.plain(), amp_dtype(self.learn), distributed=self.several)
     def measure(self):
-        "`Evaluation` of the network with its present weights, or of their moving average"
-        several = isinstance(self.model, DistributedDataParallel)
-        h,y = embed(without_heads(measured_network(self.learn)), self.dls.valid.plain(), amp_dtype(self.learn), distributed=several)
-        return evaluate(h, y, **self.episodes, distributed=several)
+        "`Evaluation` on the episodes"
+        return evaluate(*self.embed(), **self.episodes, distributed=self.several)
     def after_train(self):
         if not hasattr(self.learn, 'lr_finder'): self.last = self.measure().accuracy
     def before_validate(self):

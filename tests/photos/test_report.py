@@ -8,7 +8,7 @@ from helpers import posix, recipe, says, write_images
 
 from grdd_fastai.core.errors import UserError
 from grdd_fastai.photos.classifier import FewShotClassifier
-from grdd_fastai.photos.report import write_page
+from grdd_fastai.photos.report import plot_photos, write_page
 
 
 class Page(HTMLParser):
@@ -80,12 +80,12 @@ def test_the_recipe(folders, capsys, monkeypatch):
 def test_the_figure_shows_photos_above_their_nearest(folders):
     few = FewShotClassifier.from_folder(folders/'few')
     files = [*sorted(folders.glob('new/[0-9]*.png'))[:7], folders/'new'/'broken.png']
-    with pytest.warns(UserWarning): fig = few.show_results(files, 8)
+    with pytest.warns(UserWarning): fig = plot_photos(few, files, 8)
     with pytest.warns(UserWarning): table = few.predict_table(files)
     top,below,again,_ = (fig.axes[i:i + 6] for i in (0, 6, 12, 18))
     assert [ax.get_title().split()[0] for ax in [*top, again[0]]] == table['class'].tolist()[:7]
     assert [ax.get_title() for ax in below] == ['/'.join(n.split('/')[-2:]) for n in table.nearest[:6]]
-    assert again[1].texts[0].get_text() == 'not read' and len(few.show_results(files[:2]).axes) == 4
+    assert again[1].texts[0].get_text() == 'not read' and len(plot_photos(few, files[:2]).axes) == 4
 
 def test_a_table_of_other_photos_is_refused(folders):
     few = FewShotClassifier.from_folder(folders/'few')
@@ -100,12 +100,12 @@ def test_a_loaded_classifier_shows_no_photos_that_only_have_the_name(folders, mo
     few = FewShotClassifier.load(FewShotClassifier.from_folder(folders/'few').save(folders/'mine'))
     monkeypatch.chdir(folders/'few') # where red/0.png is a file, of whoever
     page = Page(write_page(folders/'page.html', few, [folders/'new'/'00.png']))
-    assert len(page.images) == 1 and len(few.show_results([folders/'new'/'00.png']).axes[1].images) == 0
+    assert len(page.images) == 1 and len(plot_photos(few, [folders/'new'/'00.png']).axes[1].images) == 0
 
 def test_damaged_support_photos_leave_a_gap(folders):
     few = FewShotClassifier.from_folder(folders/'few')
     for f in (folders/'few').rglob('*.png'): f.write_bytes(b'no image')
-    assert len(few.show_results(folders/'new'/'00.png').axes[1].images) == 0
+    assert len(plot_photos(few, folders/'new'/'00.png').axes[1].images) == 0
     assert len(Page(write_page(folders/'page.html', few, [folders/'new'/'00.png'])).images) == 1
 
 @posix

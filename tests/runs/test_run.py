@@ -26,7 +26,7 @@ def test_a_finished_run_is_not_replaced(finished, csv_set, cache, tmp_path, capf
     assert files_of(out) == finished # nothing is deleted before the new run begins
     capfd.readouterr()
     main(out=str(out), overwrite=True, **settings(csv_set, cache, epochs=1))
-    assert ('deleting settings.json, data.json, result.json, student_cl.safetensors' in capfd.readouterr().err
+    assert ('deleting settings.json, data.json, result.json, report.html, student_cl.safetensors' in capfd.readouterr().err
             and json.loads((out/'settings.json').read_text())['settings']['student']['epochs'] == 1)
 
 def test_a_finished_run_prints_its_result_from_a_disk_that_takes_no_writing(finished, csv_set, cache, tmp_path, monkeypatch, capsys):

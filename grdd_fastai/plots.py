@@ -9,10 +9,10 @@ import pandas as pd
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from ..core.distributed import rank_world
-from ..core.storage import atomic_write
+from .core.distributed import rank_world
+from .core.storage import atomic_write
 
-__all__ = ['COLORS', 'MARKERS', 'plot_rows', 'plot_sweep', 'plot_tsne', 'plot_relatedness', 'save_figure']
+__all__ = ['COLORS', 'MARKERS', 'plot_rows', 'plot_sweep', 'plot_tsne', 'plot_relatedness', 'save_figure', 'plain']
 
 
 COLORS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#F0E442', '#000000') # the palette of Okabe and Ito
@@ -42,7 +42,7 @@ def plot_rows(
            xlabel=f'accuracy on the {classes} classes, %\n95% interval, {scored.n.iloc[0]:,} episodes')
     ax.margins(x=.12)
     if len(shots) > 1: ax.legend(frameon=False, loc='upper left', bbox_to_anchor=(1, 1)) # beside the axes, where no data is
-    _plain(ax)
+    plain(ax)
     return fig
 
 
@@ -63,7 +63,7 @@ def plot_sweep(
         for (name,accuracy),style in zip(references.items(), itertools.cycle(('--', ':', '-.', (0, (6, 2, 1, 2, 1, 2))))):
             ax.axhline(accuracy, ls=style, color='0.4', lw=1.2, label=name)
         ax.set(xticks=range(len(values)), xticklabels=[f'{v:g}' for v in values], xlabel=symbol)
-        _plain(ax)
+        plain(ax)
     axes[0,0].set_ylabel(ylabel)
     axes[0,-1].legend(frameon=False, fontsize=8, loc='upper left', bbox_to_anchor=(1, 1))
     return fig
@@ -73,6 +73,7 @@ def plot_tsne(
     panels:dict, # title -> points (N, 2) of the same N images
     y:np.ndarray, # class of each image (N)
     names:list, # name of each class, indexed by class
+    title:str='', # title of the figure
 ) -> Figure:
     "A panel per embedding, with a colour and a marker for each class"
     fig,axes = plt.subplots(1, len(panels), figsize=(3.3*len(panels), 3.9), layout='constrained', squeeze=False)
@@ -80,6 +81,7 @@ def plot_tsne(
         for i,c in enumerate(np.unique(y)):
             ax.scatter(*points[y == c].T, s=14, marker=MARKERS[i % 8], color=COLORS[i % 8], alpha=.75, linewidths=0, label=names[c])
         ax.set(title=title, xticks=[], yticks=[])
+    if title: fig.suptitle(title, fontsize=10)
     fig.legend(*axes[0,0].get_legend_handles_labels(), loc='outside lower center', ncols=len(np.unique(y)), frameon=False, fontsize=9,
                markerscale=1.6)
     return fig
@@ -87,6 +89,9 @@ def plot_tsne(
 
 def plot_relatedness(
     panels:dict, # T -> (whole, decoupled): the softmax over the whole matrix (NS, NQ), and the softmax over each of its rows
+    k_shot:int=1, # support images of a class, which stand together
+    n_query:int|None=None, # queries of a class, which stand together; None: no borders of classes are drawn
+    title:str='', # title of the figure
 ) -> Figure:
     "A column per temperature: the weights without and with decoupling, as multiples of the uniform weight of the same softmax"
     fig,axes = plt.subplots(2, len(panels), figsize=(1.9*len(panels) + 1, 3.1), layout='constrained', squeeze=False, sharex=True,
@@ -97,9 +102,12 @@ def plot_relatedness(
             image = ax.imshow(ratio, aspect='auto', cmap='cividis', norm=LogNorm(1/4, 4), interpolation='nearest')
             ax.set_title(f'{ratio.min():.2g} to {ratio.max():.2g}', fontsize=8)
             ax.tick_params(labelsize=7)
+            for x in range(n_query or w.shape[1], w.shape[1], n_query or 1): ax.axvline(x - .5, color='white', lw=.8)
+            for y in range(k_shot, len(w), k_shot) if n_query else (): ax.axhline(y - .5, color='white', lw=.8)
         column[0].annotate(f'T = {T:g}', (.5, 1.28), xycoords='axes fraction', ha='center', fontsize=10)
         column[1].set_xlabel('query', fontsize=8)
     for ax,name in zip(axes[:, 0], ('whole matrix', 'decoupled')): ax.set_ylabel(f'{name}\nsupport', fontsize=8)
+    if title: fig.suptitle(title, fontsize=10)
     bar = fig.colorbar(image, ax=axes, extend='both', ticks=[1/4, 1/2, 1, 2, 4])
     bar.ax.set_yticklabels(['1/4', '1/2', '1', '2', '4'], fontsize=8)
     bar.ax.minorticks_off()
@@ -116,7 +124,8 @@ def save_figure(fig, path):
     plt.close(fig)
     return path
 
-def _plain(ax):
+def plain(ax):
+    "Axes without a box, with a light grid behind the data"
     ax.spines[['top', 'right']].set_visible(False)
     ax.grid(alpha=.25, lw=.6)
     ax.set_axisbelow(True)
