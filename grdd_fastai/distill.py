@@ -1,10 +1,12 @@
 """Distil a large network with weights into a small one, on any data set: the program behind recipes/distill.py."""
+import copy
 import statistics
 import time
 from dataclasses import asdict
 from functools import partial
 from typing import Annotated
 
+import numpy as np
 import torch
 
 from .core.device import ieee_float32
@@ -38,7 +40,7 @@ def distill(
     teacher:str=None, # a network with weights: a timm name, a folder of a run or of recipes/publish.py, hf-hub:user/name
     student:str='convnet4', # small network, a timm model; it starts from random weights, a name with a tag from the tag's
     px:int=32, # side of the student's images in pixels; the teacher gets them at its own side and normalisation
-    labels:bool=True, # learn from the labels of the base classes too; without, they only say which photos stand together in an episode
+    unlabeled:bool=False, # take no notice of the classes of the base images: episodes are random images, and there is no L_rt
     way:Annotated[int, 'classes per episode of the held-out classes', at_least(2)]=5,
     baseline_epochs:Annotated[int, 'also train the student on labels alone for so many epochs, and compare', at_least(1)]=None,
     files=None, # the given `DataOptions`
@@ -62,12 +64,13 @@ def distill(
     if teacher is None: raise UserError('no teacher is given: name a network with weights, such as convnet4_256.grdd_cifarfs')
     files,compute = from_flags(DataOptions(), files),from_flags(ComputeOptions(), compute)
     two = from_flags(get_preset(preset).but(**DEMO['two'] if demo else {}), two)
-    if not labels: two = two.but(gamma=0.)
+    if unlabeled and baseline_epochs: raise UserError('--baseline-epochs trains on labels, and --unlabeled uses none: give one of them')
+    if unlabeled: two = two.but(gamma=0.)
     check_backbone(student, px)
     if '.' in student: two = two.but(init='cl') # the weights of the tag are the start
     alone = baseline_epochs and StageOne(arch=student, epochs=baseline_epochs, schedule='one_cycle', lr=0.02, opt='muon', bs=128,
                                          head='cosine', rotation=False, smoothing=0.1, jitter=two.jitter, seed=two.seed)
-    settings = dict(teacher=teacher, student=student, px=px, way=way, data=files.data, labels=labels, stage_two=two.values(),
+    settings = dict(teacher=teacher, student=student, px=px, way=way, data=files.data, unlabeled=unlabeled, stage_two=two.values(),
                     baseline=alone.values() if alone else None, test_episodes=test_episodes, **asdict(compute), demo=demo)
     plan = ['student_grdd', *(['student_cl'] if alone else []), 'evaluation']
     episode = dict(n_way=way, k_shot=1, n_query=15)
@@ -79,6 +82,7 @@ def distill(
             data = files.load(px, demo, two.seed)
             for split in (data.val, data.test): check_episode(split, way, 5, 15)
             run.begin(data, files.cache)
+            if unlabeled: data = without_classes(data, two.n_way, two.seed)
             known = partial(known_features, large, data, two, run.cache, not compute.fp32, run.stop_if_due)
             meta = stage_two(data, two, student, large, known, valid=episode, **compute.for_learner())
             small,val = run.train('student_grdd', *meta, student)
@@ -93,6 +97,14 @@ def distill(
                               **scores, costs=costs, seed=two.seed)
         except Stopped as stop: return run.stopped(stop)
 
+
+def without_classes(data, n_groups, seed):
+    "A copy of a `FewShotData` whose base images have random groups of equal size in place of classes, so that episodes are random images"
+    data,train = copy.copy(data),copy.copy(data.train)
+    train.y = np.random.default_rng(seed).permutation(np.arange(len(train)) % n_groups)
+    train.vocab = [f'group {i}' for i in range(n_groups)]
+    data.train = train
+    return data
 
 def accuracies(nets, data, way, n_episodes, run):
     "Accuracy of each network on the novel classes for one shot and five, and the paired differences of the student from the others"

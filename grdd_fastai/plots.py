@@ -23,9 +23,12 @@ def plot_rows(
     scored:pd.DataFrame, # DataFrame of `table` with the columns row, shot, seed, split, n, accuracy, ci95
     title:str='', # title of the figure
 ) -> Figure:
-    "A line per row and a mark per shot: the mean over seeds with the 95% interval over episodes, and a small tick for each seed"
+    """A line per row and a mark per shot: the mean over seeds with the 95% interval over episodes, and a small tick for each seed
+
+    On the novel classes an open diamond marks the paper's accuracy, where `scored` has it in a column `paper`.
+    """
     shots = sorted(scored.shot.unique())
-    rows = list(dict.fromkeys(scored.row))
+    rows,split,marked = list(dict.fromkeys(scored.row)),scored.split.iloc[0],None
     fig,ax = plt.subplots(figsize=(5.9 + .07*max(map(len, rows)), 1.4 + .27*len(rows)*max(1, .7*len(shots))), layout='constrained')
     for i,shot in enumerate(shots):
         for j,row in enumerate(rows):
@@ -36,12 +39,21 @@ def plot_rows(
             ax.errorbar(mean, y, xerr=ci, fmt=MARKERS[i], color=COLORS[i], ms=6, capsize=3, lw=1.3, label=None if j else f'{shot}-shot')
             if len(runs) > 1: ax.plot(runs.accuracy, [y]*len(runs), '|', color='black', ms=9, mew=1)
             right = max(mean + ci, runs.accuracy.max())
+            paper = runs.paper.iloc[0] if 'paper' in runs and split == 'novel' else None
+            if paper and not pd.isna(paper):
+                marked, = ax.plot(paper, y, 'D', color='0.35', mfc='none', ms=6)
+                if right < paper < right + 4: right = paper # the number stands beside the diamond
             ax.annotate(f'{mean:.1f}', (right, y), (6, 0), textcoords='offset points', va='center', fontsize=8)
-    classes = dict(val='validation').get(scored.split.iloc[0], scored.split.iloc[0])
-    ax.set(yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - .4, -.6), title=title,
+    classes = dict(val='validation').get(split, split)
+    ax.set(yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - .4, -.6),
            xlabel=f'accuracy on the {classes} classes, %\n95% interval, {scored.n.iloc[0]:,} episodes')
     ax.margins(x=.12)
-    if len(shots) > 1: ax.legend(frameon=False, loc='upper left', bbox_to_anchor=(1, 1)) # beside the axes, where no data is
+    ax.set_title(title, fontsize=10, loc='left')
+    if marked: marked.set_label('the paper')
+    handles,labels = ax.get_legend_handles_labels()
+    order = sorted(range(len(labels)), key=lambda i: labels[i] == 'the paper')
+    if len(labels) > 1: # beside the axes, where no data is
+        ax.legend([handles[i] for i in order], [labels[i] for i in order], frameon=False, loc='upper left', bbox_to_anchor=(1, 1))
     plain(ax)
     return fig
 
@@ -50,6 +62,7 @@ def plot_sweep(
     sweeps:dict, # symbol of a hyper-parameter -> DataFrame with the columns value, shot, seed, accuracy, ci95
     references:dict, # name -> accuracy in percent, drawn as a horizontal line
     ylabel:str='5-way accuracy, %', # label of the vertical axis
+    title:str='', # title of the figure
 ) -> Figure:
     "A panel per hyper-parameter: accuracy against its values, with a line for each seed and shot"
     fig,axes = plt.subplots(1, len(sweeps), figsize=(3.6*len(sweeps) + .6, 3.2), sharey=True, layout='constrained', squeeze=False)
@@ -64,6 +77,7 @@ def plot_sweep(
             ax.axhline(accuracy, ls=style, color='0.4', lw=1.2, label=name)
         ax.set(xticks=range(len(values)), xticklabels=[f'{v:g}' for v in values], xlabel=symbol)
         plain(ax)
+    if title: fig.suptitle(title, fontsize=10)
     axes[0,0].set_ylabel(ylabel)
     axes[0,-1].legend(frameon=False, fontsize=8, loc='upper left', bbox_to_anchor=(1, 1))
     return fig
@@ -77,10 +91,10 @@ def plot_tsne(
 ) -> Figure:
     "A panel per embedding, with a colour and a marker for each class"
     fig,axes = plt.subplots(1, len(panels), figsize=(3.3*len(panels), 3.9), layout='constrained', squeeze=False)
-    for ax,(title,points) in zip(axes[0], panels.items()):
+    for ax,(name,points) in zip(axes[0], panels.items()):
         for i,c in enumerate(np.unique(y)):
             ax.scatter(*points[y == c].T, s=14, marker=MARKERS[i % 8], color=COLORS[i % 8], alpha=.75, linewidths=0, label=names[c])
-        ax.set(title=title, xticks=[], yticks=[])
+        ax.set(title=name, xticks=[], yticks=[])
     if title: fig.suptitle(title, fontsize=10)
     fig.legend(*axes[0,0].get_legend_handles_labels(), loc='outside lower center', ncols=len(np.unique(y)), frameon=False, fontsize=9,
                markerscale=1.6)

@@ -41,5 +41,6 @@ def main(
     data = from_flags(DataOptions(), kwargs).load(32, kwargs.get('demo'))
     rows = ablations(from_flags(get_preset(preset), kwargs), len(data.train.vocab))
     made = table('ablations', rows, preset=preset, **kwargs)
-    if len(made.scored): save_figure(plot_rows(made.scored, 'Components of GRDD'), made.path('ablations'))
+    title = 'Components of GRDD (RDD: relatedness decoupled-distillation)'
+    if len(made.scored): save_figure(plot_rows(made.scored, made.title(title)), made.path('ablations'))
     made.check()

@@ -40,5 +40,5 @@ ROWS = {
 def main(**kwargs):
     "What a student learns from a teacher"
     made = table('distillations', ROWS, **kwargs)
-    if len(made.scored): save_figure(plot_rows(made.scored, 'What the student learns from'), made.path('distillations'))
+    if len(made.scored): save_figure(plot_rows(made.scored, made.title('What the student learns from')), made.path('distillations'))
     made.check()

@@ -44,7 +44,7 @@ def main(
     labels = [names[c] for c in y]
     tidy = pd.concat([pd.DataFrame(dict(network=k, row=rows, label=labels, x=p[:, 0], y=p[:, 1])) for k,p in points.items()])
     atomic_write(out/'figure3.csv', tidy.to_csv(index=False))
-    save_figure(plot_tsne(points, y, names), out/'figure3.png')
+    save_figure(plot_tsne(points, y, names, made.title('t-SNE of novel classes')), out/'figure3.png')
 
     h,y = embed(made.nets['GRDD', seed]['teacher'].net, plain_dl(data, 'val'))
     support,query = episode_rows(y.cpu().numpy(), seed=seed)
@@ -52,5 +52,5 @@ def main(
     tidy = pd.concat([pd.DataFrame(dict(T=t, softmax=name, support=i, query=range(w.shape[1]), weight=w[i]))
                       for t,pair in panels.items() for name,w in zip(('whole', 'decoupled'), pair) for i in range(len(w))])
     atomic_write(out/'figure5.csv', tidy.to_csv(index=False))
-    save_figure(plot_relatedness(panels, n_query=15), out/'figure5.png')
+    save_figure(plot_relatedness(panels, n_query=15, title=made.title('Relatedness of an episode, by the teacher')), out/'figure5.png')
     made.check()

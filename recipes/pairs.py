@@ -30,5 +30,5 @@ ROWS = {
 def main(**kwargs):
     "Which images stage two relates to which"
     made = table('pairs', ROWS, **kwargs)
-    if len(made.scored): save_figure(plot_rows(made.scored, 'Which images are related'), made.path('pairs'))
+    if len(made.scored): save_figure(plot_rows(made.scored, made.title('Which images are related')), made.path('pairs'))
     made.check()

@@ -146,5 +146,5 @@ def main(
     if stage_one_epochs % 4:
         raise UserError(f'--stage-one-epochs is {stage_one_epochs}: it must be a multiple of 4, a quarter is trained with rotation')
     made = table('readings', readings(images, stage_one_epochs), demo=demo, **kwargs)
-    if len(made.scored): save_figure(plot_rows(made.scored, 'Readings'), made.path('readings'))
+    if len(made.scored): save_figure(plot_rows(made.scored, made.title('Readings')), made.path('readings'))
     made.check()

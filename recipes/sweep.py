@@ -30,5 +30,5 @@ def main(**kwargs):
     sweeps = {symbol:values[values.symbol == symbol] for symbol in ('gamma', 'T') if (values.symbol == symbol).any()}
     references = scored[scored.row.isin(['CL', 'CL+EL'])].groupby(['row', 'shot'])
     lines = {f'{row}, {shot}-shot':runs.accuracy.mean() for (row,shot),runs in references}
-    if sweeps: save_figure(plot_sweep(sweeps, lines), made.path('sweep'))
+    if sweeps: save_figure(plot_sweep(sweeps, lines, title=made.title('Figure 6: gamma and T')), made.path('sweep'))
     made.check()

@@ -37,5 +37,6 @@ ROWS = {
 def main(**kwargs):
     "Table 2: category labels, episodic labels, global relatedness"
     made = table('table2', ROWS, **kwargs)
-    if len(made.scored): save_figure(plot_rows(made.scored, 'Table 2'), made.path('table2'))
+    title = 'CL: category labels, EL: episodic labels, GR: global relatedness'
+    if len(made.scored): save_figure(plot_rows(made.scored, made.title(title)), made.path('table2'))
     made.check()

@@ -44,5 +44,5 @@ ROWS = {
 def main(**kwargs):
     "Which teacher a student learns most from"
     made = table('teachers', ROWS, **kwargs)
-    if len(made.scored): save_figure(plot_rows(made.scored, 'Teachers, and students of them'), made.path('teachers'))
+    if len(made.scored): save_figure(plot_rows(made.scored, made.title('Teachers, and students of them')), made.path('teachers'))
     made.check()

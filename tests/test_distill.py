@@ -1,12 +1,16 @@
 """From a large network to a small one: the folder, the comparison with the teacher and with labels alone, and what cannot be."""
 import json
+import shutil
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
-from helpers import recipe, says
+from helpers import recipe, same_state, says
 
 from grdd_fastai.data.blocks import plain_dl
 from grdd_fastai.data.cache import few_shot_data
+from grdd_fastai.distill import without_classes
 from grdd_fastai.fewshot.embed import embed
 from grdd_fastai.fewshot.evaluate import evaluate
 from grdd_fastai.models.create import create_backbone, seeing
@@ -48,13 +52,25 @@ def test_the_network_classifies_photos(csv_set, cache, tmp_path, teacher):
     with torch.no_grad(): h = embed(load_network(tmp_path/'a'/'network'), plain_dl(data))[0][:4]
     assert torch.allclose(few.support.cpu(), h.cpu(), atol=1e-3)
 
-def test_without_labels_their_loss_is_not_there(csv_set, cache, tmp_path, teacher):
-    for name,labels in (('with', True), ('without', False)):
-        recipe('distill')(teacher=str(teacher), data=str(csv_set), cache=str(cache), out=str(tmp_path/name), labels=labels, **SHORT)
-    with_labels,without = (json.loads((tmp_path/k/'settings.json').read_text())['settings']['stage_two'] for k in ('with', 'without'))
-    assert (with_labels.pop('gamma'), without.pop('gamma')) == (1, 0) and with_labels == without
-    a,b = (load_network(tmp_path/k/'network').state_dict() for k in ('with', 'without'))
-    assert any(not torch.equal(a[k], b[k]) for k in a)
+def test_without_labels_nothing_depends_on_them(csv_set, cache, tmp_path, teacher):
+    "All base images in one folder of a name that says nothing give the same network as the same images in their classes"
+    one = tmp_path/'one'
+    shutil.copytree(csv_set, one)
+    base = pd.read_csv(one/'train.csv')
+    base.assign(label='photos').to_csv(one/'train.csv', index=False)
+    for name,data in (('classes', csv_set), ('one folder', one)):
+        recipe('distill')(teacher=str(teacher), data=str(data), cache=str(cache), out=str(tmp_path/name), unlabeled=True, **SHORT)
+    a,b = (load_network(tmp_path/k/'network').state_dict() for k in ('classes', 'one folder'))
+    assert same_state(a, b)
+    two = json.loads((tmp_path/'classes'/'settings.json').read_text())['settings']['stage_two']
+    header = (tmp_path/'classes'/'history_student_grdd.csv').read_text().splitlines()[0]
+    assert two['gamma'] == 0 and 'L_kl' in header
+
+def test_random_groups_are_of_equal_size(data):
+    free = without_classes(data, 7, seed=1)
+    n = np.bincount(free.train.y)
+    assert len(n) == len(free.train.vocab) == 7 and n.max() - n.min() <= 1 and len(data.train.vocab) == 6
+    assert free.train.images is data.train.images and not np.array_equal(free.train.y, without_classes(data, 7, seed=2).train.y)
 
 def test_what_cannot_be_is_a_sentence(csv_set, cache, tmp_path):
     def run(**kwargs): recipe('distill')(**dict(data=str(csv_set), cache=str(cache), out=str(tmp_path/'a')) | SHORT | kwargs)

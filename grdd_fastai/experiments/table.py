@@ -50,6 +50,10 @@ class Table(NamedTuple):
     def path(self, name):
         "File of a figure with the name of an experiment"
         return self.store.out/f'{name}_{self.scored.split.iloc[0]}.png'
+    def title(self, what):
+        "The title of a figure: what it shows, the data set, the networks that were scored and their teachers"
+        psi,phi = (' and '.join(sorted(set(self.scored[k].dropna()))) for k in ('psi', 'phi'))
+        return f'{what}\n{self.store.data.name}, {psi}' + (f' from {phi}' if phi else '')
     def check(self):
         "Raise UserError if a row failed; the other rows have been written"
         if self.failed: raise UserError(f'{len(self.failed)} of the rows failed, {self.failed[0]}')
