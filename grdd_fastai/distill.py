@@ -63,8 +63,10 @@ def distill(
     teacher = teacher or (DEMO['teacher'] if demo else None)
     if teacher is None: raise UserError('no teacher is given: name a network with weights, such as convnet4_256.grdd_cifarfs')
     files,compute = from_flags(DataOptions(), files),from_flags(ComputeOptions(), compute)
+    given_gamma = (two or {}).get('gamma')
     two = from_flags(get_preset(preset).but(**DEMO['two'] if demo else {}), two)
     if unlabeled and baseline_epochs: raise UserError('--baseline-epochs trains on labels, and --unlabeled uses none: give one of them')
+    if unlabeled and given_gamma: raise UserError('--gamma weighs the labels, and --unlabeled uses none: leave one of them out')
     if unlabeled: two = two.but(gamma=0.)
     check_backbone(student, px)
     if '.' in student: two = two.but(init='cl') # the weights of the tag are the start

@@ -127,8 +127,9 @@ def grdd(
                           meta_epochs=two.epochs, episodes=two.n_episodes, test_episodes=test_episodes, **result(*found),
                           initial_weights={role:pretrained_tag(s.arch, s.pretrained) or 'random' for role,s in
                                            dict(teacher=phi, student=psi).items()}, seed=psi.seed, demo=demo)
-            if rank_world()[0] == 0: log(f'{write_run_report(run.out, values, data, features, network, episode)} shows the run')
-            return run.finish(**values)
+            done = run.finish(**values)
+            if rank_world()[0] == 0: log(f'{write_run_report(run.out, done, data, features, network, episode, names[0])} shows the run')
+            return done
         except Stopped as stop: return run.stopped(stop)
 
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from .core.distributed import rank_world
 from .core.storage import atomic_write
 
-__all__ = ['COLORS', 'MARKERS', 'plot_rows', 'plot_sweep', 'plot_tsne', 'plot_relatedness', 'save_figure', 'plain']
+__all__ = ['COLORS', 'MARKERS', 'plot_rows', 'plot_sweep', 'plot_tsne', 'plot_relatedness', 'save_figure', 'plain', 'label']
 
 
 COLORS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#F0E442', '#000000') # the palette of Okabe and Ito
@@ -93,7 +93,7 @@ def plot_tsne(
     fig,axes = plt.subplots(1, len(panels), figsize=(3.3*len(panels), 3.9), layout='constrained', squeeze=False)
     for ax,(name,points) in zip(axes[0], panels.items()):
         for i,c in enumerate(np.unique(y)):
-            ax.scatter(*points[y == c].T, s=14, marker=MARKERS[i % 8], color=COLORS[i % 8], alpha=.75, linewidths=0, label=names[c])
+            ax.scatter(*points[y == c].T, s=14, marker=MARKERS[i % 8], color=COLORS[i % 8], alpha=.75, linewidths=0, label=label(names[c]))
         ax.set(title=name, xticks=[], yticks=[])
     if title: fig.suptitle(title, fontsize=10)
     fig.legend(*axes[0,0].get_legend_handles_labels(), loc='outside lower center', ncols=len(np.unique(y)), frameon=False, fontsize=9,
@@ -137,6 +137,10 @@ def save_figure(fig, path):
         atomic_write(path, content.getvalue())
     plt.close(fig)
     return path
+
+def label(name) -> str:
+    "A name as a label: matplotlib would read $ as mathematics, and would leave out a name that begins with _ in a legend"
+    return ('\u200b' if str(name).startswith('_') else '') + str(name).replace('$', r'\$')
 
 def plain(ax):
     "Axes without a box, with a light grid behind the data"

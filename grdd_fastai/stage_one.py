@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
-from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import params
 from fastcore.foundation import L
 from torch import nn
@@ -23,7 +22,7 @@ from .models.create import create_backbone, feature_size, features
 from .models.resnet12 import set_drop_steps
 from .settings import Bound, Settings, at_least, between, declared, flag, heading, one_of, positive, recorded, with_settings
 from .training.callbacks import LossTerm
-from .training.learner import check_dls, few_shot_learner
+from .training.learner import BaseClassLoss, check_dls, few_shot_learner
 from .training.optim import OPTIMISERS
 from .training.schedules import SCHEDULES, fit_function
 
@@ -97,6 +96,7 @@ def global_learner(
     dls:DataLoaders, # DataLoaders of `category_dls`
     arch:str|nn.Module|Learner, # name of a timm model, or a timm model with `dls.c` classes
     s:StageOne, # the settings of `StageOne` that concern the network and its loss
+    loss_func:Callable|None=None, # loss of the categories, a function (logits, classes) -> scalar; None: cross-entropy
     **kwargs # of `few_shot_learner`, such as amp, keep_best and valid, and of fastai's `Learner`
 ) -> Learner:
     """Learner of the global learner phi; `learn.model.backbone` is the network
@@ -112,7 +112,9 @@ def global_learner(
     with cpu_seed(s.seed):
         model = GlobalNet(backbone, s.rotation, s.rotation_from, s.head)
     terms = [Rotation(s.rotation_weight, s.rotations)] if s.rotation else []
-    return few_shot_learner(dls, model, CrossEntropyLossFlat(label_smoothing=s.smoothing), terms, seed=s.seed, splitter=body_and_head,
+    if loss_func is not None and s.smoothing: raise UserError('smoothing belongs to the cross-entropy: give it or loss_func')
+    loss_func = BaseClassLoss(label_smoothing=s.smoothing) if loss_func is None else loss_func
+    return few_shot_learner(dls, model, loss_func, terms, seed=s.seed, splitter=body_and_head,
                             ema_decay=s.ema_decay, **kwargs)
 
 

@@ -182,6 +182,8 @@ def meta_learner(
     UserError for data, networks or settings that do not fit.
     """
     check_dls(dls)
+    if 'loss_func' in kwargs:
+        raise UserError('the loss of stage two is a sum of terms: change it by gamma and kl_weight, and add terms of your own by cbs=')
     e = dls.train
     if not isinstance(e, EpisodicDL): raise UserError('meta_learner trains on episodes: make dls with episodic_dls')
     student = network_of(student)

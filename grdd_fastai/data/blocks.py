@@ -11,14 +11,21 @@ from .augment import train_augmentation
 from .cache import FewShotData
 from .episodes import EpisodicDL, check_episode
 from .layouts import SPLITS
-from .loaders import PackedImage, PackedLabel, SeededDL
+from .loaders import FewShotDataLoaders, PackedImage, PackedLabel, SeededDL
 
 __all__ = ['category_block', 'episode_block', 'category_dls', 'episodic_dls', 'plain_dl']
 
 
+class PackedBlock(DataBlock):
+    "A DataBlock whose DataLoaders are `FewShotDataLoaders`"
+    def datasets(self, source, verbose=False):
+        dsets = super().datasets(source, verbose)
+        dsets._dbunch_type = FewShotDataLoaders
+        return dsets
+
 def _packed_block(stats, splits, dl_type):
     "DataBlock over packed splits: the first split is for training, the others are for validation"
-    return DataBlock(blocks=(TransformBlock(type_tfms=PackedImage(*splits), batch_tfms=IntToFloatTensor),
+    return PackedBlock(blocks=(TransformBlock(type_tfms=PackedImage(*splits), batch_tfms=IntToFloatTensor),
                              TransformBlock(type_tfms=PackedLabel(*splits))),
                      get_items=lambda _: range(sum(map(len, splits))),
                      splitter=lambda items: (range(len(splits[0])), range(len(splits[0]), len(items))),

@@ -69,7 +69,9 @@ class FewShotData:
 
 
 def few_shot_data(
-    data:str|Path|None=None, # raw data set in any layout of data/README.md; None: fetch CIFAR-FS; 'demo': draw the embedded data set
+    # raw data set in any layout of data/README.md; a DataFrame with the columns filename, label and split, or a dict of DataFrames by
+    # split; None: fetch CIFAR-FS; 'demo': draw the embedded data set
+    data:str|Path|pd.DataFrame|dict|None=None,
     px:int=32, # side of the packed images in pixels, from 1 to 1024
     cache:str|Path|None=None, # folder for the packed images; None: `default_cache()`
     seed:int=0, # seed that splits a folder of class folders and draws the demo

@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-__all__ = ['decode']
+__all__ = ['decode', 'square', 'open_image', 'upright_rgb']
 
 # other formats are refused because decoding some of them, such as EPS, may run programs
 FORMATS = ('PNG', 'JPEG', 'MPO', 'BMP', 'WEBP', 'GIF', 'TIFF', 'PPM', 'AVIF', 'JPEG2000')
@@ -14,7 +14,10 @@ MAX_MEGAPIXELS = 89 # size of the largest image that is decoded without `allow_l
 
 def decode(image, px, allow_large=False):
     "Bytes of an image file -> uint8 RGB array (px, px, 3): upright, shorter side resized to `px`, centre crop; limits as in `open_image`"
-    im = upright_rgb(open_image(io.BytesIO(image), allow_large))
+    return square(upright_rgb(open_image(io.BytesIO(image), allow_large)), px)
+
+def square(im, px):
+    "Upright RGB image -> uint8 array (px, px, 3): shorter side resized to `px`, centre crop"
     return np.asarray(im if im.size == (px, px) else ImageOps.fit(im, (px, px), Image.Resampling.BICUBIC))
 
 

@@ -118,13 +118,22 @@ def _official_cifar_fs(tree, seed):
     return df.assign(split=df.label.map(split_of)).dropna()
 
 def _split_folders(tree, seed):
-    "Layout: train, val and test folders above class folders; other usual names of the splits are in `ALIASES`"
+    """Layout: train, val and test folders above class folders; other usual names of the splits are in `ALIASES`
+
+    The images of train may lie in it directly, as one class, for a training without labels.
+    """
     df = _images(tree)
     parts = df.path.str.split('/')
     for depth in range(parts.str.len().max() - 2):
-        split = parts.str[depth].str.lower().map(ALIASES).where(parts.str.len() > depth + 2)
-        if set(split.dropna()) == set(SPLITS):
-            return _without(tree, df.assign(split=split), split.isna(), 'outside the train, val and test folders')
+        of = parts.str[depth].str.lower().map(ALIASES)
+        split = of.where(parts.str.len() > depth + 2)
+        flat = set(SPLITS) - set(split.dropna()) # without class folders
+        if not flat <= set(of.where(parts.str.len() == depth + 2).dropna()) or flat == set(SPLITS): continue
+        if flat - {'train'}:
+            name = min(flat - {'train'})
+            raise UserError(f'{tree.path}: the images of {name} lie in it directly: put them into a folder for each class')
+        if flat: split = of.where(parts.str.len() > depth + 1)
+        return _without(tree, df.assign(split=split), split.isna(), 'outside the train, val and test folders')
 
 def _known_classes(tree, seed):
     "Layout: class folders at any depth that are exactly the classes of a class list of the package; the list splits them"

@@ -1,22 +1,26 @@
 """Packed splits as fastai items, and a DataLoader whose order and augmentation depend only on the seed."""
 import random
 from functools import cached_property
+from pathlib import Path
 from weakref import WeakValueDictionary
 
 import fastai.vision.data  # noqa: F401  (registers show_batch for images)
 import numpy as np
 import torch
-from fastai.data.core import TfmdDL
-from fastai.data.transforms import Category
+from fastai.data.core import DataLoaders, Datasets, TfmdDL
+from fastai.data.transforms import Categorize, Category, CategoryMap
 from fastai.torch_core import TensorCategory, TensorImage
-from fasttransform import DisplayedTransform
+from fasttransform import DisplayedTransform, Pipeline
+from PIL import Image
 from torch.utils.data import get_worker_info
 
 from ..core.device import free_memory, sent
-from ..core.errors import UserError
+from ..core.errors import UserError, first_line
+from ..core.storage import read_bytes
 from .augment import seeded
+from .images import decode, square, upright_rgb
 
-__all__ = ['PackedImage', 'PackedLabel', 'view_of', 'SeededDL']
+__all__ = ['PackedImage', 'PackedLabel', 'view_of', 'SeededDL', 'classes_of', 'plain_images', 'FewShotDataLoaders']
 
 
 # ---- packed splits as fastai items ------------------------------------------------------------------------------------
@@ -25,6 +29,7 @@ class PackedImage(DisplayedTransform):
     "Row number, or rows of one split -> uint8 image(s) (..., 3, H, W); the rows of `splits` are numbered one split after the other"
     def __init__(self, *splits):
         self.images = [s.images for s in splits]
+        self.px = self.images[0].shape[1]
         self.resident = None # copies of the images on a device, made by `hold`
         self.starts = np.cumsum([0] + [len(s) for s in splits]) # first row of each split
     def encodes(self, rows): return self.read(*self.located(np.asarray(rows)))
@@ -67,7 +72,7 @@ class PackedLabel(DisplayedTransform):
     def __init__(self, *splits):
         n_before = np.cumsum([0] + [len(s.vocab) for s in splits])
         self.y = np.concatenate([s.y + n for s,n in zip(splits, n_before)])
-        self.vocab = [c for s in splits for c in s.vocab]
+        self.vocab = CategoryMap([c for s in splits for c in s.vocab], sort=False) # fastai takes a list for the vocabs of several targets
         self.c = len(splits[0].vocab)
     def encodes(self, rows): return TensorCategory(torch.as_tensor(self.y[np.asarray(rows)]))
     def decodes(self, o:TensorCategory): return Category(self.vocab[int(o)])
@@ -126,8 +131,7 @@ class SeededDL(TfmdDL):
     def rows(self): return np.asarray(list(self.dataset.items))
     def labels(self):
         "Class codes (N) of all items of the dataset"
-        y = self.dataset.tls[-1]
-        return y.tfms(self.rows).numpy() if self.packed else np.asarray([int(o) for o in y])
+        return self.dataset.tls[-1].tfms(self.rows).numpy() if self.packed else classes_of(self)[0]
 
     def randomize(self):
         self.epoch += 1
@@ -200,3 +204,56 @@ class SeededDL(TfmdDL):
         x,y = (tl.tfms(rows) for tl in self.dataset.tls)
         if self.on_device: x = x.to(self.device)
         return self.augmented(x, rows),y
+
+
+# ---- any fastai DataLoader --------------------------------------------------------------------------------------------
+
+def classes_of(dl) -> tuple[np.ndarray, dict]:
+    """Class codes (N) of all items of a fastai DataLoader, in order, and a dict from each code to the name of its class
+
+    Classes that are not in the vocabulary, such as the validation classes of a `CategoryBlock`, have codes after it. UserError for a
+    dataset without labels.
+    """
+    if getattr(dl, 'packed', None):
+        vocab = dl.dataset.vocab
+        codes = dl.labels()
+        return codes,{c:vocab[c] for c in np.unique(codes).tolist()}
+    tl = getattr(dl.dataset, 'tls', [None])[-1]
+    if tl is None or len(dl.dataset.tls) < 2:
+        raise UserError('the data has no labels that can be read: make DataLoaders by a DataBlock with ImageBlock and CategoryBlock')
+    raw = Pipeline([f for f in tl.tfms.fs if not isinstance(f, Categorize)])
+    names = [raw(tl._get(i)) for i in range(len(tl))] # the rows of a DataFrame are items, too
+    vocab = list(getattr(tl, 'vocab', ()) or ())
+    known = {c:i for i,c in enumerate(vocab)}
+    known |= {c:len(vocab) + i for i,c in enumerate(sorted(set(names) - known.keys(), key=str))}
+    codes = np.array([known[c] for c in names], np.int64)
+    return codes,{i:c for c,i in known.items() if i in set(codes.tolist())}
+
+def plain_images(dl, bs=256, labels=True):
+    """A loader that gives every item of a fastai DataLoader once, in order and not augmented
+
+    Packed images come with their labels if `labels` says so, and any other images without labels.
+    """
+    if getattr(dl, 'packed', None) and labels: return dl.plain(bs)
+    images = Datasets(tls=dl.dataset.tls[:1])
+    return dl.new(images, cls=TfmdDL, bs=bs, shuffle=False, drop_last=False)
+
+class FewShotDataLoaders(DataLoaders):
+    "DataLoaders of packed images that also take photos: files, PIL images, arrays and tensors, cut to squares as the packed images were"
+    def test_dl(self, test_items, rm_type_tfms=None, with_labels=False, **kwargs):
+        "A loader of photos without labels, for `get_preds(dl=...)`; UserError for a photo that cannot be read, and for `with_labels`"
+        packed = self.valid.packed
+        if with_labels: raise UserError('photos have no labels here: give them without, and compare the predictions yourself')
+        images = [TensorImage(torch.from_numpy(photo(o, packed.px).copy()).movedim(-1, 0)) for o in test_items]
+        tl = self.valid.dataset.tls[0]._new(images, split_idx=1)
+        tl.tfms.fs = [f for f in tl.tfms.fs if not isinstance(f, PackedImage)]
+        return self.valid.new(Datasets(tls=[tl]), cls=TfmdDL, shuffle=False, drop_last=False, **dict(bs=64) | kwargs)
+
+def photo(item, px):
+    "uint8 array (px, px, 3) of a file, a PIL image, an array (H, W, 3) or a tensor (3, H, W) of uint8; UserError for anything else"
+    try:
+        if isinstance(item, str | Path): return decode(read_bytes(item), px)
+        if isinstance(item, torch.Tensor): item = item.movedim(0, -1).cpu().numpy()
+        return square(upright_rgb(item if isinstance(item, Image.Image) else Image.fromarray(np.asarray(item))), px)
+    except Exception as e: raise UserError(f'{item if isinstance(item, str | Path) else type(item).__name__} cannot be read as an image '
+                                           f'({first_line(e)}): give a file, a PIL image or uint8 numbers') from None

@@ -1,5 +1,6 @@
 """Raw few-shot data sets in their usual layouts, read as one table of (filename, label) for each split."""
 import hashlib
+import os
 import re
 import sys
 import tempfile
@@ -7,10 +8,12 @@ import unicodedata
 from collections import Counter
 from pathlib import Path
 
+import pandas as pd
+
 from ..core.errors import UserError
-from ..core.storage import user_path
+from ..core.storage import read_bytes, user_path
 from .archives import _open_tree
-from .layouts import LAYOUTS, SPLITS, _class_folders, _norm, class_list
+from .layouts import ALIASES, LAYOUTS, SPLITS, _class_folders, _norm, class_list
 
 __all__ = ['Source', 'open_source', 'prepare']
 
@@ -70,11 +73,50 @@ class Source:
         return h.hexdigest()
 
 
+class TableSource(Source):
+    """A `Source` of a DataFrame with the columns filename, label and split, or of a dict of DataFrames by split
+
+    A file is an absolute path or relative to the working folder. UserError for other columns and splits, and for files that are not there.
+    """
+    name,path = 'table','the DataFrame'
+    def __init__(self, data):
+        for df in data.values() if isinstance(data, dict) else ():
+            if not isinstance(df, pd.DataFrame): raise UserError(f'the data of a split is a {type(df).__name__}: give a DataFrame')
+        frames = [df.assign(split=split) for split,df in data.items()] if isinstance(data, dict) else [data]
+        for df in frames:
+            for column in ('filename', 'label', 'split'):
+                if column not in df.columns:
+                    has = ', '.join(map(str, df.columns))
+                    raise UserError(f'the DataFrame lacks the column {column!r}, it has {has}: it needs filename, label and split '
+                                    '(train, val or test), or give a dict of DataFrames by split')
+        df = pd.concat([d[['filename', 'label', 'split']] for d in frames], ignore_index=True)
+        if df.isna().any(axis=None):
+            raise UserError('the DataFrame has empty cells in filename, label or split: fill them in or leave the rows out')
+        df = df.astype(str)
+        odd = next((s for s in df.split.unique() if s.lower() not in ALIASES), None)
+        if odd is not None: raise UserError(f'the DataFrame has the split {odd!r}: a split is train, val or test')
+        df['split'] = df.split.str.lower().map(ALIASES)
+        df['path'] = [str(user_path(f).absolute()) for f in df.filename]
+        gone = next((f for f in df.path if not Path(f).is_file()), None)
+        if gone is not None: raise UserError(f'the DataFrame names {gone}, which is not there: check the column filename')
+        self.frames = {s:df.loc[df.split == s, ['filename', 'label', 'path']].reset_index(drop=True) for s in SPLITS}
+        self.key = 'table ' + hashlib.sha256(pd.util.hash_pandas_object(df, index=False).to_numpy().tobytes()).hexdigest()
+        self._check(df)
+    def read(self, path): return read_bytes(path)
+    def stamp(self):
+        h = hashlib.sha256()
+        for df in self.frames.values():
+            for f in df.path: h.update(repr((f, (about := os.stat(f)).st_size, about.st_mtime_ns)).encode())
+        return h.hexdigest()
+
+
 def open_source(
-    data=None, # path in any layout of data/README.md; None: CIFAR-FS through `untar_data(URLs.CIFAR_100)`
+    # path in any layout of data/README.md; DataFrame or dict of DataFrames (`TableSource`); None: CIFAR-FS through `untar_data`
+    data=None,
     seed=0, # seed that splits a folder of class folders
 ):
     "The raw data set at `data` as a `Source`; UserError if there is none"
+    if isinstance(data, pd.DataFrame | dict): return TableSource(data)
     return Source(_open_tree(_download() if data is None else data), seed)
 
 def _download():

@@ -135,7 +135,7 @@ def view_features(
 @torch.no_grad()
 def embed(
     model:torch.nn.Module, # timm model or other module; its training mode is not changed
-    dl:DataLoader, # DataLoader of (images, labels), such as `plain_dl(data, 'test')`
+    dl:DataLoader, # DataLoader of (images, labels), such as `plain_dl(data, 'test')`, or of images alone, whose labels are then all 0
     dtype:torch.dtype|None=None, # dtype for autocast; None: float32 in full precision (`ieee_float32`)
     out:np.ndarray|None=None, # array (N, D) for the features, for example memory-mapped; None: a new tensor on the model's device
     distributed:bool=False, # in a distributed run, each process embeds a part and all get the whole
@@ -153,12 +153,12 @@ def embed(
     at = rank*dl.bs if n > 1 else 0
     try:
         with autocast(device, dtype), ieee_float32() if dtype is None else nullcontext():
-            for x,y_b in dl:
+            for x,*labels in dl:
                 h_b = features(model, x.as_subclass(torch.Tensor).to(device), mirror)
                 if h is None: h = torch.zeros(N, *h_b.shape[1:], device=device) # made at once, so that parts need no copy
                 if y is None: y = torch.zeros(N, dtype=torch.int64, device=device)
                 h[at:at+len(h_b)] = h_b
-                y[at:at+len(h_b)] = y_b.as_subclass(torch.Tensor).to(device)
+                for y_b in labels: y[at:at+len(h_b)] = y_b.as_subclass(torch.Tensor).to(device)
                 at += len(h_b) + (n-1)*dl.bs if n > 1 else len(h_b)
     finally: model.train(was_training)
     return (all_sum(h),all_sum(y)) if n > 1 else (h,y)

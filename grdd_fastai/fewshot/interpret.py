@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from ..core.errors import UserError
 from ..data.episodes import sample_episodes
+from ..plots import label
 from .classifiers import get_classifier
 from .evaluate import as_classes, as_features, classified
 
@@ -41,7 +42,11 @@ class EpisodeInterpretation:
     ):
         self.h = as_features(h)
         self.y = as_classes(y, len(self.h)).numpy()
-        self.vocab = list(vocab) if vocab is not None else list(range(self.y.max() + 1))
+        names = y.tolist() if hasattr(y, 'tolist') else list(y)
+        by_code = dict(zip(self.y.tolist(), names)) # classes that are given as names are coded in the order of the names
+        self.vocab = list(vocab) if vocab is not None else [by_code.get(c, c) for c in range(self.y.max() + 1)]
+        if len(self.vocab) <= self.y.max():
+            raise UserError(f'the vocab has {len(self.vocab)} names, and there is a class {self.y.max()}: name all')
         self.image,self.n_way,self.k_shot = images,n_way,k_shot
         sampler = ((s, q, np.broadcast_to(np.arange(n_way)[:, None], q.shape).copy())
                    for s,q in sample_episodes(self.y, n_way, k_shot, n_query, n_episodes, seed))
@@ -61,13 +66,14 @@ class EpisodeInterpretation:
         Way, shot and queries are those of the Learner's accuracy; `kwargs` are further arguments of the class.
         """
         measured,dataset = learn.few_shot_accuracy,learn.dls.valid.dataset
+        names = measured.classes()[1]
         h,codes = measured.embed()
-        codes,y = np.unique(codes.cpu().numpy(), return_inverse=True)
+        codes,y = np.unique(codes.numpy(), return_inverse=True)
         def image(row):
-            x = dataset[row][0]
+            x = dataset.tls[0][row]
             return x.movedim(0, -1).cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
         episodes = {k:measured.episodes[k] for k in ('n_way', 'k_shot', 'n_query')}
-        return cls(h, y, [dataset.vocab[c] for c in codes], image, **(episodes | kwargs))
+        return cls(h, y, [names[c] for c in codes], image, **(episodes | kwargs))
 
     @property
     def accuracy(self) -> np.ndarray:
@@ -84,7 +90,7 @@ class EpisodeInterpretation:
         hits = np.bincount(y.ravel(), right.ravel(), len(self.vocab))
         with np.errstate(invalid='ignore'): accuracy = 100*hits/n
         confused = [None if np.isnan(row).all() or not np.nanmax(row) else self.vocab[np.nanargmax(row)] for row in confusion]
-        table = pd.DataFrame(dict(queries=n, accuracy=accuracy, confused_with=pd.Series(confused, dtype=object).tolist()), index=self.vocab)
+        table = pd.DataFrame(dict(queries=n, accuracy=accuracy, confused_with=pd.Series(confused, self.vocab, object)), index=self.vocab)
         return table.sort_values('accuracy')
 
     @property
@@ -106,10 +112,10 @@ class EpisodeInterpretation:
         wide = pd.DataFrame(dict(row=self.query.ravel(), predicted=self.predicted.ravel(), loss=self.loss.ravel()))
         wide['right'] = wide.predicted.to_numpy() == self.y[wide.row]
         table = wide.groupby('row').agg(times=('right', 'size'), accuracy=('right', 'mean'), loss=('loss', 'mean')).reset_index()
-        wrong = wide[~wide.right].groupby('row').predicted.agg(lambda p: p.value_counts().index[0])
-        taken_for = table.row.map(wrong).map({i:c for i,c in enumerate(self.vocab)}).astype(object)
+        wrong = wide[~wide.right].groupby('row').predicted.agg(lambda p: p.value_counts().index[0]).to_dict()
+        taken_for = pd.Series([self.vocab[wrong[r]] if r in wrong else None for r in table.row], dtype=object)
         return table.assign(accuracy=100*table.accuracy, label=[self.vocab[c] for c in self.y[table.row]],
-                            taken_for=taken_for.where(taken_for.notna(), None))
+                            taken_for=taken_for)
 
     def top_losses(self, k:int=9) -> pd.DataFrame:
         "The `k` images with the largest mean loss, the worst first, as in `images`"
@@ -137,8 +143,9 @@ class EpisodeInterpretation:
         side = 2.2 + .26*len(names)
         fig,ax = plt.subplots(figsize=(side + .6, side), layout='constrained')
         image = ax.imshow(shares, cmap='cividis', vmin=0, vmax=100)
-        ax.set(xticks=range(len(names)), yticks=range(len(names)), yticklabels=names, xlabel='taken for', ylabel='class')
-        ax.set_xticks(range(len(names)), names, rotation=90)
+        labels = [label(c) for c in names]
+        ax.set(yticks=range(len(names)), yticklabels=labels, xlabel='taken for', ylabel='class')
+        ax.set_xticks(range(len(names)), labels, rotation=90)
         ax.tick_params(labelsize=8)
         fig.colorbar(image, label='share of the queries where both classes are there, %', shrink=.8)
         return fig
@@ -152,7 +159,8 @@ class EpisodeInterpretation:
         for ax in axes.flat: ax.axis('off')
         for ax,r in zip(axes.flat, worst.itertuples()):
             self._show(ax, r.row)
-            ax.set_title(f'{r.label}\nas {r.taken_for or "-"}\nright {r.accuracy:.0f}%', fontsize=8)
+            taken_for = '-' if r.taken_for is None else label(r.taken_for)
+            ax.set_title(f'{label(r.label)}\nas {taken_for}\nright {r.accuracy:.0f}%', fontsize=8)
         return fig
 
     def plot_episode(self, episode:int=0, n_query:int=8) -> Figure:
@@ -161,6 +169,8 @@ class EpisodeInterpretation:
         A query has a green frame if it is right. If it is wrong, it has an orange frame, the class it is taken for, and in its corner the
         support image whose features are most related to its own (by cosine).
         """
+        if not 0 <= episode < len(self.support) or n_query < 1:
+            raise UserError(f'episode {episode} with {n_query} queries is asked for: there are episodes 0 to {len(self.support) - 1}')
         support = self.support[episode].reshape(self.n_way, self.k_shot)
         query = self.query[episode].reshape(self.n_way, -1)
         predicted = self.predicted[episode].reshape(query.shape)
@@ -171,7 +181,7 @@ class EpisodeInterpretation:
         fig.subplots_adjust(.4/width, .25/height, 1 - .05/width, 1 - .3/height, .06, .24) # constrained layout takes a second for 50 images
         u = F.normalize(self.h[torch.from_numpy(self.support[episode])].float(), dim=1)
         for i,row in enumerate(axes):
-            row[0].set_ylabel(str(self.vocab[self.y[support[i, 0]]]), fontsize=9)
+            row[0].set_ylabel(label(self.vocab[self.y[support[i, 0]]]), fontsize=9)
             for j,r in enumerate([*support[i], *query[i, :shown]]):
                 ax = row[j]
                 self._show(ax, r)
@@ -181,7 +191,7 @@ class EpisodeInterpretation:
                 guess = predicted[i, j - self.k_shot]
                 frame(ax, RIGHT if guess == self.y[r] else WRONG)
                 if guess == self.y[r]: continue
-                ax.set_xlabel(str(self.vocab[guess]), fontsize=8, color=WRONG, labelpad=2)
+                ax.set_xlabel(label(self.vocab[guess]), fontsize=8, color=WRONG, labelpad=2)
                 nearest = self.support[episode][int((u @ F.normalize(self.h[r].float(), dim=0)).argmax())]
                 corner = ax.inset_axes([.58, 0, .42, .42])
                 self._show(corner, nearest)

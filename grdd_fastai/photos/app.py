@@ -15,7 +15,7 @@ from PIL import Image
 from ..core.distributed import log
 from ..core.errors import UserError, first_line
 from ..core.html import text
-from .classifier import FewShotClassifier
+from .classifier import UNKNOWN, FewShotClassifier, check_labels
 from .reading import UnreadablePhoto, load_photos, short_name
 from .report import percent, write_page
 
@@ -23,7 +23,8 @@ __all__ = ['Visit', 'make_app', 'launch']
 
 
 SIDE = 320 # longest side of the pictures on the page in pixels
-KEEP = 7*24*3600 # seconds after which the pictures of a page that is still open are deleted
+KEEP = 24*3600 # seconds after which the pictures of a page that is still open are deleted
+GONE = 'the page was left for so long that its photos have been deleted: load it again'
 CSS = """
 footer { display: none !important }
 .gradio-container { margin: auto; max-width: 75rem !important; width: 100% }
@@ -37,8 +38,8 @@ footer { display: none !important }
 class Visit:
     """What one visitor of the page has: example photos of classes, and photos to classify
 
-    `few` has the network and the settings, and perhaps classes already. Photos are copied to a temporary folder, which is deleted with the
-    visit. A call that raises UserError changes nothing.
+    `few` has the network and the settings, and perhaps classes already. Photos are copied to a temporary folder, from which those that are
+    removed are deleted, and which is deleted with the visit. A call that raises UserError changes nothing.
     """
     def __init__(self, few:FewShotClassifier):
         self.few = copy.copy(few) # its `fit` replaces what it has, so that visits share the network alone
@@ -48,15 +49,26 @@ class Visit:
         self.labels = few._labels() if there else []
         self.files = [f or 'a photo' for f in few.files] if there else []
         self._pictures = {} # photo -> file of its small picture
+        for name in ('photos', 'pictures', 'downloads'): (self.root/name).mkdir()
         self._set_photos([], self.h[:0], {})
+
+    @property
+    def root(self): return Path(self.folder.name)
 
     def _set_photos(self, photos, h, problems):
         self.photos,self.photos_h,self.problems = photos,h,problems
-        self.corrected = {} # place in `photos` -> class, for the photos that have become examples
+        self._delete_unused()
+
+    def _delete_unused(self):
+        "Delete the copies and the small pictures of photos that are no longer there"
+        used = {*self.files, *map(str, self.photos)}
+        for f in self.root.glob('photos/*/*'):
+            if str(f) not in used: f.unlink(missing_ok=True)
+        for f in self._pictures.keys() - used: self._pictures.pop(f).unlink(missing_ok=True)
 
     def _take(self, files, under):
         "Copy files to the visitor's folder, where none replaces another, and return the copies"
-        folder = Path(self.folder.name)/(re.sub(r'[^\w .-]', '_', under).strip('. ')[:80] or 'class')
+        folder = self.root/'photos'/(re.sub(r'[^\w .-]', '_', under).strip('. ')[:80] or 'class')
         folder.mkdir(exist_ok=True)
         copies = []
         for file in map(Path, files):
@@ -70,6 +82,7 @@ class Visit:
         if len(set(labels)) > 1: self.few._keep(h, labels, files)
         else: self.few.vocab = None
         self.h,self.labels,self.files = h,labels,files
+        self._delete_unused()
 
     @property
     def classes(self) -> list: return sorted(set(self.labels))
@@ -84,6 +97,9 @@ class Visit:
         "Add example photos of one class, which may be new; returns the errors of those that cannot be read"
         label,files = self._label(name), list(files or [])
         if not files: raise UserError(f'there are no photos of {label}: drop some first')
+        if label == UNKNOWN and self.few.unknown is not None:
+            raise UserError(f'photos of no class are called {UNKNOWN!r} here: give the class another name')
+        check_labels([*self.labels, label])
         files = self._take(files, str(label))
         h,problems = self.few._embed(files)
         read = [i for i in range(len(files)) if i not in problems]
@@ -110,7 +126,7 @@ class Visit:
 
     def classify(self, files:Iterable) -> list[UnreadablePhoto]:
         "Take other photos to classify, in place of those that are there; returns the errors of those that cannot be read"
-        photos = self._take(files or [], 'photos')
+        photos = self._take(files or [], 'new')
         if photos: self._set_photos(photos, *self.few._embed(photos))
         return list(self.problems.values())
 
@@ -122,14 +138,26 @@ class Visit:
         rows = [j for j,f in enumerate(self.files) if f != file] # it may have been corrected before
         self._replace(torch.cat([self.h[rows], self.photos_h[i:i + 1]]), [*(self.labels[j] for j in rows), label],
                       [*(self.files[j] for j in rows), file])
-        self.corrected[i] = label
+
+    @property
+    def corrected(self) -> dict:
+        "Place in `photos` -> class, for the photos that have become examples"
+        label_of = dict(zip(self.files, self.labels))
+        return {i:label_of[str(p)] for i,p in enumerate(self.photos) if str(p) in label_of}
 
     def table(self) -> pd.DataFrame:
-        "The DataFrame of `predict_table`, and `corrected`: whether the visitor has said the class; UserError before there are two classes"
+        """The DataFrame of `predict_table`, and `corrected`: whether the visitor has said the class, so that it has no probability
+
+        UserError before there are two classes.
+        """
         if self.few.vocab is None: raise UserError('there are fewer than two classes: add photos of another one')
         table = self.few._table(self.photos, self.photos_h, self.problems, self.few._limit())
-        for i,label in self.corrected.items(): table.loc[i, ['class', 'probability']] = label,1.
-        return table.assign(corrected=[i in self.corrected for i in range(len(table))])
+        corrected = self.corrected
+        for i,label in corrected.items():
+            second = table.loc[i, 'class'] if table.loc[i, 'class'] != label else table.loc[i, 'runner_up']
+            values = {'class':label, 'probability':np.nan, 'runner_up':second, 'nearest':str(self.photos[i]), 'distance':0.}
+            for k,v in values.items(): table.loc[i, k] = v
+        return table.assign(corrected=[i in corrected for i in range(len(table))])
 
     def says(self) -> str:
         "What to expect of the classifier, or what is missing"
@@ -140,26 +168,37 @@ class Visit:
 
     def short(self, said) -> str:
         "A text without the path of the visitor's folder"
-        return str(said).replace(self.folder.name + os.sep, '')
+        return str(said).replace(str(self.root/'photos') + os.sep, '')
 
     def download(self) -> list[Path]:
         "Write the classifier as a zip file, and the photos as a table and as a page; returns the files"
-        to = Path(tempfile.mkdtemp(dir=self.folder.name))
+        to = Path(tempfile.mkdtemp(dir=self.root/'downloads'))
         saved = self.few.save(to/'classifier')
         files = [Path(shutil.make_archive(str(saved), 'zip', saved))]
         if not self.photos: return files
         table = self.table()
-        names = table.assign(file=[p.name for p in self.photos], nearest=table.nearest.map(short_name, na_action='ignore'))
+        names = table.assign(file=[p.name for p in self.photos], nearest=table.nearest.map(short_name, na_action='ignore'),
+                             problem=table.problem.map(self.short))
         names.to_csv(to/'photos.csv', index=False)
-        return [*files, to/'photos.csv', write_page(to/'photos.html', self.few, self.photos, table.drop(columns='corrected'))]
+        page = write_page(to/'photos.html', self.few, self.photos, table.drop(columns='corrected'))
+        page.write_text(self.short(page.read_text())) # others need not know the folders of this machine
+        return [*files, to/'photos.csv', page]
 
     def pictures(self, files:Iterable) -> list[Path]:
-        "Files with a small JPEG of each photo; a grey one for a photo that is not on this machine or cannot be read"
+        """Files with a small JPEG of each photo; a grey one for a photo that cannot be read, and for one of a classifier that was loaded
+
+        The names in a loaded classifier may be those of other files on this machine.
+        """
         files = [str(f) for f in files]
         missing = [f for f in dict.fromkeys(files) if f not in self._pictures]
-        for f,image in zip(missing, load_photos(missing, small, allow_large=True)):
-            if isinstance(image, UnreadablePhoto): image = Image.new('RGB', (SIDE, SIDE), (128, 128, 128))
-            self._pictures[f] = Path(self.folder.name)/f'{len(self._pictures)}.jpg'
+        mine = [f for f in missing if self.few.photos_here or Path(f).is_relative_to(self.root)]
+        images = dict(zip(mine, load_photos(mine, small, allow_large=True)))
+        for f in missing:
+            image = images.get(f)
+            if image is None or isinstance(image, UnreadablePhoto): image = Image.new('RGB', (SIDE, SIDE), (128, 128, 128))
+            handle,self._pictures[f] = tempfile.mkstemp(suffix='.jpg', dir=self.root/'pictures')
+            os.close(handle)
+            self._pictures[f] = Path(self._pictures[f])
             image.save(self._pictures[f], quality=85)
         return [self._pictures[f] for f in files]
 
@@ -188,7 +227,7 @@ def gradio():
     return gradio
 
 def make_app(few:FewShotClassifier):
-    """The page as a `gradio.Blocks`: `make_app(FewShotClassifier()).launch()`
+    """The page as a `gradio.Blocks`, which `launch` serves
 
     Each visitor begins with the classes of `few`, if it has any. UserError if gradio is not installed.
     """
@@ -237,21 +276,27 @@ def make_app(few:FewShotClassifier):
         def on(event, change, inputs=(), empty=()):
             "Let an event change the visit, show what it has then, and empty some inputs; after an error, which is shown, nothing changes"
             def handler(visit, *args):
-                visit = visit or Visit(few)
-                try: problems = change(visit, *args) or ()
+                try:
+                    if visit is None: raise UserError(GONE)
+                    problems = change(visit, *args) or ()
                 except UserError as e:
-                    gr.Warning(text(visit.short(e)))
-                    return [visit, *[gr.skip()]*(len(shown) + len(empty) - 1)]
+                    gr.Warning(text(visit.short(e) if visit else e))
+                    # a class that stays checked could not be clicked again
+                    return [gr.Radio(value=None) if c in (to_class, right) else gr.skip() for c in (*shown, *empty)]
                 for problem in problems: gr.Warning(text(visit.short(problem)))
+                for uploads in (a for a in args if isinstance(a, list)):
+                    for f in uploads: Path(f).unlink(missing_ok=True) # the visit has a copy
                 return [*show(visit), *[None]*len(empty)]
             event(handler, [state, *inputs], [*shown, *empty], concurrency_limit=1, concurrency_id='visit', api_visibility='private')
 
         def selected(event:gr.SelectData): return event.index
         def download(visit):
-            try: return gr.File([str(f) for f in visit.download()], visible=True)
-            except UserError as e: gr.Warning(text(visit.short(e)))
+            try:
+                if visit is None: raise UserError(GONE)
+                return gr.File([str(f) for f in visit.download()], visible=True)
+            except UserError as e: gr.Warning(text(visit.short(e) if visit else e))
 
-        on(app.load, lambda visit: None)
+        app.load(lambda: show(Visit(few)), None, shown, concurrency_limit=1, concurrency_id='visit', api_visibility='private')
         on(add.click, Visit.add, [name, drop], [name, drop])
         on(new.upload, Visit.classify, [new], [new])
         on(to_class.input, Visit.change_example, [example, to_class])
@@ -272,7 +317,7 @@ def launch(few:FewShotClassifier, host:str='127.0.0.1', port:int=7860, browser:b
     try:
         app.launch(server_name=host, server_port=port, inbrowser=browser, prevent_thread_lock=True, quiet=True, share=False, ssr_mode=False,
                    css=CSS, footer_links=[], max_file_size='200mb')
-    except (OSError, ValueError, RuntimeError) as e:
+    except (OSError, OverflowError, ValueError, RuntimeError) as e:
         raise UserError(f'the page cannot be served at {host}, port {port} ({first_line(e)}): give another --port or --host') from None
     log(f'{app.local_url} shows the page; Ctrl+C stops it')
     if wait: app.block_thread()

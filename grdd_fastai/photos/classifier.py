@@ -352,7 +352,7 @@ def make_classifier(support:str|None=None, load:str|None=None, **settings) -> Fe
     """
     given = {k:v for k,v in settings.items() if v is not None}
     if support and load: raise UserError('support and load are both given: give a folder of examples, or a saved classifier')
-    if load and given: raise UserError(f'{next(iter(given))} belongs to support: a saved classifier has its own')
+    if load and given: raise UserError(f'{next(iter(given))} cannot be given with load: a saved classifier has its own')
     if load: return FewShotClassifier.load(load)
     return FewShotClassifier.from_folder(support, **given) if support else FewShotClassifier(**given)
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import torch
 from matplotlib.ticker import MaxNLocator
 from torch import nn
@@ -37,6 +38,7 @@ def write_run_report(
     novel:dict, # stage -> features (N, D) of the novel classes, for 'cl' and 'grdd'
     teacher:nn.Module, # network whose relatedness is shown
     episode:dict, # n_way, k_shot and n_query of its episodes
+    classifier:str='cosine', # name of the classifier of the result
 ) -> Path:
     """Write `report.html` into the folder of a run and return its path
 
@@ -44,7 +46,8 @@ def write_run_report(
     the novel classes (Figure 3 of the paper), relatedness over T (Figure 5), settings, data and command. UserError if it cannot be written.
     """
     test = data.test
-    found = EpisodeInterpretation(novel['grdd'], test.y, test.vocab, lambda row: test.images[row], **episode)
+    found = EpisodeInterpretation(novel['grdd'], test.y, test.vocab, lambda row: test.images[row], **episode,
+                                   classifier=classifier)
     points,y,names,_ = tsne_points({'stage one (CL)':novel['cl'], 'stage two (GRDD)':novel['grdd']}, test)
     support,query = episode_rows(data.val.y, **episode)
     panels = episode_relatedness(embed_rows(teacher, data, support), embed_rows(teacher, data, query))
@@ -54,9 +57,9 @@ def write_run_report(
     for stage,name in STAGES.items():
         if (file := out/f'history_{stage}.csv').exists():
             parts += [f'<h2>{name}</h2>', picture(plot_history(file), f'loss and validation accuracy of {name}')]
-    parts += ['<h2>Classes <small>of the novel split, the hardest first</small></h2>',
-              table(([c, f'{r.accuracy:.1f}', r.confused_with or ''] for c,r in found.classes.iterrows() if r.queries),
-                    ('class', 'accuracy, %', 'most often confused with')),
+    rows = ([c, f'{r.accuracy:.1f}', '' if pd.isna(r.confused_with) else r.confused_with] for c,r in found.classes.iterrows() if r.queries)
+    parts += [f'<h2>Classes <small>of the novel split, by {text(classifier)}, the hardest first</small></h2>',
+              table(rows, ('class', 'accuracy, %', 'most often confused with')),
               picture(found.plot_confusion_matrix(), 'confusion of the novel classes')]
     parts += [f'<h2>The hardest of {len(found.accuracy):,} episodes</h2><p>Support images are framed in blue, right queries in green, and '
               'wrong ones in orange, with the class they are taken for and the most related support image.</p>',
@@ -83,8 +86,9 @@ def flat(settings, prefix=''):
 def embed_rows(net, data, rows):
     "Features (n, D) of some images of the validation classes"
     mean,std = (torch.tensor(v).view(1, 3, 1, 1) for v in data.stats)
-    x = torch.from_numpy(data.val.images[rows]).movedim(-1, 1)/255
-    return features(net.eval(), ((x - mean)/std).to(next(net.parameters()).device)).float()
+    x = (torch.from_numpy(data.val.images[rows]).movedim(-1, 1)/255 - mean)/std
+    device = next(net.parameters()).device
+    return torch.cat([features(net.eval(), part.to(device)).float() for part in x.split(256)])
 
 def picture(fig, name): return f'<p><img src="{figure_uri(fig)}" alt="{text(name)}"></p>'
 
@@ -107,12 +111,12 @@ def summary(result, data, episode):
 def plot_history(file):
     "Figure of the history of a stage: each of its losses, and the accuracy on the validation classes, over the epochs"
     rows = list(csv.DictReader(read_bytes(file).decode().splitlines()))
-    columns = [c for c in rows[0] if c not in ('epoch', 'accuracy', 'lr')]
+    columns = [c for c in rows[0] if c not in ('epoch', 'accuracy')]
     at = [int(float(r['epoch'])) + 1 for r in rows]
     fig,(left,right) = plt.subplots(1, 2, figsize=(9, 2.9), layout='constrained')
     for i,c in enumerate(columns): left.plot(at, [float(r[c]) for r in rows], color=COLORS[i % len(COLORS)], marker='.', label=c)
     right.plot(at, [float(r['accuracy']) for r in rows], color=COLORS[0], marker='.')
-    left.set(xlabel='epoch', ylabel='loss in training')
+    left.set(xlabel='epoch', ylabel='loss')
     right.set(xlabel='epoch', ylabel='validation accuracy, %')
     if len(columns) > 1: left.legend(frameon=False, fontsize=8, loc='upper left', bbox_to_anchor=(1, 1))
     for ax in (left, right):

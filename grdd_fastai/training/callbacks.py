@@ -95,6 +95,7 @@ class LightRecorder(Callback):
         self.sent = self.epoch,self.iter,len(losses) - 1
         if self.late.is_late(losses[-1]): self.learn.smooth_loss = torch.tensor(self.arrived[-1] if self.arrived else float('nan'))
         else: self.receive()
+    def after_cancel_train(self): self.recorder.cancel_train = False # an epoch that was cut short (`ShortEpochCallback`) has a loss, too
     def after_train(self): self.receive()
     def receive(self):
         number = self.late.receive()
@@ -107,12 +108,14 @@ class LightRecorder(Callback):
 class ShowsMetrics(UndoAfterFit):
     "Show what `shown` returns among the Learner's metrics during a fit"
     order = MixedPrecision.order+1 # before the Recorder reads the metrics' names
+    first = () # names that stand before all other metrics
     def shown(self):
         "The metrics: name -> function without arguments"
         raise NotImplementedError
     def before_fit(self):
         self.mine = [ValueMetric(f, k) for k,f in self.shown().items()]
-        self.learn.metrics = self.learn.metrics + self.mine
+        early = [m for m in self.mine if m.name in self.first]
+        self.learn.metrics = early + self.learn.metrics + [m for m in self.mine if m.name not in self.first]
     def after_fit(self): self.learn.metrics = self.learn.metrics.filter(lambda m: m not in self.mine)
 
 

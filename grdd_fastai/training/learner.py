@@ -5,22 +5,27 @@ from contextlib import contextmanager, suppress
 
 import torch
 from fastai.callback.core import CancelEpochException, event
+from fastai.callback.mixup import MixHandler
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import Normalize
-from fastai.learner import Learner
+from fastai.learner import Learner, Metric, ValueMetric, mk_metric
+from fastai.losses import CrossEntropyLossFlat
+from fastai.torch_core import TensorCategory
 from fastcore.foundation import L
 
 from ..core.device import fastest_convolutions, keep_freed_memory
 from ..core.distributed import rank_world
 from ..core.errors import UserError
+from ..data.loaders import classes_of, plain_images
 from ..fewshot.interpret import EpisodeInterpretation
+from ..losses import EpisodicLoss
 from .callbacks import Autocast, LightRecorder, Seeded, SmoothLoss, UndoAfterFit
 from .distributed import Distributed
 from .ema import EMA
 from .optim import sgd
 from .validation import FewShotAccuracy, KeepBest
 
-__all__ = ['FewShotLearner', 'few_shot_learner', 'image_config']
+__all__ = ['FewShotLearner', 'BaseClassLoss', 'few_shot_learner', 'image_config']
 
 
 class FewShotLearner(Learner):
@@ -29,6 +34,7 @@ class FewShotLearner(Learner):
     Its callbacks undo their changes whatever ends a fit, also Ctrl-C. `validate` returns the accuracy (%) on the validation classes.
     """
     first_epoch = 0
+    skips_validation = False # True in an epoch of a fit, whose validation is `FewShotAccuracy`'s
     def fit(self, *args, **kwargs):
         try:
             with fastest_convolutions(): super().fit(*args, **kwargs)
@@ -61,11 +67,75 @@ class FewShotLearner(Learner):
             yield self
             return
         with self.added_cbs(Distributed(sync_bn)): yield self
+    @property
+    def metrics(self): return self._metrics
+    @metrics.setter
+    def metrics(self, v): self._metrics = L(v).map(mk_metric).map(of_training)
+    @property
+    def has_classes(self):
+        "Whether the network has outputs for the base classes, as in stage one; in stage two its outputs are features"
+        return not isinstance(self.loss_func, EpisodicLoss)
+    def get_preds(self, ds_idx=1, dl=None, with_input=False, with_loss=False, **kwargs):
+        "As fastai's, but without `dl` each image of the data set once, in order and not augmented; in stage two the features of the images"
+        if dl is not None: return super().get_preds(ds_idx, dl, with_input=with_input, with_loss=with_loss, **kwargs)
+        own = self.dls[ds_idx]
+        packed = getattr(own, 'packed', None)
+        labelled = self.has_classes and (packed or ds_idx == 0) # labels that the loss can use
+        if not labelled or packed: dl = plain_images(own, own.bs, labels=labelled)
+        found = list(super().get_preds(ds_idx, dl, with_input=with_input, with_loss=with_loss, **kwargs))
+        if not labelled: found[1 + with_input] = TensorCategory(classes_of(own)[0])
+        return tuple(found)
+    def predict(self, item, **kwargs):
+        "As fastai's, among the base classes; UserError in stage two, whose network has no classes"
+        if not self.has_classes:
+            raise UserError('the network of stage two has no classes of its own: take FewShotClassifier(learn).fit(photos, labels)')
+        return super().predict(item, **kwargs)
+    def loss_not_reduced(self):
+        if self.has_classes: return super().loss_not_reduced()
+        raise UserError('the loss of an episode is not a sum over its images: take EpisodeInterpretation.from_learner(learn)')
+    def _do_epoch(self):
+        self.skips_validation = True
+        try: super()._do_epoch()
+        finally: self.skips_validation = False
     def _do_fit(self):
+        check_mixing(self)
         for epoch in range(self.first_epoch, self.n_epoch):
             self.epoch = epoch
             self._with_events(self._do_epoch, 'epoch', CancelEpochException)
 
+
+class TrainMetric(Metric):
+    "A metric of the training batches, under its name with `train_` before it: the network has no outputs for the validation classes"
+    def __init__(self, metric:Metric): self.metric = metric
+    def reset(self): self.metric.reset()
+    def accumulate(self, learn): self.metric.accumulate(learn)
+    @property
+    def value(self): return self.metric.value
+    @property
+    def name(self): return f'train_{self.metric.name}'
+
+def of_training(metric): return metric if isinstance(metric, ValueMetric | TrainMetric) else TrainMetric(metric)
+
+class BaseClassLoss(CrossEntropyLossFlat):
+    """Cross-entropy of the base classes; NaN for a batch with other classes, such as the validation classes, which have no outputs
+
+    UserError if the loss of each image of such a batch is asked for.
+    """
+    def __call__(self, pred, y, **kwargs):
+        if torch.is_grad_enabled() or (y < pred.shape[-1]).all(): return super().__call__(pred, y, **kwargs)
+        if self.reduction == 'none':
+            raise UserError('the network has no outputs for the validation classes, and so no loss: give ds_idx=0 for the base classes, or '
+                            'take EpisodeInterpretation.from_learner(learn)')
+        return pred.new_full((), torch.nan)
+
+def check_mixing(learn):
+    "Raise UserError if the images of a batch would be mixed where their single classes or angles are needed"
+    mixes = next((cb.name for cb in learn.cbs if isinstance(cb, MixHandler)), None)
+    if mixes is None: return
+    if hasattr(learn, 'rotation'):
+        raise UserError(f'{mixes} mixes images, of which Rotation predicts the angle: give rotation=False, or leave it out')
+    if not getattr(learn.loss_func, 'y_int', False):
+        raise UserError(f'{mixes} mixes the images of an episode, of which the loss needs the single classes: leave it out in stage two')
 
 def normalisation(dls):
     "The `Normalize` transform of the batches of `dls`, or None"

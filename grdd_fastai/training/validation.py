@@ -1,51 +1,84 @@
 """Few-shot accuracy on the validation classes, and the weights of the best epoch."""
+import torch
+import torch.nn.functional as F
 from fastai.callback.core import CancelValidException
 from fastai.callback.tracker import TrackerCallback
 from torch.nn.parallel import DistributedDataParallel
 
-from ..core.distributed import without_heads
+from ..core.distributed import all_sum, without_heads
+from ..core.errors import UserError
 from ..data.episodes import indices_by_class
+from ..data.loaders import classes_of, plain_images
 from ..fewshot.embed import embed
 from ..fewshot.evaluate import evaluate
+from ..fewshot.inductive import mean_cosine
 from .callbacks import ShowsMetrics, amp_dtype
 from .ema import measured_network
 
 __all__ = ['FewShotAccuracy', 'KeepBest']
 
 
+SCALE = 10. # of the cosines in the loss of validation episodes
+
+
 class FewShotAccuracy(ShowsMetrics):
     """Measure the accuracy (%) on seeded episodes of the validation classes after each epoch of a fit
 
-    A fit skips the validation loss, because the network has no outputs for the validation classes.
+    Also shows `valid_loss`: the cross-entropy of these episodes, with the softmax of ten times the mean cosine. The network has no outputs
+    for the validation classes, so that a loss like the one of the training cannot be had.
     """
     order = ShowsMetrics.order + 1
     def __init__(self, n_way:int=5, k_shot:int=1, n_query:int=15, n_episodes:int=1000, seed:int=0):
         self.episodes = dict(n_way=n_way, k_shot=k_shot, n_query=n_query, n_episodes=n_episodes, seed=seed)
-        self.last = float('nan') # the accuracy after the last epoch
-        self.fitting = False
-    def shown(self): return dict(accuracy=lambda: self.last)
+        self.last = self.last_loss = float('nan') # the accuracy and the loss after the last epoch
+    first = ('valid_loss',)
+    def shown(self): return dict(valid_loss=lambda: self.last_loss, accuracy=lambda: self.last)
     def before_fit(self):
         "Raise UserError now instead of after the first epoch if the episodes cannot be drawn"
         super().before_fit()
-        self.fitting = not hasattr(self.learn, 'gather_preds')
+        if hasattr(self.learn, 'gather_preds'): return # predictions need no episodes
         e = self.episodes
-        indices_by_class(self.dls.valid.labels(), e['n_way'], e['k_shot'], e['n_query'], 'the validation set')
+        indices_by_class(self.classes()[0], e['n_way'], e['k_shot'], e['n_query'], 'the validation set')
     @property
     def several(self): return isinstance(self.model, DistributedDataParallel)
+    def classes(self):
+        "Class codes (N) of the validation images, and the name of each code; UserError if the Learner has no validation images"
+        if not len(self.dls.valid.dataset):
+            raise UserError('this Learner has no validation images, as one that was loaded from a file: give it data by learn.dls = ...')
+        return classes_of(self.dls.valid)
     def embed(self):
-        "Features and class codes of the validation images, by the network with its present weights, or by their moving average"
+        "Features (N, D) of the validation images, by the network with its present weights or by their moving average, and class codes (N)"
+        y = torch.from_numpy(self.classes()[0])
         net = without_heads(measured_network(self.learn))
-        return embed(net, self.dls.valid.plain(), amp_dtype(self.learn), distributed=self.several)
+        return embed(net, plain_images(self.dls.valid), amp_dtype(self.learn), distributed=self.several)[0],y
     def measure(self):
-        "`Evaluation` on the episodes"
-        return evaluate(*self.embed(), **self.episodes, distributed=self.several)
+        "`Evaluation` on the episodes; `last_loss` is then their loss"
+        loss = EpisodesLoss(**{k:self.episodes[k] for k in ('n_way', 'n_query')})
+        found = evaluate(*self.embed(), **self.episodes, classifier=dict(cosine=loss), distributed=self.several)['cosine']
+        self.last_loss = loss.mean(self.several)
+        return found
     def after_train(self):
         if not hasattr(self.learn, 'lr_finder'): self.last = self.measure().accuracy
     def before_validate(self):
-        if self.fitting: raise CancelValidException()
-    def after_fit(self):
-        super().after_fit()
-        self.fitting = False
+        if self.learn.skips_validation: raise CancelValidException()
+
+
+class EpisodesLoss:
+    "The classifier 'cosine' of balanced episodes, which also adds up the cross-entropy of the queries that it classifies"
+    def __init__(self, n_way, n_query):
+        self.y = torch.arange(n_way).repeat_interleave(n_query)
+        self.total,self.n = torch.zeros(()),0
+    def __call__(self, support, support_y, query):
+        logits = mean_cosine(support, support_y, query)
+        y = self.y.to(logits.device).repeat(len(logits))
+        self.total = self.total.to(logits.device) + F.cross_entropy(SCALE*logits.flatten(0, 1), y, reduction='sum')
+        self.n += len(y)
+        return logits
+    def mean(self, several=False):
+        "The mean cross-entropy, of `several` processes that classified a part each"
+        both = torch.stack([self.total, torch.tensor(float(self.n)).to(self.total)])
+        total,n = (all_sum(both) if several else both).tolist()
+        return total/n
 
 
 class KeepBest(TrackerCallback):

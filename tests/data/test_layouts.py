@@ -76,6 +76,18 @@ def test_split_folders(tmp_path):
         for c in cs: write_images(tmp_path/dict(val='validation').get(s, s)/c, ['1.jpeg','2.BMP','3.webp'])
     assert classes(open_source(tmp_path)) == want
 
+def test_base_images_without_classes_lie_in_train(tmp_path):
+    "And the classes of the other splits stay where they are; images of these need classes"
+    for folder in ('train', 'val/a', 'val/b', 'test/c', 'test/d'): write_images(tmp_path/folder, ['1.png', '2.png'])
+    assert classes(open_source(tmp_path)) == dict(train=['train'], val=['a', 'b'], test=['c', 'd'])
+    write_images(tmp_path/'flat'/'train'/'x', ['1.png'])
+    for split in ('val', 'test'): write_images(tmp_path/'flat'/split, ['1.png'])
+    says(lambda: open_source(tmp_path/'flat'), 'the images of test lie in it directly', 'a folder for each class')
+
+def test_classes_that_are_called_like_splits_are_classes(tmp_path):
+    for name in ('train', 'val', 'test', 'bus', 'car'): write_images(tmp_path/name, ['1.png'])
+    assert sum(len(c) for c in classes(open_source(tmp_path)).values()) == 5
+
 def test_class_folders_are_split_by_class_with_a_seed(tmp_path):
     for i in range(25): write_images(tmp_path/f'c{i}', ['a.png'], px=4)
     a,b,again = (classes(open_source(tmp_path, seed)) for seed in (0, 1, 0))

@@ -50,7 +50,8 @@ def test_a_corrected_photo_becomes_an_example(visit, photos):
     i = place(photos, 'red-0.png')
     visit.correct(i, 'blue')
     assert visit.labels.count('blue') == 5 and len(visit.few.support) == 13
-    assert visit.table().loc[i, ['class', 'probability']].tolist() == ['blue', 1]
+    row = visit.table().loc[i]
+    assert row['class'] == 'blue' and np.isnan(row.probability) and row.runner_up != 'blue' and row.nearest == str(visit.photos[i])
     visit.correct(i, 'violet') # on second thoughts: of a class that was not there
     row = visit.table().loc[i]
     assert visit.labels.count('blue') == 4 and visit.labels.count('violet') == 1 and row['class'] == 'violet' and row.corrected
@@ -58,6 +59,15 @@ def test_a_corrected_photo_becomes_an_example(visit, photos):
     same = FewShotClassifier().fit(examples, [*visit.labels[:12], 'violet'])
     others = [f for k,f in enumerate(photos['new']) if k != i and f.name != 'broken.png']
     assert same.predict(others) == [r['class'] for r in visit.table().to_dict('records') if not r['problem'] and not r['corrected']]
+
+def test_a_correction_goes_with_its_example(visit, photos):
+    i = place(photos, 'red-0.png')
+    before = visit.table()
+    visit.correct(i, 'violet')
+    visit.change_example(len(visit.files) - 1, 'green') # on second thoughts, among the examples
+    assert visit.table().loc[i, 'class'] == 'green' and visit.corrected == {i:'green'}
+    visit.remove_example(len(visit.files) - 1)
+    assert visit.table().equals(before) and not visit.corrected and 'violet' not in visit.classes
 
 def test_examples_change_their_class_and_go(visit):
     before = visit.few.support.clone()
@@ -72,6 +82,7 @@ def test_examples_change_their_class_and_go(visit):
     with pytest.raises(UserError, match='fewer than two classes'): visit.table()
     visit.remove_class_of(0)
     assert visit.classes == [] and 'two classes or more' in visit.says()
+    assert sorted(f.name for f in visit.root.glob('photos/*/*')) == sorted(f.name for f in visit.photos) # removed photos are deleted
 
 def test_mistakes_change_nothing(visit, photos, tmp_path):
     before = visit.says(),visit.labels,visit.files,visit.table().to_csv()
@@ -88,10 +99,12 @@ def test_mistakes_change_nothing(visit, photos, tmp_path):
 
 def test_names_are_no_paths_and_no_photo_replaces_another(few, photos, tmp_path):
     visit = Visit(few)
-    for name in ('../../x', '.', '<b>', 'a/b', 'ä ü'): visit.add(name, photos['red'])
+    for name in ('../../x', '.', '<b>', 'a/b', 'ä ü', '0.jpg', 'pictures', 'new'): visit.add(name, photos['red'])
+    for f in visit.pictures(visit.files): assert f.parent == visit.root/'pictures'
     visit.add('a_b', photos['green']) # its folder has the name of that of a/b
     inside = [f for f in visit.files if f.startswith(visit.folder.name)]
-    assert visit.classes == sorted(['../../x', '.', '<b>', 'a/b', 'ä ü', 'a_b']) and len(set(inside)) == len(visit.files) == 24
+    assert visit.classes == sorted(['../../x', '.', '<b>', 'a/b', 'ä ü', '0.jpg', 'pictures', 'new', 'a_b'])
+    assert len(set(inside)) == len(visit.files) == 36
     assert [f.read_bytes() for f in map(Path, visit.files[-4:])] == [f.read_bytes() for f in photos['green']]
     folder = visit.folder.name
     assert folder not in visit.says()
@@ -99,7 +112,9 @@ def test_names_are_no_paths_and_no_photo_replaces_another(few, photos, tmp_path)
     gc.collect()
     assert not Path(folder).exists()
 
-def test_a_visit_begins_with_the_classes_of_a_loaded_classifier(photos, tmp_path):
+def test_a_visit_begins_with_the_classes_of_a_loaded_classifier(photos, tmp_path, monkeypatch):
+    "Whose names of photos may be those of other files on this machine"
+    monkeypatch.chdir(tmp_path)
     few = FewShotClassifier().fit([*photos['red'], *photos['blue']], [1]*4 + [2]*4)
     loaded = FewShotClassifier.load(few.save(tmp_path/'mine'))
     visit = Visit(loaded)
@@ -107,15 +122,17 @@ def test_a_visit_begins_with_the_classes_of_a_loaded_classifier(photos, tmp_path
     assert visit.classes == [1, 2] and visit.labels.count(2) == 5 and loaded.support.shape[0] == 8
     assert len({visit.pictures([f])[0].read_bytes() for f in visit.files[:8]}) == 1 # the photos are elsewhere: grey squares
     with pytest.raises(UserError, match='text'): visit.add('three', photos['green'])
+    assert Path(visit.files[0]).exists() # from here
 
 def test_unknown_photos_wait_for_enough_examples(photos):
-    visit = Visit(FewShotClassifier(unknown=.1))
+    visit = Visit(FewShotClassifier(unknown=.15))
+    says(lambda: visit.add('unknown', photos['red']), 'give the class another name')
     visit.add('red', photos['red'])
-    visit.add('green', photos['green'])
+    visit.add('green', photos['green'][:1])
     visit.classify(photos['blue'])
-    says(visit.table, 'unknown=0.1 needs 9 photos')
-    visit.add('blue', photos['blue'][:3])
-    assert 'unknown' in set(visit.table()['class']) | {'unknown'} and len(visit.table()) == 4
+    says(visit.table, 'unknown=0.15 needs 6 photos')
+    visit.add('green', photos['green'][1:])
+    assert visit.table()['class'].tolist() == ['unknown']*4 # blue photos are far from red and green ones
 
 def test_what_is_downloaded(visit, photos, tmp_path):
     i = place(photos, 'red-0.png')
@@ -129,7 +146,8 @@ def test_what_is_downloaded(visit, photos, tmp_path):
     assert table['class'][i] == 'violet' and np.flatnonzero(table.corrected).tolist() == [i]
     visit.photos = []
     assert [f.name for f in visit.download()] == ['classifier.zip']
-    assert not table.nearest.dropna().str.contains('few-shot-').any() and page.read_text().count('<figure') == 9
+    assert page.read_text().count('<figure') == 9
+    assert all(visit.folder.name not in (archive.parent/name).read_text() for name in ('photos.csv', 'photos.html'))
 
 def test_captions():
     row = dict(problem='', corrected=False, probability=.873)
@@ -144,6 +162,7 @@ def test_an_address_that_cannot_be_used(few):
     app = launch(few, port=free_port(), wait=False)
     try: says(lambda: launch(few, port=int(app.server_port), wait=False), f'port {app.server_port}', '--port')
     finally: app.close()
+    says(lambda: launch(few, port=99_999, wait=False), 'port 99999', '--port')
 
 def free_port():
     with socket.socket() as s:
@@ -185,13 +204,19 @@ def test_the_page_in_a_browser(page, photos, tmp_path):
     expect(thumbs).to_have_count(22, timeout=30_000)
     expect(page.get_by_text('broken.png cannot be read as an image')).to_be_visible()
     expect(page.get_by_text('not read')).to_be_visible()
+    right = page.get_by_role('radio', name='red').nth(1)
+    right.click() # before a photo
+    expect(page.get_by_text('no photo is selected')).to_be_visible()
+    expect(right).not_to_be_checked()
     thumbs.nth(12 + place(photos, 'blue-1.png')).click()
-    page.get_by_role('radio', name='red').nth(1).check()
+    page.wait_for_timeout(500) # the selection reaches the server
+    right.click()
     expect(page.get_by_text('✓ red')).to_be_visible(timeout=30_000)
     expect(thumbs).to_have_count(23)
     page.get_by_role('button', name='Remove its class').click() # nothing is selected
-    expect(page.get_by_text('no photo is selected')).to_be_visible()
+    expect(page.get_by_text('no photo is selected').last).to_be_visible()
     thumbs.nth(0).click()
+    page.wait_for_timeout(500)
     page.get_by_role('button', name='Remove the selected example').click()
     expect(thumbs).to_have_count(22, timeout=30_000)
     page.get_by_role('button', name='Make the files').click()

@@ -74,7 +74,7 @@ def test_the_recipe(folders, capsys, monkeypatch):
     again = pd.read_csv(folders/'b.csv')
     assert again['class'].equals(table['class']) and (again.probability - table.probability).abs().max() < 1e-5
     for wrong,word in ((dict(), 'give --support'), (dict(support='a', load='b'), 'support and load are both given'),
-                       (dict(load=str(folders/'mine'), classifier='lda'), 'classifier belongs to support')):
+                       (dict(load=str(folders/'mine'), classifier='lda'), 'classifier cannot be given with load')):
         with pytest.raises(UserError, match=word): recipe('classify')(str(folders/'new'), **wrong)
 
 def test_the_figure_shows_photos_above_their_nearest(folders):

@@ -1,0 +1,209 @@
+"""At home in fastai: what a stock Learner does with fastai's callbacks and methods, ours do too, or say in one sentence why they cannot."""
+from functools import partial
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.hook import ActivationStats, summary  # noqa: F401  (gives Learners summary)
+from fastai.callback.mixup import CutMix, MixUp
+from fastai.callback.progress import CSVLogger, ShowGraphCallback
+from fastai.callback.schedule import *
+from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
+from fastai.callback.training import GradientAccumulation, GradientClip, ShortEpochCallback
+from fastai.data.block import CategoryBlock, DataBlock
+from fastai.data.transforms import ColReader, ColSplitter, Normalize
+from fastai.interpret import ClassificationInterpretation, Interpretation
+from fastai.learner import Learner, load_learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.metrics import accuracy
+from fastai.vision.augment import Resize
+from fastai.vision.core import PILImage
+from fastai.vision.data import ImageBlock
+from helpers import VALID, fit, net, same_state, says, stage_one_learner, stage_two_learner
+from naive import naive_embed
+from PIL import Image
+
+from grdd_fastai.all import EpisodeInterpretation, EpisodicDL, create_backbone, few_shot_data, global_learner, meta_learner
+from grdd_fastai.data.blocks import plain_dl
+from grdd_fastai.data.episodes import sample_episodes
+from grdd_fastai.fewshot.embed import embed
+
+STAGES = dict(one=stage_one_learner, two=partial(stage_two_learner, teacher=net(0)))
+
+
+@pytest.fixture(scope='module')
+def table(csv_set):
+    "One DataFrame of the whole data set, with absolute files"
+    frames = [pd.read_csv(csv_set/f'{s}.csv').assign(split=s) for s in ('train', 'val', 'test')]
+    df = pd.concat(frames, ignore_index=True)
+    return df.assign(filename=[str(csv_set/'images'/f) for f in df.filename])
+
+def block(**kwargs):
+    return DataBlock(blocks=(ImageBlock, CategoryBlock), get_x=ColReader('filename'), get_y=ColReader('label'),
+                     splitter=ColSplitter('is_valid'), item_tfms=Resize(16), batch_tfms=Normalize.from_stats((.5,)*3, (.3,)*3), **kwargs)
+
+@pytest.fixture(scope='module')
+def plain(table):
+    "DataLoaders as a fastai user makes them, whose validation classes are not among the training classes"
+    df = table[table.split != 'test']
+    return block().dataloaders(df.assign(is_valid=df.split == 'val'), bs=30, num_workers=0)
+
+@pytest.fixture(scope='module')
+def stock(table):
+    "A fastai Learner on the base classes, for comparison"
+    df = table[table.split == 'train'].reset_index(drop=True)
+    dls = block().dataloaders(df.assign(is_valid=df.index % 4 == 0), bs=30, num_workers=0)
+    return lambda **kwargs: Learner(dls, create_backbone('convnet4', dls.c, 16), **kwargs)
+
+@pytest.fixture(params=STAGES)
+def make(request, data): return partial(STAGES[request.param], data)
+
+CALLBACKS = dict(save=SaveModelCallback, early=EarlyStoppingCallback, plateau=ReduceLROnPlateau, csv=CSVLogger, graph=ShowGraphCallback,
+                 accumulation=partial(GradientAccumulation, 120), clip=GradientClip, short=partial(ShortEpochCallback, .5),
+                 stats=ActivationStats, fp16=MixedPrecision)
+
+@pytest.mark.parametrize('callback', CALLBACKS)
+def test_fastais_callbacks_with_their_defaults(callback, make, stock, tmp_path, capsys):
+    for learn in (stock(path=tmp_path), make(path=tmp_path)):
+        with learn.no_logging(): learn.fit(2, .01, cbs=CALLBACKS[callback]())
+        assert learn.epoch == 1
+
+def test_columns_are_those_of_fastai_and_the_stages_own(data):
+    learn = fit(stage_one_learner(data, metrics=accuracy))
+    assert list(learn.recorder.metric_names) == ['epoch', 'train_loss', 'valid_loss', 'train_accuracy', 'L_c', 'L_r', 'accuracy', 'time']
+    assert len(learn.recorder.values[0]) == 6 and learn.metrics.attrgot('name') == ['train_accuracy']
+    ax = learn.recorder.plot_loss(skip_start=0)
+    assert ax.lines[1].get_ydata()[0] == learn.recorder.values[0][1]
+    plt.close('all')
+
+def test_valid_loss_is_the_cross_entropy_of_the_episodes(make, data):
+    learn = fit(make())
+    shown = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))
+    learn.validate()
+    h,y = embed(getattr(learn.model, 'backbone', learn.model), plain_dl(data, 'val'))
+    e = learn.few_shot_accuracy.episodes
+    total = []
+    for support,query in sample_episodes(y, **e):
+        for s,q in zip(support, query):
+            means = torch.stack([F.normalize(h[torch.from_numpy(rows)], dim=1).mean(0) for rows in s])
+            cosines = F.normalize(h[torch.from_numpy(q.ravel())], dim=1) @ means.T
+            total.append(F.cross_entropy(10*cosines, torch.arange(e['n_way']).repeat_interleave(e['n_query'])).item())
+    assert learn.few_shot_accuracy.last_loss == pytest.approx(np.mean(total), abs=1e-4)
+    assert shown['valid_loss'] == pytest.approx(np.mean(total), abs=.05)
+
+METHODS = dict(summary=lambda learn, photo: learn.summary(), tta=lambda learn, photo: learn.tta(),
+               get_preds=lambda learn, photo: learn.get_preds(), show=lambda learn, photo: learn.show_results(),
+               test_dl=lambda learn, photo: learn.get_preds(dl=learn.dls.test_dl([photo, photo])),
+               lr_find=lambda learn, photo: learn.lr_find(num_it=15, show_plot=False),
+               one_cycle=lambda learn, photo: learn.fit_one_cycle(1, .01),
+               flat_cos=lambda learn, photo: learn.fit_flat_cos(1, .01), graph=lambda learn, photo: learn.dls.show_batch(max_n=2))
+
+@pytest.mark.parametrize('method', METHODS)
+def test_methods_of_a_learner_before_any_fit(method, make, stock, csv_set):
+    for learn in (stock(), make()):
+        with learn.no_bar(), learn.no_logging(): METHODS[method](learn, csv_set/'images'/'val0'/'00.png')
+    plt.close('all')
+
+def test_predictions_come_in_order_and_once(data):
+    learn = stage_one_learner(data, rotation=False)
+    for idx,split in enumerate((data.train, data.val)):
+        with learn.no_bar(): p,y = learn.get_preds(ds_idx=idx)
+        codes = np.array([learn.dls.vocab.o2i[split.vocab[c]] for c in split.y])
+        want = naive_embed(learn.model, torch.from_numpy(np.array(split.images)).movedim(-1, 1), data.stats).softmax(1)
+        assert np.array_equal(y, codes) and torch.allclose(p, want, atol=1e-4)
+    two = stage_two_learner(data)
+    with two.no_bar(): h,y = two.get_preds()
+    assert torch.allclose(h, embed(two.model, plain_dl(data, 'val'))[0].cpu(), atol=1e-4) and len(set(y.tolist())) == len(data.val.vocab)
+
+def test_a_photo_in_any_form_has_one_prediction(data, csv_set):
+    learn,file = stage_one_learner(data),csv_set/'images'/'train3'/'05.png'
+    array = np.asarray(Image.open(file))
+    forms = (file, str(file), Image.open(file), PILImage.create(file), array, torch.from_numpy(array.copy()).movedim(-1, 0))
+    with learn.no_bar(): found = [learn.predict(o) for o in forms]
+    row = data.train.df.filename.tolist().index('train3/05.png')
+    with learn.no_bar(): want = learn.get_preds(ds_idx=0)[0][row]
+    assert all(torch.allclose(p, want, atol=1e-5) and name == data.train.vocab[int(i)] and i == want.argmax() for name,i,p in found)
+    for wrong in (csv_set/'gone.png', csv_set/'train.csv', 7):
+        says(lambda wrong=wrong: learn.predict(wrong), 'cannot be read as an image', 'give a file')
+
+def test_what_cannot_be_is_a_sentence(data, tmp_path):
+    one,two = stage_one_learner(data),stage_two_learner(data)
+    def quietly(learn, f):
+        with learn.no_bar(), learn.no_logging(): return f(learn)
+    for learn,f,*words in (
+        (one, lambda learn: learn.fit(1, cbs=MixUp()), 'Rotation', 'rotation=False'),
+        (two, lambda learn: learn.fit(1, cbs=CutMix()), 'leave it out'),
+        (one, Interpretation.from_learner, 'no outputs for the validation classes', 'EpisodeInterpretation'),
+        (one, ClassificationInterpretation.from_learner, 'EpisodeInterpretation'),
+        (two, Interpretation.from_learner, 'EpisodeInterpretation'),
+        (two, lambda learn: learn.predict('a.png'), 'FewShotClassifier(learn)')):
+        says(lambda: quietly(learn, f), *words)  # noqa: B023
+    says(lambda: stage_two_learner(data, loss_func=CrossEntropyLossFlat()), 'sum of terms', 'cbs=')
+    says(lambda: stage_one_learner(data, loss_func=CrossEntropyLossFlat(), smoothing=.1), 'smoothing')
+    one.export(tmp_path/'one.pkl')
+    says(lambda: load_learner(tmp_path/'one.pkl').validate(), 'no validation images', 'learn.dls')
+
+def test_what_mixes_images_works_without_rotation(data):
+    for mix in (MixUp, CutMix): assert np.isfinite(fit(stage_one_learner(data, rotation=False, cbs=mix())).recorder.losses[-1])
+
+def test_base_classes_can_be_interpreted(data):
+    learn = fit(stage_one_learner(data, rotation=False))
+    with learn.no_bar(): found = ClassificationInterpretation.from_learner(learn, ds_idx=0)
+    assert found.confusion_matrix().sum() == len(data.train) and len(found.top_losses(3)[0]) == 3
+
+def test_a_loss_of_ones_own(data):
+    weighted = CrossEntropyLossFlat(weight=torch.tensor([1., 0, 0, 0, 0, 0]))
+    a,b = (fit(stage_one_learner(data, rotation=False, loss_func=loss)) for loss in (weighted, None))
+    assert not same_state(a.model.state_dict(), b.model.state_dict())
+    same = fit(stage_one_learner(data, rotation=False, loss_func=CrossEntropyLossFlat()))
+    assert same_state(same.model.state_dict(), b.model.state_dict())
+
+def test_an_exported_learner_predicts(data, csv_set, tmp_path):
+    learn,file = fit(stage_one_learner(data)),csv_set/'images'/'train1'/'00.png'
+    learn.export(tmp_path/'one.pkl')
+    again = load_learner(tmp_path/'one.pkl')
+    with learn.no_bar(), again.no_bar(): assert torch.allclose(learn.predict(file)[2], again.predict(file)[2], atol=1e-6)
+
+# ---- data as fastai users have it -------------------------------------------------------------------------------------
+
+def test_plain_dataloaders_train_stage_one(plain, data):
+    learn = fit(global_learner(plain, 'convnet4', valid=VALID, amp=False))
+    assert learn.dls.c == len(data.train.vocab) and np.isfinite(learn.recorder.losses[-1])
+    found = EpisodeInterpretation.from_learner(learn, n_episodes=200)
+    assert sorted(found.vocab) == data.val.vocab and found.accuracy.mean() > 25 and found.image(0).shape == (16, 16, 3)
+    with learn.no_bar(): p,y = learn.get_preds()
+    assert len(p) == len(data.val) and y.min() == len(data.train.vocab) # after the codes of the base classes
+
+def test_episodes_of_a_datablock_on_a_dataframe(table, data):
+    df = table[table.split != 'test']
+    dl_type = partial(EpisodicDL, n_way=3, k_shot=2, n_query=4, n_episodes=3)
+    dls = block(dl_type=dl_type).dataloaders(df.assign(is_valid=df.split == 'val'), num_workers=0)
+    x,y = dls.one_batch()
+    assert x.shape == (18, 3, 16, 16) and (y.view(3, 6) == y.view(3, 6)[:, :1]).all() and len(set(y.tolist())) == 3
+    learn = fit(meta_learner(dls, net(1), net(0), valid=VALID, amp=False))
+    assert learn.recorder.values[-1][-1] == learn.validate()[0] > 20
+
+def test_dataframes_are_packed_as_the_same_csvs(table, data, cache, csv_set):
+    whole = few_shot_data(table, 16, cache)
+    apart = few_shot_data({s:table[table.split == s] for s in ('train', 'val', 'test')}, 16, cache)
+    for s in ('train', 'val', 'test'):
+        assert np.array_equal(getattr(whole, s).images, getattr(data, s).images) and np.array_equal(getattr(whole, s).y, getattr(data, s).y)
+    assert whole.fingerprint == apart.fingerprint and whole.stats == data.stats
+    named = few_shot_data(table.assign(split=table.split.replace('val', 'Validation')), 16, cache)
+    assert named.fingerprint == whole.fingerprint
+
+def test_dataframes_that_cannot_be_used(table, cache, tmp_path):
+    def load(df): return lambda: few_shot_data(df, 16, cache)
+    says(load(table.drop(columns='split')), "lacks the column 'split'", 'dict of DataFrames')
+    says(load(table.assign(split='all')), "the split 'all'", 'train, val or test')
+    says(load(table.assign(filename=table.filename + 'x')), 'is not there', 'column filename')
+    says(load(table.assign(label=None)), 'empty cells')
+    says(load(dict(train='a.csv')), 'a str', 'DataFrame')
+    says(load(table.assign(split=['train', 'val', 'test']*(len(table)//3))), 'disjoint')
+    says(load(pd.concat([table, table[:1]])), 'listed twice')
+    assert Path(table.filename[0]).is_file()
