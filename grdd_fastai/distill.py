@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from .core.device import ieee_float32
-from .core.distributed import log, processes
+from .core.distributed import log, processes, rank_world
 from .core.errors import UserError
+from .core.storage import output_folder, read_json, user_path, write_json
 from .data.blocks import plain_dl
 from .data.episodes import check_episode
 from .fewshot.embed import cached_features, embed
@@ -21,6 +22,7 @@ from .models.pretrained import load_network, save_network
 from .photos.trust import AUTO
 from .runs.checkpoint import Stopped
 from .runs.options import ComputeOptions, DataOptions
+from .runs.provenance import public_word
 from .runs.run import Run, default_out
 from .settings import at_least, between, checked, from_flags, positive, with_flags
 from .stage_one import StageOne, stage_one
@@ -45,6 +47,7 @@ def distill(
     baseline_epochs:Annotated[int, 'also train the student on labels alone for so many epochs, and compare', at_least(1)]=None,
     files=None, # the given `DataOptions`
     out:str=None, # folder for the network, the history and the result (runs/distill; demo: runs/distill-demo)
+    results:str=None, # folder in which a record of the result is written as well, which recipes/report.py reads (none)
     preset:Preset='patient',
     two=None, # the given settings of `StageTwo`
     test_episodes:Annotated[int, 'episodes of the held-out classes', between(1, 10**8)]=10_000,
@@ -77,7 +80,9 @@ def distill(
     plan = ['student_grdd', *(['student_cl'] if alone else []), 'evaluation']
     episode = dict(n_way=way, k_shot=1, n_query=15)
     with Run(default_out('distill', demo) if out is None else out, settings, resume, max_minutes, plan, overwrite=overwrite) as run:
-        if run.result: return run.print(run.result)
+        if run.result:
+            if results: write_record(results, run, run.result)
+            return run.print(run.result)
         try:
             files.warn_of_demo(demo)
             large = load_network(teacher)
@@ -95,8 +100,10 @@ def distill(
             log(f"FewShotClassifier({str(run.out/'network')!r}) classifies photos with it")
             costs = {k:cost(net, data.px) for k,net in dict(teacher=large, student=small).items()}
             for k,v in costs.items(): log(f'{k}: ' + ', '.join(f'{n:,} {name.replace("_", " ")}' for name,n in v.items()))
-            return run.finish(dataset=data.name, teacher=teacher, student=student, classifier=CLASSIFIER, val_accuracy=round(val, 3),
-                              **scores, costs=costs, seed=two.seed)
+            result = run.finish(dataset=data.name, teacher=teacher, student=student, classifier=CLASSIFIER, val_accuracy=round(val, 3),
+                                **scores, costs=costs, seed=two.seed)
+            if results: write_record(results, run, result)
+            return result
         except Stopped as stop: return run.stopped(stop)
 
 
@@ -107,6 +114,17 @@ def without_classes(data, n_groups, seed):
     train.vocab = [f'group {i}' for i in range(n_groups)]
     data.train = train
     return data
+
+def write_record(folder, run, result):
+    "Write the result of a finished run, with its settings and where it comes from, as a JSON file in a folder"
+    if rank_world()[0] != 0: return
+    began,about = read_json(run.out/'settings.json'),read_json(run.out/'data.json')
+    settings = began['settings'] | dict(data=public_word(str(began['settings']['data'])))
+    unlabeled = '-unlabeled' if settings['unlabeled'] else ''
+    name = f'distill-{result["student"]}-{result["dataset"]}{unlabeled}-s{result["seed"]}.json'
+    record = result | dict(experiment='distill', settings=settings, data=dict(name=about['name'], fingerprint=about['fingerprint']),
+                           **{k:began[k] for k in ('command', 'commit', 'device', 'torch_threads', 'versions')})
+    with output_folder(user_path(folder), '--results') as folder: write_json(folder/name.replace('_', '-'), record)
 
 def accuracies(nets, data, way, n_episodes, run):
     "Accuracy of each network on the novel classes for one shot and five, and the paired differences of the student from the others"

@@ -11,6 +11,7 @@ from helpers import recipe, same_state, says
 from grdd_fastai.data.blocks import plain_dl
 from grdd_fastai.data.cache import few_shot_data
 from grdd_fastai.distill import without_classes
+from grdd_fastai.experiments.report import accuracy_text, distill_table
 from grdd_fastai.fewshot.embed import embed
 from grdd_fastai.fewshot.evaluate import evaluate
 from grdd_fastai.models.create import create_backbone, seeing
@@ -42,8 +43,13 @@ def test_the_small_network_and_its_comparison(csv_set, cache, tmp_path, teacher)
                 difference = r[f'student_minus_{k}'][f'{shot}-shot']['difference']
                 assert difference == pytest.approx(scores['student'].accuracy - e.accuracy, abs=1e-2)
     assert r['costs']['teacher']['px'] == 48 and r['costs']['student']['million_parameters'] == pytest.approx(.113088, abs=1e-3)
-    again = recipe('distill')(teacher=str(teacher), baseline_epochs=1, resume=True, **common)
-    assert again == r
+    again = recipe('distill')(teacher=str(teacher), baseline_epochs=1, resume=True, results=str(tmp_path/'results'), **common)
+    record, = (tmp_path/'results').iterdir()
+    kept = json.loads(record.read_text())
+    assert again == r and kept.items() >= r.items() and str(tmp_path) not in record.read_text()
+    assert record.name == f'distill-convnet4-{data.name}-s0.json' and kept['data']['fingerprint'] == data.fingerprint
+    row = distill_table(tmp_path/'results').splitlines()[-1]
+    assert all(accuracy_text(r[f'accuracy_{k}'][shot]) in row for k in nets for shot in ('1-shot', '5-shot')) and record.name in row
 
 def test_the_network_classifies_photos(csv_set, cache, tmp_path, teacher):
     recipe('distill')(teacher=str(teacher), data=str(csv_set), cache=str(cache), out=str(tmp_path/'a'), **SHORT)
@@ -78,4 +84,6 @@ def test_what_cannot_be_is_a_sentence(csv_set, cache, tmp_path):
     says(lambda: run(teacher='nothing_like_it'), 'unknown backbone')
     says(lambda: run(teacher='convnet4.grdd_cifarfs', student='nothing_like_it'), 'unknown backbone')
     says(lambda: run(teacher='convnet4.grdd_cifarfs', way=99), '99')
+    says(lambda: run(teacher='convnet4.grdd_cifarfs', unlabeled=True, gamma=.5), '--gamma', '--unlabeled')
+    says(lambda: run(teacher='convnet4.grdd_cifarfs', unlabeled=True, baseline_epochs=2), '--baseline-epochs', '--unlabeled')
     assert not (tmp_path/'a'/'settings.json').exists()

@@ -66,7 +66,7 @@ def checkout(tmp_path):
             (tmp_path/'results'/r['experiment']).mkdir(parents=True, exist_ok=True)
             (tmp_path/'results'/r['experiment']/r['file']).write_text(json.dumps(r))
         (tmp_path/'docs').mkdir()
-        for page in ('method.md', 'photos.md'): shutil.copy(ROOT/'docs'/page, tmp_path/'docs')
+        for page in ('method.md', 'photos.md', 'recipes.md'): shutil.copy(ROOT/'docs'/page, tmp_path/'docs')
         shutil.copy(ROOT/'README.md', tmp_path)
         recipe('report')(root=str(tmp_path))
         return (tmp_path/'RESULTS.md').read_text()
@@ -194,7 +194,7 @@ def test_what_is_committed_is_what_the_records_say(tmp_path):
         shutil.copytree(ROOT/f, tmp_path/f, ignore=shutil.ignore_patterns('*.safetensors'))
     shutil.copy(ROOT/'README.md', tmp_path)
     recipe('report')(root=str(tmp_path))
-    for f in ('RESULTS.md','README.md','docs/method.md','docs/photos.md','benchmarks/README.md'):
+    for f in ('RESULTS.md','README.md','docs/method.md','docs/photos.md','docs/recipes.md','benchmarks/README.md'):
         assert (tmp_path/f).read_text() == (ROOT/f).read_text(), f'{f} is out of date: python recipes/report.py'
 
 # Flags that were called otherwise at the commit of some records

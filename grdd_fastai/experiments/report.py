@@ -67,6 +67,8 @@ def markdown_table(head, rows):
     def line(cells): return '| ' + ' | '.join(cells) + ' |'
     return '\n'.join([line(head), '|' + '---|'*len(head), *map(line, rows)])
 
+def difference_text(d): return f"{d['difference']:+.2f} ± {d['ci95']:.2f}"
+
 def accuracy_text(score): return f"{score['accuracy']:.2f} ± {score['ci95']:.2f}"
 
 def distinct(values):
@@ -108,8 +110,7 @@ def compared(seeds, shot):
     for other in dict.fromkeys(other for r in seeds for other in r['versus']):
         differences = [r['versus'][other][shot] for r in seeds if shot in r['versus'].get(other, {})]
         if len(differences) == 1:
-            d = differences[0]
-            cells.append(f"{other} {d['difference']:+.2f} ± {d['ci95']:.2f}")
+            cells.append(f'{other} {difference_text(differences[0])}')
         if len(differences) < 2: continue
         text = over_seeds([d['difference'] for d in differences], '+')
         holds = {d['clear'] for d in differences} in ({1}, {-1})
@@ -365,6 +366,22 @@ def trust_table(folder):
     return markdown_table(['data', 'classifier', 'classes x photos', 'accuracy', 'expected', *(f'`{k}`' for k in names)], rows)
 
 
+def distill_table(folder):
+    "Table of the records of recipes/distill.py: a small network beside its teacher and beside the same network on labels alone"
+    rows = []
+    for path in sorted(folder.glob('distill-*.json')):
+        r = json.loads(path.read_text())
+        def both(key, show): return ' / '.join(show(r[key][k]) for k in SHOTS) if key in r else ''  # noqa: B023
+        costs,two = r['costs'],r['settings']['stage_two']
+        faster = costs['student']['images_per_second']/costs['teacher']['images_per_second']
+        million = [f"{costs[k]['million_parameters']:.2f}" for k in ('student', 'teacher')]
+        name = f"[`{r['student']}`](../results/{path.name}), {two['epochs']} epochs"
+        rows.append([name, 'no' if r['settings'].get('unlabeled') else 'yes', *(both(f'accuracy_{k}', accuracy_text) for k in ('student', 'labels')),
+                     both('student_minus_labels', difference_text), both('accuracy_teacher', accuracy_text), f'{million[0]} of {million[1]} million', f'{faster:.1f}'])
+    return markdown_table(['student', 'labels', 'distilled, 1-shot / 5-shot', 'on labels alone', 'difference', 'teacher', 'parameters',
+                           'times as fast'], rows)
+
+
 # ---- the files --------------------------------------------------------------------------------------------------------
 
 def results(root, found):
@@ -399,6 +416,8 @@ def write_report(root='.'):
     readme.write_text(replace_measured(readme.read_text(), published_table(root, found, 'ConvNet-4')))
     doc = root/'docs'/'photos.md'
     doc.write_text(replace_measured(doc.read_text(), trust_table(root/'results')))
+    doc = root/'docs'/'recipes.md'
+    doc.write_text(replace_measured(doc.read_text(), distill_table(root/'results')))
     doc = root/'docs'/'method.md'
     rows = found['readings'].get('val')
     if not rows: return

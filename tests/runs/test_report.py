@@ -53,7 +53,8 @@ def test_histories_are_drawn_as_they_are(finished_run):
     rows = list(csv.DictReader(file.open()))
     left,right = plot_history(file).axes
     lines = {line.get_label():line.get_ydata() for line in left.lines}
-    assert lines.keys() == {'train_loss', 'valid_loss', 'L_c', 'L_r'} and all(np.allclose(lines[k], [float(r[k]) for r in rows]) for k in lines)
+    assert lines.keys() == {'train_loss', 'valid_loss', 'L_c', 'L_r'}
+    assert all(np.allclose(lines[k], [float(r[k]) for r in rows]) for k in lines)
     assert np.allclose(right.lines[0].get_ydata(), [float(r['accuracy']) for r in rows])
     assert list(right.lines[0].get_xdata()) == [int(r['epoch']) + 1 for r in rows]
 
