@@ -376,8 +376,9 @@ def distill_table(folder):
         faster = costs['student']['images_per_second']/costs['teacher']['images_per_second']
         million = [f"{costs[k]['million_parameters']:.2f}" for k in ('student', 'teacher')]
         name = f"[`{r['student']}`](../results/{path.name}), {two['epochs']} epochs"
-        rows.append([name, 'no' if r['settings'].get('unlabeled') else 'yes', *(both(f'accuracy_{k}', accuracy_text) for k in ('student', 'labels')),
-                     both('student_minus_labels', difference_text), both('accuracy_teacher', accuracy_text), f'{million[0]} of {million[1]} million', f'{faster:.1f}'])
+        rows.append([name, 'no' if r['settings'].get('unlabeled') else 'yes', both('accuracy_student', accuracy_text),
+                     both('accuracy_labels', accuracy_text), both('student_minus_labels', difference_text),
+                     both('accuracy_teacher', accuracy_text), f'{million[0]} of {million[1]} million', f'{faster:.1f}'])
     return markdown_table(['student', 'labels', 'distilled, 1-shot / 5-shot', 'on labels alone', 'difference', 'teacher', 'parameters',
                            'times as fast'], rows)
 
