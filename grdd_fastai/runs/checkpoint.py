@@ -107,6 +107,12 @@ def with_prefix(tensors, prefix):
     "The tensors whose names begin with `prefix`, by the rest of their names"
     return {k.removeprefix(prefix):v for k,v in tensors.items() if k.startswith(prefix)}
 
+def with_valid_loss(row, names):
+    "A row of a history; NaN takes the place of the `valid_loss` that older checkpoints do not have"
+    if len(row) != len(names) - 1 or 'valid_loss' not in names: return row
+    i = names.index('valid_loss')
+    return [*row[:i], math.nan, *row[i:]]
+
 def load_learner_state(learn, tensors, meta, where='the checkpoint'):
     """Restore the state of `learner_state` inside a fit that has begun; `where` names the file in errors
 
@@ -131,7 +137,8 @@ def load_learner_state(learn, tensors, meta, where='the checkpoint'):
     groups = [{**g, 'params':now['params']} for g,now in zip(meta['groups'], opt.state_dict()['param_groups'])]
     opt.load_state_dict(dict(state=state, param_groups=groups))
     if meta.get('scaler'): learn.scaler.load_state_dict(meta['scaler'])
-    learn.recorder.values = [L(row) for row in meta['values']]
+    names = list(learn.recorder.metric_names[1:-1]) # without epoch and time
+    learn.recorder.values = [L(with_valid_loss(row, names)) for row in meta['values']]
     mean,count = meta['smooth_loss']
     learn.recorder.smooth_loss.val = torch.tensor(mean)
     learn.recorder.smooth_loss.count = count

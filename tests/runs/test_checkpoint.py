@@ -37,6 +37,12 @@ def test_stopping_after_every_single_step_changes_nothing(csv_set, cache, tmp_pa
     again = recipe('cifarfs_5w1s')(out=str(out), resume=True, **settings(csv_set, cache))
     assert again == r == json.loads((out/'result.json').read_text())
 
+def test_a_history_from_before_there_was_a_valid_loss():
+    names = ['train_loss', 'valid_loss', 'L_c', 'accuracy']
+    row = checkpoint.with_valid_loss([1., 2., 50.], names)
+    assert row[0] == 1 and row[2:] == [2, 50] and row[1] != row[1] # NaN
+    assert checkpoint.with_valid_loss([1., 3., 2., 50.], names) == [1, 3, 2, 50] and checkpoint.with_valid_loss([1., 2.], names) == [1, 2]
+
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != 'posix', reason='SIGKILL is POSIX')
 def test_kill_dash_nine_at_any_moment_loses_nothing(csv_set, cache, tmp_path, undisturbed):
