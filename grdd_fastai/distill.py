@@ -1,5 +1,7 @@
 """Distil a large network with weights into a small one, on any data set: the program behind recipes/distill.py."""
 import copy
+import hashlib
+import json
 import statistics
 import time
 from dataclasses import asdict
@@ -12,7 +14,7 @@ import torch
 from .core.device import ieee_float32
 from .core.distributed import log, processes, rank_world
 from .core.errors import UserError
-from .core.storage import output_folder, read_json, user_path, write_json
+from .core.storage import output_folder, read_json, write_json
 from .data.blocks import plain_dl
 from .data.episodes import check_episode
 from .fewshot.embed import cached_features, embed
@@ -68,6 +70,8 @@ def distill(
     files,compute = from_flags(DataOptions(), files),from_flags(ComputeOptions(), compute)
     given_gamma = (two or {}).get('gamma')
     two = from_flags(get_preset(preset).but(**DEMO['two'] if demo else {}), two)
+    if results:
+        with output_folder(results, '--results'): pass # an error now instead of after the training
     if unlabeled and baseline_epochs: raise UserError('--baseline-epochs trains on labels, and --unlabeled uses none: give one of them')
     if unlabeled and given_gamma: raise UserError('--gamma weighs the labels, and --unlabeled uses none: leave one of them out')
     if unlabeled: two = two.but(gamma=0.)
@@ -119,12 +123,13 @@ def write_record(folder, run, result):
     "Write the result of a finished run, with its settings and where it comes from, as a JSON file in a folder"
     if rank_world()[0] != 0: return
     began,about = read_json(run.out/'settings.json'),read_json(run.out/'data.json')
-    settings = began['settings'] | dict(data=public_word(str(began['settings']['data'])))
-    unlabeled = '-unlabeled' if settings['unlabeled'] else ''
-    name = f'distill-{result["student"]}-{result["dataset"]}{unlabeled}-s{result["seed"]}.json'
-    record = result | dict(experiment='distill', settings=settings, data=dict(name=about['name'], fingerprint=about['fingerprint']),
-                           **{k:began[k] for k in ('command', 'commit', 'device', 'torch_threads', 'versions')})
-    with output_folder(user_path(folder), '--results') as folder: write_json(folder/name.replace('_', '-'), record)
+    settings = {k:public_word(v) if k in ('data', 'teacher') and v else v for k,v in began['settings'].items()}
+    key = hashlib.sha256(json.dumps([settings, about['fingerprint']], sort_keys=True).encode()).hexdigest()[:6]
+    name = f'distill-{result["student"]}-{result["dataset"]}-{key}-s{result["seed"]}.json'
+    origin = {k:began[k] for k in ('command', 'commit', 'device', 'torch_threads', 'versions')}
+    record = result | origin | dict(experiment='distill', teacher=settings['teacher'], settings=settings,
+                                    data=dict(name=about['name'], fingerprint=about['fingerprint']))
+    with output_folder(folder, '--results') as folder: write_json(folder/name.replace('_', '-'), record)
 
 def accuracies(nets, data, way, n_episodes, run):
     "Accuracy of each network on the novel classes for one shot and five, and the paired differences of the student from the others"

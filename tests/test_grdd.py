@@ -33,7 +33,7 @@ def test_each_recipe_runs_and_fills_its_folder(csv_set, cache, tmp_path, name):
             and {'commit','versions','device'} <= set(settings))
     assert len(read['fingerprint']) == 64
     history = pd.read_csv(tmp_path/'run'/'history_student_grdd.csv')
-    assert list(history.columns) == ['epoch','train_loss','L_kl','L_rt','accuracy'] and len(history) == 1
+    assert list(history.columns) == ['epoch','train_loss','valid_loss','L_kl','L_rt','accuracy'] and len(history) == 1
     scorings = [json.loads(line) for line in (tmp_path/'run'/'novel_scorings.jsonl').read_text().splitlines()]
     assert [s['what'] for s in scorings] == ['untrained','cl','grdd'] and scorings[2]['accuracy'] == pytest.approx(r['accuracy'], abs=1e-3)
 

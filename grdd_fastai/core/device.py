@@ -137,6 +137,7 @@ class LateNumber:
     def __init__(self):
         self.sent = None # the number on its way
         self.event = None
+    def __getstate__(self): return dict(sent=None, event=None) # events cannot be pickled
     @staticmethod
     def is_late(scalar):
         "Whether `scalar` should be read a step after it was sent"

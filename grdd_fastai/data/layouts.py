@@ -132,7 +132,7 @@ def _split_folders(tree, seed):
         if flat - {'train'}:
             name = min(flat - {'train'})
             raise UserError(f'{tree.path}: the images of {name} lie in it directly: put them into a folder for each class')
-        if flat: split = of.where(parts.str.len() > depth + 1)
+        if flat: split = split.where(split.notna(), of.where((of == 'train') & (parts.str.len() == depth + 2)))
         return _without(tree, df.assign(split=split), split.isna(), 'outside the train, val and test folders')
 
 def _known_classes(tree, seed):

@@ -1,4 +1,5 @@
 """Packed splits as fastai items, and a DataLoader whose order and augmentation depend only on the seed."""
+import copy
 import random
 from functools import cached_property
 from pathlib import Path
@@ -52,6 +53,11 @@ class PackedImage(DisplayedTransform):
         """
         if self.resident is None and sum(im.nbytes for im in self.images if resident_key(im, device) not in RESIDENT) <= room:
             self.resident = [resident_copy(im, device) for im in self.images]
+    def emptied(self):
+        "A copy without images"
+        new = copy.copy(self)
+        new.images,new.resident = [im[:0].copy() for im in self.images],None
+        return new
     def __getstate__(self): return self.__dict__ | dict(resident=None) # a copied or pickled loader makes its own copy of the images
 
 RESIDENT = WeakValueDictionary() # (id of the images, device) -> their copy on the device, shared by all loaders of this process
@@ -76,6 +82,11 @@ class PackedLabel(DisplayedTransform):
         self.c = len(splits[0].vocab)
     def encodes(self, rows): return TensorCategory(torch.as_tensor(self.y[np.asarray(rows)]))
     def decodes(self, o:TensorCategory): return Category(self.vocab[int(o)])
+    def emptied(self):
+        "A copy without labels; the vocabulary stays"
+        new = copy.copy(self)
+        new.y = self.y[:0].copy()
+        return new
 
 
 # ---- loaders ----------------------------------------------------------------------------------------------------------
@@ -223,6 +234,11 @@ def classes_of(dl) -> tuple[np.ndarray, dict]:
         raise UserError('the data has no labels that can be read: make DataLoaders by a DataBlock with ImageBlock and CategoryBlock')
     raw = Pipeline([f for f in tl.tfms.fs if not isinstance(f, Categorize)])
     names = [raw(tl._get(i)) for i in range(len(tl))] # the rows of a DataFrame are items, too
+    names = [n.item() if isinstance(n, torch.Tensor | np.generic) and not n.shape else n for n in names]
+    odd = next((n for n in names if not isinstance(n, str | int | bool)), None)
+    if odd is not None: raise UserError(f'a label is a {type(odd).__name__}: an image must have one class, a text or a whole number')
+    if not any(isinstance(f, Categorize) for f in tl.tfms.fs) and all(isinstance(n, int) for n in names): # codes already
+        return np.array(names, np.int64),{n:n for n in names}
     vocab = list(getattr(tl, 'vocab', ()) or ())
     known = {c:i for i,c in enumerate(vocab)}
     known |= {c:len(vocab) + i for i,c in enumerate(sorted(set(names) - known.keys(), key=str))}
@@ -234,12 +250,21 @@ def plain_images(dl, bs=256, labels=True):
 
     Packed images come with their labels if `labels` says so, and any other images without labels.
     """
-    if getattr(dl, 'packed', None) and labels: return dl.plain(bs)
-    images = Datasets(tls=dl.dataset.tls[:1])
-    return dl.new(images, cls=TfmdDL, bs=bs, shuffle=False, drop_last=False)
+    packed = getattr(dl, 'packed', None)
+    if packed and labels: return dl.plain(bs)
+    tl = dl.dataset.tls[0]
+    images = Datasets(tls=[tl._new(tl.items, split_idx=1)]) # as a validation set, so that fastai's augmentation leaves them as they are
+    plain = dict(aug=None, views=None) if isinstance(dl, SeededDL) else {}
+    return dl.new(images, cls=TfmdDL if packed else SeededDL, bs=bs, shuffle=False, drop_last=False, **plain)
 
 class FewShotDataLoaders(DataLoaders):
     "DataLoaders of packed images that also take photos: files, PIL images, arrays and tensors, cut to squares as the packed images were"
+    def new_empty(self):
+        "The same without any image or label, for a Learner that is exported"
+        empty = super().new_empty()
+        for tl in (tl for dl in empty.loaders for tl in dl.dataset.tls):
+            tl.tfms.fs = [f.emptied() if isinstance(f, PackedImage | PackedLabel) else f for f in tl.tfms.fs]
+        return empty
     def test_dl(self, test_items, rm_type_tfms=None, with_labels=False, **kwargs):
         "A loader of photos without labels, for `get_preds(dl=...)`; UserError for a photo that cannot be read, and for `with_labels`"
         packed = self.valid.packed

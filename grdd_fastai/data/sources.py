@@ -80,6 +80,7 @@ class TableSource(Source):
     """
     name,path = 'table','the DataFrame'
     def __init__(self, data):
+        if not len(data): raise UserError('the DataFrame is empty: give the rows of train, val and test')
         for df in data.values() if isinstance(data, dict) else ():
             if not isinstance(df, pd.DataFrame): raise UserError(f'the data of a split is a {type(df).__name__}: give a DataFrame')
         frames = [df.assign(split=split) for split,df in data.items()] if isinstance(data, dict) else [data]

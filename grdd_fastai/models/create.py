@@ -115,13 +115,14 @@ class Converted(torch.nn.Module):
         return features(self.net, x)
 
 def seeing(net:torch.nn.Module, side:int, stats:Sequence|None=None) -> torch.nn.Module:
-    """The network for images (B, 3, side, side) that are normalised by `stats` (mean, std): itself, or a `Converted` one
+    """The network for images (B, 3, side, side) that are normalised by `stats` (mean, std), or from 0 to 1: itself, or a `Converted` one
 
     The network's `pretrained_cfg` says the side, mean and std that it wants. What it does not say stays as it is.
     """
     cfg = getattr(net, 'pretrained_cfg', None) or {}
     wanted = cfg['input_size'][-1] if 'input_size' in cfg else side
-    to = [cfg['mean'], cfg['std']] if stats is not None and 'mean' in cfg and 'std' in cfg else None
+    if stats is None: stats = [(0,)*3, (1,)*3]
+    to = [cfg['mean'], cfg['std']] if 'mean' in cfg and 'std' in cfg else None
     if to and np.allclose(to, stats, atol=1e-4): to = None
     return net if wanted == side and to is None else Converted(net, wanted, stats, to).train(net.training)
 

@@ -54,7 +54,7 @@ def export_onnx(few:FewShotClassifier, folder:str|Path) -> Path:
     except ImportError as e: raise UserError(f"{e.name} is not installed: pip install 'grdd-fastai[onnx]'") from None
     held = few.held_out() # a UserError without a support, and for a transductive classifier
     limit = None if few.unknown is None else unknown_below(held, few.unknown)
-    net = Exported(few, *linear_form(few), softmax_scale(held))
+    net = Exported(few, *linear_form(few), softmax_scale(held)).eval()
     side = timm.data.resolve_model_data_config(few.net)
     if side['crop_mode'] == 'border': raise UserError("the network wants photos with a border (crop_mode='border'), which is not exported")
     about = dict(classes=[str(c) for c in few.vocab], px=few.px, resize=math.floor(few.px/side['crop_pct']),

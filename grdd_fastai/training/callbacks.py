@@ -53,7 +53,7 @@ class Seeded(UndoAfterFit):
         self.seed = seed
         self.epochs_done = 0 # epochs of earlier fits
     def before_fit(self):
-        self.run = not hasattr(self.learn, 'lr_finder')
+        self.run = not (hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds')) # neither counts as epochs
         self.finished = 0 # epochs that this fit has finished
         self.cpu_state = torch.get_rng_state()
         self.cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None

@@ -28,6 +28,9 @@ from .validation import FewShotAccuracy, KeepBest
 __all__ = ['FewShotLearner', 'BaseClassLoss', 'few_shot_learner', 'image_config']
 
 
+NO_OUTPUTS = ('the network has no outputs for the validation classes, and so no loss: give ds_idx=0 for the base classes, or take '
+              'EpisodeInterpretation.from_learner(learn)')
+
 class FewShotLearner(Learner):
     """A Learner whose next fit begins at the epoch `first_epoch`, so that a fit can go on from a checkpoint
 
@@ -77,10 +80,13 @@ class FewShotLearner(Learner):
         return not isinstance(self.loss_func, EpisodicLoss)
     def get_preds(self, ds_idx=1, dl=None, with_input=False, with_loss=False, **kwargs):
         "As fastai's, but without `dl` each image of the data set once, in order and not augmented; in stage two the features of the images"
+        if with_loss and self.has_classes and len((dl or self.dls[ds_idx]).dataset.tls) > 1:
+            codes = classes_of(dl or self.dls[ds_idx])[0]
+            if len(codes) and codes.max() >= self.dls.c: raise UserError(NO_OUTPUTS)
         if dl is not None: return super().get_preds(ds_idx, dl, with_input=with_input, with_loss=with_loss, **kwargs)
         own = self.dls[ds_idx]
         packed = getattr(own, 'packed', None)
-        labelled = self.has_classes and (packed or ds_idx == 0) # labels that the loss can use
+        labelled = self.has_classes and (ds_idx == 0 or (packed and isinstance(self.loss_func, BaseClassLoss))) # labels that the loss takes
         if not labelled or packed: dl = plain_images(own, own.bs, labels=labelled)
         found = list(super().get_preds(ds_idx, dl, with_input=with_input, with_loss=with_loss, **kwargs))
         if not labelled: found[1 + with_input] = TensorCategory(classes_of(own)[0])
@@ -123,9 +129,7 @@ class BaseClassLoss(CrossEntropyLossFlat):
     """
     def __call__(self, pred, y, **kwargs):
         if torch.is_grad_enabled() or (y < pred.shape[-1]).all(): return super().__call__(pred, y, **kwargs)
-        if self.reduction == 'none':
-            raise UserError('the network has no outputs for the validation classes, and so no loss: give ds_idx=0 for the base classes, or '
-                            'take EpisodeInterpretation.from_learner(learn)')
+        if self.reduction == 'none': raise UserError(NO_OUTPUTS)
         return pred.new_full((), torch.nan)
 
 def check_mixing(learn):
@@ -134,18 +138,20 @@ def check_mixing(learn):
     if mixes is None: return
     if hasattr(learn, 'rotation'):
         raise UserError(f'{mixes} mixes images, of which Rotation predicts the angle: give rotation=False, or leave it out')
-    if not getattr(learn.loss_func, 'y_int', False):
+    if not learn.has_classes:
         raise UserError(f'{mixes} mixes the images of an episode, of which the loss needs the single classes: leave it out in stage two')
+    if not getattr(learn.loss_func, 'y_int', False):
+        raise UserError(f'{mixes} needs a loss of fastai, which it can take apart: give loss_func=CrossEntropyLossFlat() or leave it out')
 
 def normalisation(dls):
     "The `Normalize` transform of the batches of `dls`, or None"
     return next((f for f in dls.train.after_batch.fs if isinstance(f, Normalize)), None)
 
 def image_config(dls):
-    "The size of the images of `dls` and, if they are normalised, their mean and std, in the form of timm's `pretrained_cfg`"
+    "The size of the images of `dls` and the mean and std that they are normalised with, in the form of timm's `pretrained_cfg`"
     cfg = dict(input_size=tuple(dls.one_batch()[0].shape[1:]), crop_pct=1.)
     norm = normalisation(dls)
-    if norm is None: return cfg
+    if norm is None: return cfg | dict(mean=(0.,)*3, std=(1.,)*3) # numbers from 0 to 1 as they are
     return cfg | {k:tuple(v.flatten().tolist()) for k,v in dict(mean=norm.mean, std=norm.std).items()}
 
 def check_dls(dls):

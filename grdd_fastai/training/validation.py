@@ -1,4 +1,6 @@
 """Few-shot accuracy on the validation classes, and the weights of the best epoch."""
+import math
+
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import CancelValidException
@@ -53,8 +55,9 @@ class FewShotAccuracy(ShowsMetrics):
         return embed(net, plain_images(self.dls.valid), amp_dtype(self.learn), distributed=self.several)[0],y
     def measure(self):
         "`Evaluation` on the episodes; `last_loss` is then their loss"
-        loss = EpisodesLoss(**{k:self.episodes[k] for k in ('n_way', 'n_query')})
-        found = evaluate(*self.embed(), **self.episodes, classifier=dict(cosine=loss), distributed=self.several)['cosine']
+        h,y = self.embed()
+        loss = EpisodesLoss(self.episodes['n_way'], self.episodes['n_query'], h.device)
+        found = evaluate(h, y, **self.episodes, classifier=dict(cosine=loss), distributed=self.several)['cosine']
         self.last_loss = loss.mean(self.several)
         return found
     def after_train(self):
@@ -65,20 +68,20 @@ class FewShotAccuracy(ShowsMetrics):
 
 class EpisodesLoss:
     "The classifier 'cosine' of balanced episodes, which also adds up the cross-entropy of the queries that it classifies"
-    def __init__(self, n_way, n_query):
-        self.y = torch.arange(n_way).repeat_interleave(n_query)
-        self.total,self.n = torch.zeros(()),0
+    def __init__(self, n_way, n_query, device):
+        self.y = torch.arange(n_way, device=device).repeat_interleave(n_query)
+        self.total,self.n = torch.zeros((), device=device),0 # also in a process that has no episode to classify
     def __call__(self, support, support_y, query):
         logits = mean_cosine(support, support_y, query)
-        y = self.y.to(logits.device).repeat(len(logits))
-        self.total = self.total.to(logits.device) + F.cross_entropy(SCALE*logits.flatten(0, 1), y, reduction='sum')
+        y = self.y.repeat(len(logits))
+        self.total += F.cross_entropy(SCALE*logits.flatten(0, 1), y, reduction='sum')
         self.n += len(y)
         return logits
     def mean(self, several=False):
         "The mean cross-entropy, of `several` processes that classified a part each"
         both = torch.stack([self.total, torch.tensor(float(self.n)).to(self.total)])
         total,n = (all_sum(both) if several else both).tolist()
-        return total/n
+        return total/n if n else math.nan
 
 
 class KeepBest(TrackerCallback):

@@ -79,6 +79,7 @@ def test_split_folders(tmp_path):
 def test_base_images_without_classes_lie_in_train(tmp_path):
     "And the classes of the other splits stay where they are; images of these need classes"
     for folder in ('train', 'val/a', 'val/b', 'test/c', 'test/d'): write_images(tmp_path/folder, ['1.png', '2.png'])
+    write_images(tmp_path/'val', ['stray.png']) # which is left out
     assert classes(open_source(tmp_path)) == dict(train=['train'], val=['a', 'b'], test=['c', 'd'])
     write_images(tmp_path/'flat'/'train'/'x', ['1.png'])
     for split in ('val', 'test'): write_images(tmp_path/'flat'/split, ['1.png'])

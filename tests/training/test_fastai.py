@@ -1,4 +1,5 @@
 """At home in fastai: what a stock Learner does with fastai's callbacks and methods, ours do too, or say in one sentence why they cannot."""
+import copy
 from functools import partial
 from pathlib import Path
 
@@ -15,23 +16,31 @@ from fastai.callback.progress import CSVLogger, ShowGraphCallback
 from fastai.callback.schedule import *
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip, ShortEpochCallback
-from fastai.data.block import CategoryBlock, DataBlock
+from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
 from fastai.data.transforms import ColReader, ColSplitter, Normalize
 from fastai.interpret import ClassificationInterpretation, Interpretation
 from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
-from fastai.vision.augment import Resize
+from fastai.vision.augment import Resize, aug_transforms
 from fastai.vision.core import PILImage
 from fastai.vision.data import ImageBlock
 from helpers import VALID, fit, net, same_state, says, stage_one_learner, stage_two_learner
 from naive import naive_embed
 from PIL import Image
 
-from grdd_fastai.all import EpisodeInterpretation, EpisodicDL, create_backbone, few_shot_data, global_learner, meta_learner
+from grdd_fastai.all import EpisodeInterpretation, EpisodicDL, create_backbone, evaluate, few_shot_data, global_learner, meta_learner
 from grdd_fastai.data.blocks import plain_dl
 from grdd_fastai.data.episodes import sample_episodes
+from grdd_fastai.data.loaders import classes_of, plain_images
 from grdd_fastai.fewshot.embed import embed
+
+
+def without_classifier(net):
+    "The features of a network as a module, for `naive_embed`"
+    net = copy.deepcopy(net)
+    net.reset_classifier(0)
+    return net
 
 STAGES = dict(one=stage_one_learner, two=partial(stage_two_learner, teacher=net(0)))
 
@@ -166,8 +175,52 @@ def test_a_loss_of_ones_own(data):
 def test_an_exported_learner_predicts(data, csv_set, tmp_path):
     learn,file = fit(stage_one_learner(data)),csv_set/'images'/'train1'/'00.png'
     learn.export(tmp_path/'one.pkl')
+    weights = 4*sum(p.numel() for p in learn.model.parameters())
+    assert (tmp_path/'one.pkl').stat().st_size < 2*weights + data.train.images.nbytes # with the optimiser's state, and without the images
     again = load_learner(tmp_path/'one.pkl')
     with learn.no_bar(), again.no_bar(): assert torch.allclose(learn.predict(file)[2], again.predict(file)[2], atol=1e-6)
+
+def test_predictions_between_two_fits_change_nothing(make, csv_set):
+    "Episodes, augmentation and dropout of a fit depend on the epochs of the fits before it alone"
+    weights = []
+    for between in (False, True):
+        learn = fit(make())
+        if between:
+            with learn.no_bar(): learn.get_preds()
+        weights.append(fit(learn).model.state_dict())
+    assert same_state(*weights)
+
+def test_the_loss_of_ones_own_needs_no_outputs_for_predictions(data):
+    learn = stage_one_learner(data, rotation=False, loss_func=CrossEntropyLossFlat())
+    with learn.no_bar(): p,y = learn.get_preds()
+    assert p.shape == (len(data.val), 6) and y.min() == 6
+
+def test_losses_of_plain_data_are_a_sentence(plain):
+    learn = global_learner(plain, 'convnet4', valid=VALID, amp=False)
+    with learn.no_bar(): says(lambda: Interpretation.from_learner(learn), 'no outputs for the validation classes')
+
+def test_training_images_are_embedded_as_they_are(table, data):
+    "fastai's augmentation is for training"
+    df = table[table.split != 'test']
+    augmented = DataBlock(blocks=(ImageBlock, CategoryBlock), get_x=ColReader('filename'), get_y=ColReader('label'), item_tfms=Resize(16),
+                          splitter=ColSplitter('is_valid'), batch_tfms=aug_transforms(max_rotate=45, p_affine=1.))
+    dls = augmented.dataloaders(df.assign(is_valid=df.split == 'val'), bs=30, num_workers=0)
+    learn = global_learner(dls, 'convnet4', rotation=False, valid=VALID, amp=False)
+    with learn.no_bar(): found = [plain_images(dls.train).one_batch()[0] for _ in range(2)]
+    first = torch.from_numpy(data.train.images[0]/255).float().movedim(-1, 0)
+    assert torch.equal(*found) and torch.allclose(found[0][0].cpu(), first, atol=1e-5)
+    cfg = learn.model.backbone.pretrained_cfg
+    assert cfg['mean'] == (0,)*3 and cfg['std'] == (1,)*3 # what the network takes
+
+def test_labels_of_other_kinds(table):
+    df = table[table.split != 'test'].assign(is_valid=lambda d: d.split == 'val')
+    def codes(block, get_y): return classes_of(DataBlock(blocks=(ImageBlock, block), get_x=ColReader('filename'), get_y=get_y,
+                                                         splitter=ColSplitter('is_valid')).dataloaders(df, num_workers=0).valid)[0]
+    number = {c:i for i,c in enumerate(sorted(df.label.unique()))}
+    want = df.label[df.is_valid].map(number).tolist()
+    assert codes(TransformBlock, lambda r: number[r['label']]).tolist() == want
+    assert codes(TransformBlock, lambda r: torch.tensor(number[r['label']])).tolist() == want
+    for odd in (lambda r: .5, lambda r: [r['label']]): says(lambda odd=odd: codes(TransformBlock, odd), 'an image must have one class')
 
 # ---- data as fastai users have it -------------------------------------------------------------------------------------
 
@@ -175,7 +228,11 @@ def test_plain_dataloaders_train_stage_one(plain, data):
     learn = fit(global_learner(plain, 'convnet4', valid=VALID, amp=False))
     assert learn.dls.c == len(data.train.vocab) and np.isfinite(learn.recorder.losses[-1])
     found = EpisodeInterpretation.from_learner(learn, n_episodes=200)
-    assert sorted(found.vocab) == data.val.vocab and found.accuracy.mean() > 25 and found.image(0).shape == (16, 16, 3)
+    h,codes = learn.few_shot_accuracy.embed()
+    assert np.allclose(found.accuracy, evaluate(h, codes, **{**VALID, 'n_episodes':200}).episodes, atol=1e-4)
+    assert sorted(found.vocab) == data.val.vocab and found.image(0).shape == (16, 16, 3)
+    images = torch.from_numpy(np.array(data.val.images)).movedim(-1, 1)
+    assert torch.allclose(h.cpu(), naive_embed(without_classifier(learn.model.backbone), images, ((.5,)*3, (.3,)*3)), atol=1e-3)
     with learn.no_bar(): p,y = learn.get_preds()
     assert len(p) == len(data.val) and y.min() == len(data.train.vocab) # after the codes of the base classes
 
@@ -186,7 +243,10 @@ def test_episodes_of_a_datablock_on_a_dataframe(table, data):
     x,y = dls.one_batch()
     assert x.shape == (18, 3, 16, 16) and (y.view(3, 6) == y.view(3, 6)[:, :1]).all() and len(set(y.tolist())) == 3
     learn = fit(meta_learner(dls, net(1), net(0), valid=VALID, amp=False))
-    assert learn.recorder.values[-1][-1] == learn.validate()[0] > 20
+    h,codes = learn.few_shot_accuracy.embed()
+    assert learn.recorder.values[-1][-1] == learn.validate()[0] == evaluate(h, codes, **VALID).accuracy
+    images = torch.from_numpy(np.array(data.val.images)).movedim(-1, 1)
+    assert torch.allclose(h.cpu(), naive_embed(learn.model, images, ((.5,)*3, (.3,)*3)), atol=1e-3)
 
 def test_dataframes_are_packed_as_the_same_csvs(table, data, cache, csv_set):
     whole = few_shot_data(table, 16, cache)
@@ -199,6 +259,7 @@ def test_dataframes_are_packed_as_the_same_csvs(table, data, cache, csv_set):
 
 def test_dataframes_that_cannot_be_used(table, cache, tmp_path):
     def load(df): return lambda: few_shot_data(df, 16, cache)
+    says(load({}), 'the DataFrame is empty')
     says(load(table.drop(columns='split')), "lacks the column 'split'", 'dict of DataFrames')
     says(load(table.assign(split='all')), "the split 'all'", 'train, val or test')
     says(load(table.assign(filename=table.filename + 'x')), 'is not there', 'column filename')
