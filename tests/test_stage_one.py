@@ -80,10 +80,10 @@ def test_metrics_of_a_rotated_batch_are_of_its_own_images(data):
 def test_both_losses_are_logged(data):
     learn = fit(stage_one_learner(data, cbs=Grab()))
     row = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))
-    assert (list(row) == ['train_loss','L_c','L_r','accuracy','time'][:4]
+    assert (list(row) == ['train_loss','valid_loss','L_c','L_r','accuracy']
             and row['L_c'] + row['L_r'] == pytest.approx(np.mean(learn.grab.losses), rel=1e-5))
 
 def test_without_rotation_it_is_plain_cross_entropy(data):
     learn = fit(stage_one_learner(data, rotation=False, cbs=Grab()))
     assert (len(learn.grab.x[0]) == 60 and learn.model.rotation_head is None
-            and list(learn.recorder.metric_names[1:3]) == ['train_loss','accuracy'])
+            and list(learn.recorder.metric_names[1:4]) == ['train_loss','valid_loss','accuracy'])

@@ -42,7 +42,7 @@ def test_a_stage_two_loss_is_equations_10_to_15(data, settings):
 
 def test_episodic_labels_alone_is_el(data):
     learn = fit(stage_two_learner(data, cbs=Grab()))
-    assert list(learn.recorder.metric_names[1:3]) == ['train_loss','accuracy'] and not hasattr(learn, 'teacher')
+    assert list(learn.recorder.metric_names[1:4]) == ['train_loss','valid_loss','accuracy'] and not hasattr(learn, 'teacher')
 
 def test_teacher_is_frozen_outside_the_optimiser_and_given_back_as_it_was(data):
     teacher,student = net(5).train(),net(1)

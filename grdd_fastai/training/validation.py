@@ -79,9 +79,9 @@ class EpisodesLoss:
         return logits
     def mean(self, several=False):
         "The mean cross-entropy, of `several` processes that classified a part each"
-        both = torch.stack([self.total, torch.tensor(float(self.n)).to(self.total)])
-        total,n = (all_sum(both) if several else both).tolist()
-        return total/n if n else math.nan
+        total,n = self.total,self.n
+        if several: total,n = all_sum(torch.stack([total, torch.full_like(total, n)])).tolist()
+        return float(total)/n if n else math.nan
 
 
 class KeepBest(TrackerCallback):
