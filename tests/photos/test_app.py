@@ -2,6 +2,7 @@
 import gc
 import shutil
 import socket
+import sys
 import zipfile
 from pathlib import Path
 
@@ -163,6 +164,10 @@ def test_an_address_that_cannot_be_used(few):
     try: says(lambda: launch(few, port=int(app.server_port), wait=False), f'port {app.server_port}', '--port')
     finally: app.close()
     says(lambda: launch(few, port=99_999, wait=False), 'port 99999', '--port')
+
+def test_without_gradio_a_sentence_says_how_to_get_it(few, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'gradio', None)
+    says(lambda: launch(few), 'gradio is not installed', "pip install 'grdd-fastai[app]'")
 
 def free_port():
     with socket.socket() as s:
