@@ -6,6 +6,7 @@ prediction is the argmax of the logits. Episodes do not influence each other. Ha
 classifier raises UserError for features that are not finite and for a class without support images.
 """
 import ast
+import importlib.util
 import inspect
 import re
 from collections.abc import Callable
@@ -14,7 +15,8 @@ from functools import partial, wraps
 import torch
 import torch.nn.functional as F
 
-from ..core.errors import UserError
+from ..core.errors import UserError, first_line
+from ..core.storage import user_path
 from ..losses import full_precision
 
 __all__ = ['CLASSIFIERS', 'register_classifier', 'check_classifier_settings', 'get_classifier', 'without_settings', 'split_names',
@@ -125,12 +127,43 @@ def without_settings(classifier):
 
 
 def split_names(classifiers):
-    "The classifiers, with their settings, in a text separated by commas; 'all' stands for every one; UserError for an unknown name"
+    """The names of classifiers, with their settings, in a text separated by commas; 'all' stands for every one
+
+    A function of one's own is given by its file, as in 'my_file.py:my_function', and is then registered under its name. UserError for an
+    unknown name, and for a file that cannot be used.
+    """
     if not isinstance(classifiers, str): raise UserError(f'--classifiers is {classifiers!r}: give names separated by commas')
     names = list(CLASSIFIERS) if classifiers == 'all' else [name.strip() for name in re.split(r',(?![^(]*\))', classifiers)]
+    names = [from_file(name) for name in names]
     for name in names: get_classifier(name)
     return names
 
+
+LOADED = {} # file -> its module, so that a file runs once
+
+def from_file(name):
+    "Register the function that a text such as 'my_file.py:my_function(scale=2)' names, and return its name with the settings"
+    found = re.fullmatch(r'(.+\.py):([A-Za-z_]\w*)(\(.*\))?', name)
+    if not found: return name
+    file,function,settings = found.groups()
+    path = user_path(file).resolve()
+    if path not in LOADED:
+        before = dict(CLASSIFIERS)
+        try:
+            spec = importlib.util.spec_from_file_location(f'classifiers_of_{path.stem}', path)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        except Exception as e:
+            CLASSIFIERS.clear()
+            CLASSIFIERS.update(before)
+            raise UserError(f'{file} cannot be used ({type(e).__name__}: {first_line(e)}): mend it, or give another file') from None
+        LOADED[path] = module
+    f = getattr(LOADED[path], function, None)
+    if not callable(f): raise UserError(f'{file} has no function {function!r}: give one that takes (support, support_y, query)')
+    if CLASSIFIERS.get(function) is not f and getattr(CLASSIFIERS.get(function), '__wrapped__', None) is not f:
+        if function in CLASSIFIERS: raise UserError(f'there is a classifier {function!r} already: give the function in {file} another name')
+        register_classifier(function)(f)
+    return function + (settings or '')
 
 def with_base_mean(names, base_features):
     """A dict name -> classifier, in which `simpleshot_cl2n` has the mean of the base features

@@ -11,7 +11,7 @@ from naive import PLAIN
 from grdd_fastai.core.errors import UserError
 from grdd_fastai.data.episodes import sample_episodes
 from grdd_fastai.fewshot import inductive, transductive
-from grdd_fastai.fewshot.classifiers import CLASSIFIERS, get_classifier
+from grdd_fastai.fewshot.classifiers import CLASSIFIERS, get_classifier, split_names
 from grdd_fastai.fewshot.evaluate import evaluate
 
 
@@ -129,3 +129,26 @@ def test_settings_that_a_classifier_does_not_have_are_a_sentence():
 def test_features_whose_lengths_cannot_be_computed(classifier, factor):
     h = torch.eye(6).repeat_interleave(20, 0)
     says(lambda: evaluate(h*factor, torch.arange(6).repeat_interleave(20), n_episodes=10, classifier=classifier), 'the largest feature is')
+
+def test_a_classifier_in_a_file_of_ones_own(tmp_path, monkeypatch):
+    before = dict(CLASSIFIERS)
+    try:
+        (tmp_path/'mine.py').write_text('from grdd_fastai.fewshot.inductive import mean_cosine\n'
+                                        'def opposite(support, support_y, query, power=1.):\n'
+                                        '    return -mean_cosine(support, support_y, query)*power\n')
+        monkeypatch.chdir(tmp_path)
+        names = split_names('cosine,mine.py:opposite(power=2)')
+        assert names == ['cosine', 'opposite(power=2)'] and split_names('mine.py:opposite') == ['opposite']
+        s,s_y,q,_ = map(torch.from_numpy, episodes())
+        assert torch.allclose(get_classifier(names[1])(s, s_y, q), -2*get_classifier('cosine')(s, s_y, q))
+        (tmp_path/'cosine.py').write_text('def cosine(support, support_y, query): return 0')
+        (tmp_path/'broken.py').write_text('import nothing_like_this')
+        for text,*words in (('gone.py:f', 'gone.py cannot be used', 'FileNotFound'),
+                            ('broken.py:f', 'broken.py cannot be used', 'nothing_like'),
+                            ('mine.py:other', "no function 'other'"), ('cosine.py:cosine', "a classifier 'cosine' already"),
+                            ('mine.py:opposite(x=1)', "no setting 'x'")):
+            says(lambda text=text: split_names(text), *words)
+        assert CLASSIFIERS.keys() == before.keys() | {'opposite'}
+    finally:
+        CLASSIFIERS.clear()
+        CLASSIFIERS.update(before)
