@@ -80,8 +80,9 @@ class FewShotLearner(Learner):
         return not isinstance(self.loss_func, EpisodicLoss)
     def get_preds(self, ds_idx=1, dl=None, with_input=False, with_loss=False, **kwargs):
         "As fastai's, but without `dl` each image of the data set once, in order and not augmented; in stage two the features of the images"
-        if with_loss and self.has_classes and len((dl or self.dls[ds_idx]).dataset.tls) > 1:
-            codes = classes_of(dl or self.dls[ds_idx])[0]
+        of = self.dls[ds_idx] if dl is None else dl
+        if with_loss and self.has_classes and len(getattr(getattr(of, 'dataset', None), 'tls', ())) > 1:
+            codes = classes_of(of)[0]
             if len(codes) and codes.max() >= self.dls.c: raise UserError(NO_OUTPUTS)
         if dl is not None: return super().get_preds(ds_idx, dl, with_input=with_input, with_loss=with_loss, **kwargs)
         own = self.dls[ds_idx]
