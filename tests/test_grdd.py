@@ -17,6 +17,7 @@ from grdd_fastai.data.blocks import plain_dl
 from grdd_fastai.data.cache import few_shot_data
 from grdd_fastai.fewshot.embed import embed
 from grdd_fastai.fewshot.evaluate import evaluate
+from grdd_fastai.grdd import grdd
 from grdd_fastai.models.create import create_backbone
 from grdd_fastai.models.pretrained import load_network
 
@@ -36,6 +37,13 @@ def test_each_recipe_runs_and_fills_its_folder(csv_set, cache, tmp_path, name):
     assert list(history.columns) == ['epoch','train_loss','valid_loss','L_kl','L_rt','accuracy'] and len(history) == 1
     scorings = [json.loads(line) for line in (tmp_path/'run'/'novel_scorings.jsonl').read_text().splitlines()]
     assert [s['what'] for s in scorings] == ['untrained','cl','grdd'] and scorings[2]['accuracy'] == pytest.approx(r['accuracy'], abs=1e-3)
+
+def test_the_general_recipe_is_the_program_with_its_numbers(csv_set, cache, tmp_path):
+    numbers = dict(way=4, shot=2, px=16) | SMALL
+    r = recipe('train')(data=str(csv_set), cache=str(cache), out=str(tmp_path/'a'), **numbers)
+    same = grdd(data=str(csv_set), cache=str(cache), out=str(tmp_path/'b'), **numbers)
+    assert (r['way'], r['shot'], r['status']) == (4, 2, 'finished')
+    assert {k:v for k,v in r.items() if k != 'seconds'} == {k:v for k,v in same.items() if k != 'seconds'}
 
 def test_a_recipe_scores_with_several_classifiers(csv_set, cache, tmp_path):
     r = recipe('cifarfs_5w1s')(data=str(csv_set), cache=str(cache), out=str(tmp_path/'run'), classifiers='tim_adm,cosine,simpleshot_l2n',
