@@ -333,7 +333,7 @@ def steps(data):
     return dict(one=one.model.state_dict(), two=two.model.state_dict(), layers=layers.model.state_dict(), norm=apart.model.state_dict(),
                 h=h, y=y, lr=torch.tensor(one.opt.hypers[-1]['lr']),
                 accuracies=torch.from_numpy(evaluate(h, y, **WORDS, distributed=several).episodes),
-                shown=torch.tensor(list(one.recorder.values[-1])[:4]))
+                shown=torch.tensor(list(one.recorder.values[-1])[:5]))
 
 def norm_gradients():
     "A network's gradients and running statistics in float64, from 48 images in as many processes as there are, and by torch alone"

@@ -86,6 +86,7 @@ def test_columns_are_those_of_fastai_and_the_stages_own(data):
     learn = fit(stage_one_learner(data, metrics=accuracy))
     assert list(learn.recorder.metric_names) == ['epoch', 'train_loss', 'valid_loss', 'train_accuracy', 'L_c', 'L_r', 'accuracy', 'time']
     assert len(learn.recorder.values[0]) == 6 and learn.metrics.attrgot('name') == ['train_accuracy']
+    plt.close('all') # fastai draws into the axes that are there
     ax = learn.recorder.plot_loss(skip_start=0)
     assert ax.lines[1].get_ydata()[0] == learn.recorder.values[0][1]
     plt.close('all')
