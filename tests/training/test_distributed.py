@@ -63,7 +63,8 @@ def test_batch_norm_is_over_all_processes(both, arch):
 
 def test_two_processes_end_with_the_same_network_and_see_the_same_accuracy(both):
     _,a,b = both
-    assert all(torch.equal(v, b['norm'][k]) for k,v in a['norm'].items()) and torch.equal(a['shown'][[1, -1]], b['shown'][[1, -1]]) # valid_loss, accuracy
+    assert all(torch.equal(v, b['norm'][k]) for k,v in a['norm'].items())
+    assert torch.equal(a['shown'][[1, -1]], b['shown'][[1, -1]]) # valid_loss and accuracy
 
 def test_embedding_and_episodes_are_shared_and_gathered(both):
     alone,a,b = both
