@@ -44,7 +44,7 @@ def distill(
     teacher:str=None, # a network with weights: a timm name, a folder of a run or of recipes/publish.py, hf-hub:user/name
     student:str='convnet4', # small network, a timm model; it starts from random weights, a name with a tag from the tag's
     px:int=32, # side of the student's images in pixels; the teacher gets them at its own side and normalisation
-    unlabeled:bool=False, # take no notice of the classes of the base images: episodes are random images, and there is no L_rt
+    unlabeled:bool=False, # ignore the classes of the base images: episodes are drawn from random images, and L_rt is left out
     way:Annotated[int, 'classes per episode of the held-out classes', at_least(2)]=5,
     baseline_epochs:Annotated[int, 'also train the student on labels alone for so many epochs, and compare', at_least(1)]=None,
     files=None, # the given `DataOptions`
@@ -120,7 +120,7 @@ def without_classes(data, n_groups, seed):
     return data
 
 def write_record(folder, run, result):
-    "Write the result of a finished run, with its settings and where it comes from, as a JSON file in a folder"
+    "Write a JSON file with the result of a finished run, its settings, command, commit, device and versions"
     if rank_world()[0] != 0: return
     began,about = read_json(run.out/'settings.json'),read_json(run.out/'data.json')
     settings = {k:public_word(v) if k in ('data', 'teacher') and v else v for k,v in began['settings'].items()}

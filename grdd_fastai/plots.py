@@ -52,7 +52,7 @@ def plot_rows(
     if marked: marked.set_label('the paper')
     handles,labels = ax.get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda i: labels[i] == 'the paper')
-    if len(labels) > 1: # beside the axes, where no data is
+    if len(labels) > 1: # the legend stands beside the axes, so that it covers no data
         ax.legend([handles[i] for i in order], [labels[i] for i in order], frameon=False, loc='upper left', bbox_to_anchor=(1, 1))
     plain(ax)
     return fig
@@ -143,7 +143,7 @@ def label(name) -> str:
     return ('\u200b' if str(name).startswith('_') else '') + str(name).replace('$', r'\$')
 
 def plain(ax):
-    "Axes without a box, with a light grid behind the data"
+    "Remove the box around the axes, and draw a light grid behind the data"
     ax.spines[['top', 'right']].set_visible(False)
     ax.grid(alpha=.25, lw=.6)
     ax.set_axisbelow(True)

@@ -22,6 +22,7 @@ from grdd_fastai.plots import plot_relatedness, plot_tsne, save_figure
 from grdd_fastai.settings import at_least, between, checked, exact_flags
 
 ROWS = {'CL': CL, 'CL+EL': EL, 'GRDD': GR}
+
 @call_parse
 @exact_flags
 @checked

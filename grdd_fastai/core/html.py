@@ -10,7 +10,7 @@ from PIL import Image
 from .errors import UserError
 from .storage import atomic_write, user_path
 
-__all__ = ['write_html', 'text', 'bullets', 'table', 'figure_uri', 'image_uri']
+__all__ = ['write_html', 'text', 'bullets', 'table', 'figure_uri', 'thumbnail', 'image_uri']
 
 
 STYLE = """
@@ -53,11 +53,15 @@ def table(rows:Iterable[Iterable], head:Iterable=()) -> str:
     body = ''.join('<tr>' + ''.join(f'<td>{text(o)}</td>' for o in row) + '</tr>' for row in rows)
     return '<div class="wide"><table>' + (f'<thead><tr>{names}</tr></thead>' if names else '') + f'<tbody>{body}</tbody></table></div>'
 
-def image_uri(image:Image.Image, side:int) -> str:
-    "A data URI with a JPEG of the image, whose longest side has at most `side` pixels"
+def thumbnail(image:Image.Image, side:int) -> Image.Image:
+    "A copy of the image whose longest side has at most `side` pixels"
     small = image.copy()
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
-    return uri('jpeg', lambda file: small.save(file, 'JPEG', quality=80))
+    return small
+
+def image_uri(image:Image.Image, side:int) -> str:
+    "A data URI with a JPEG of the image, whose longest side has at most `side` pixels"
+    return uri('jpeg', lambda file: thumbnail(image, side).save(file, 'JPEG', quality=80))
 
 def figure_uri(fig) -> str:
     "A data URI with a PNG of a matplotlib Figure, which is closed"

@@ -26,10 +26,10 @@ class PackedBlock(DataBlock):
 def _packed_block(stats, splits, dl_type):
     "DataBlock over packed splits: the first split is for training, the others are for validation"
     return PackedBlock(blocks=(TransformBlock(type_tfms=PackedImage(*splits), batch_tfms=IntToFloatTensor),
-                             TransformBlock(type_tfms=PackedLabel(*splits))),
-                     get_items=lambda _: range(sum(map(len, splits))),
-                     splitter=lambda items: (range(len(splits[0])), range(len(splits[0]), len(items))),
-                     batch_tfms=Normalize.from_stats(*stats), dl_type=dl_type)
+                               TransformBlock(type_tfms=PackedLabel(*splits))),
+                       get_items=lambda _: range(sum(map(len, splits))),
+                       splitter=lambda items: (range(len(splits[0])), range(len(splits[0]), len(items))),
+                       batch_tfms=Normalize.from_stats(*stats), dl_type=dl_type)
 
 def category_block(data:FewShotData, dl_type:Callable=SeededDL) -> DataBlock:
     """DataBlock of a `FewShotData`: `category_block(data).dataloaders(data)` trains on the base classes

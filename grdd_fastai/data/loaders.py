@@ -253,14 +253,14 @@ def plain_images(dl, bs=256, labels=True):
     packed = getattr(dl, 'packed', None)
     if packed and labels: return dl.plain(bs)
     tl = dl.dataset.tls[0]
-    images = Datasets(tls=[tl._new(tl.items, split_idx=1)]) # as a validation set, so that fastai's augmentation leaves them as they are
+    images = Datasets(tls=[tl._new(tl.items, split_idx=1)]) # split_idx=1 is a validation set, which fastai does not augment
     plain = dict(aug=None, views=None) if isinstance(dl, SeededDL) else {}
     return dl.new(images, cls=TfmdDL if packed else SeededDL, bs=bs, shuffle=False, drop_last=False, **plain)
 
 class FewShotDataLoaders(DataLoaders):
     "DataLoaders of packed images that also take photos: files, PIL images, arrays and tensors, cut to squares as the packed images were"
     def new_empty(self):
-        "The same without any image or label, for a Learner that is exported"
+        "Copies of these DataLoaders without images and labels, for `Learner.export`"
         empty = super().new_empty()
         for tl in (tl for dl in empty.loaders for tl in dl.dataset.tls):
             tl.tfms.fs = [f.emptied() if isinstance(f, PackedImage | PackedLabel) else f for f in tl.tfms.fs]

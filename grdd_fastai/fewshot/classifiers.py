@@ -139,7 +139,7 @@ def split_names(classifiers):
     return names
 
 
-LOADED = {} # file -> its module, so that a file runs once
+LOADED = {} # path of a file -> its module; a file is run only once
 
 def from_file(name):
     "Register the function that a text such as 'my_file.py:my_function(scale=2)' names, and return its name with the settings"

@@ -1,5 +1,6 @@
 """What a network gets right and wrong on episodes: by class, by image and by episode."""
 from collections.abc import Callable
+from functools import cached_property
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from ..core.errors import UserError
-from ..data.episodes import sample_episodes
+from ..data.episodes import QUERY_SAMPLERS
 from ..plots import label
 from .classifiers import get_classifier
 from .evaluate import as_classes, as_features, classified
@@ -43,13 +44,12 @@ class EpisodeInterpretation:
         self.h = as_features(h)
         self.y = as_classes(y, len(self.h)).numpy()
         names = y.tolist() if hasattr(y, 'tolist') else list(y)
-        by_code = dict(zip(self.y.tolist(), names)) # classes that are given as names are coded in the order of the names
+        by_code = dict(zip(self.y.tolist(), names)) # `as_classes` numbers names in their sorted order
         self.vocab = list(vocab) if vocab is not None else [by_code.get(c, c) for c in range(self.y.max() + 1)]
         if len(self.vocab) <= self.y.max():
             raise UserError(f'the vocab has {len(self.vocab)} names, and there is a class {self.y.max()}: name all')
         self.image,self.n_way,self.k_shot = images,n_way,k_shot
-        sampler = ((s, q, np.broadcast_to(np.arange(n_way)[:, None], q.shape).copy())
-                   for s,q in sample_episodes(self.y, n_way, k_shot, n_query, n_episodes, seed))
+        sampler = QUERY_SAMPLERS['balanced'](self.y, n_way, k_shot, n_query, n_episodes, seed)
         found = [[a.cpu().numpy() for a in (support, query, query_y, logits)] for _,support,query,query_y,_,logits in
                  classified(self.h, sampler, {0:get_classifier(classifier)}, n_way, {0:str(classifier)})]
         self.support,self.query,right,logits = (np.concatenate(a) for a in zip(*found)) # rows (E, NS) and (E, NQ); classes (E, NQ)
@@ -57,7 +57,7 @@ class EpisodeInterpretation:
         self.predicted = np.take_along_axis(self.candidates, logits.argmax(-1), 1) # (E, NQ)
         own = np.take_along_axis(logits, right[..., None], -1)[..., 0]
         np.put_along_axis(logits, right[..., None], -np.inf, -1)
-        self.loss = logits.max(-1) - own # (E, NQ) by how much the logit of the best other class is above that of the right one
+        self.loss = logits.max(-1) - own # (E, NQ) logit of the best other class minus that of the right class
 
     @classmethod
     def from_learner(cls, learn, **kwargs) -> 'EpisodeInterpretation':
@@ -75,14 +75,14 @@ class EpisodeInterpretation:
         episodes = {k:measured.episodes[k] for k in ('n_way', 'k_shot', 'n_query')}
         return cls(h, y, [names[c] for c in codes], image, **(episodes | kwargs))
 
-    @property
+    @cached_property
     def accuracy(self) -> np.ndarray:
         "Accuracy of each episode (E) in percent"
         return 100*(self.predicted == self.y[self.query]).mean(1)
 
-    @property
+    @cached_property
     def classes(self) -> pd.DataFrame:
-        "A row for each class: its queries, their accuracy (%), and the class that it is most often confused with, the hardest class first"
+        "A row for each class, the hardest first: number of queries, accuracy (%), and the class that it is most often confused with"
         confusion = self.confusion.to_numpy(copy=True)
         np.fill_diagonal(confusion, np.nan)
         y,right = self.y[self.query],self.predicted == self.y[self.query]
@@ -93,7 +93,7 @@ class EpisodeInterpretation:
         table = pd.DataFrame(dict(queries=n, accuracy=accuracy, confused_with=pd.Series(confused, self.vocab, object)), index=self.vocab)
         return table.sort_values('accuracy')
 
-    @property
+    @cached_property
     def confusion(self) -> pd.DataFrame:
         """Of the queries of a class (row) in episodes that have the other class (column) too, the share that is taken for it
 
@@ -106,7 +106,7 @@ class EpisodeInterpretation:
         np.add.at(met, (y[..., None], self.candidates[:, None, :]), 1)
         with np.errstate(invalid='ignore'): return pd.DataFrame(taken/met, self.vocab, self.vocab)
 
-    @property
+    @cached_property
     def images(self) -> pd.DataFrame:
         "A row for each image that was a query: its row, class, how often, accuracy (%), mean loss, and what it is most often taken for"
         wide = pd.DataFrame(dict(row=self.query.ravel(), predicted=self.predicted.ravel(), loss=self.loss.ravel()))
@@ -137,7 +137,7 @@ class EpisodeInterpretation:
     # ---- figures ------------------------------------------------------------------------------------------------------
 
     def plot_confusion_matrix(self, most:int=30) -> Figure:
-        "Figure of `confusion` for the (at most) `most` hardest classes, in percent"
+        "Figure of `confusion` in percent, for at most `most` classes, the hardest ones"
         names = list(self.classes.index[:most])
         shares = 100*self.confusion.loc[names, names].to_numpy()
         side = 2.2 + .26*len(names)

@@ -1,10 +1,12 @@
 """A page for the browser: drop photos of each class, see the accuracy to expect, drop others, and correct what is wrong."""
 import copy
+import itertools
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from PIL import Image
 
 from ..core.distributed import log
 from ..core.errors import UserError, first_line
-from ..core.html import text
+from ..core.html import text, thumbnail
 from .classifier import UNKNOWN, FewShotClassifier, check_labels
 from .reading import UnreadablePhoto, load_photos, short_name
 from .report import percent, write_page
@@ -23,7 +25,7 @@ __all__ = ['Visit', 'make_app', 'launch']
 
 
 SIDE = 320 # longest side of the pictures on the page in pixels
-KEEP = 24*3600 # seconds after which the pictures of a page that is still open are deleted
+KEEP = 24*3600 # age in seconds at which the pictures of an open page are deleted
 GONE = 'the page was left for so long that its photos have been deleted: load it again'
 CSS = """
 footer { display: none !important }
@@ -48,6 +50,7 @@ class Visit:
         self.h = few.support if there else torch.zeros(0, few.n_features, device=few.device) # features of the examples
         self.labels = few._labels() if there else []
         self.files = [f or 'a photo' for f in few.files] if there else []
+        self._numbers = itertools.count() # names of small pictures
         self._pictures = {} # photo -> file of its small picture
         for name in ('photos', 'pictures', 'downloads'): (self.root/name).mkdir()
         self._set_photos([], self.h[:0], {})
@@ -67,7 +70,7 @@ class Visit:
         for f in self._pictures.keys() - used: self._pictures.pop(f).unlink(missing_ok=True)
 
     def _take(self, files, under):
-        "Copy files to the visitor's folder, where none replaces another, and return the copies"
+        "Copy files to the visitor's folder under names that are not taken yet, and return the copies"
         folder = self.root/'photos'/(re.sub(r'[^\w .-]', '_', under).strip('. ')[:80] or 'class')
         folder.mkdir(exist_ok=True)
         copies = []
@@ -108,17 +111,17 @@ class Visit:
         return list(problems.values())
 
     def remove_example(self, i:int|None):
-        "Remove one example, by its place"
+        "Remove the example with index `i`"
         check_selected(i)
         self._keep_examples([j for j in range(len(self.labels)) if j != i])
 
     def remove_class_of(self, i:int|None):
-        "Remove all examples of a class, by the place of one of them"
+        "Remove the class of the example with index `i`, with all its examples"
         check_selected(i)
         self._keep_examples([j for j,o in enumerate(self.labels) if o != self.labels[i]])
 
     def change_example(self, i:int|None, name:str):
-        "Give an example, by its place, another class"
+        "Give the example with index `i` another class"
         check_selected(i)
         self._replace(self.h, [self._label(name) if j == i else o for j,o in enumerate(self.labels)], self.files)
 
@@ -131,7 +134,7 @@ class Visit:
         return list(self.problems.values())
 
     def correct(self, i:int|None, name:str):
-        "Say the class of a classified photo, by its place, which becomes an example of it"
+        "Set the class of the classified photo with index `i`; the photo becomes an example of this class"
         check_selected(i)
         label,file = self._label(name),str(self.photos[i])
         if i in self.problems: raise UserError(str(self.problems[i]))
@@ -141,7 +144,7 @@ class Visit:
 
     @property
     def corrected(self) -> dict:
-        "Place in `photos` -> class, for the photos that have become examples"
+        "Index in `photos` -> class, for the photos that have become examples"
         label_of = dict(zip(self.files, self.labels))
         return {i:label_of[str(p)] for i,p in enumerate(self.photos) if str(p) in label_of}
 
@@ -171,7 +174,7 @@ class Visit:
         return str(said).replace(str(self.root/'photos') + os.sep, '')
 
     def download(self) -> list[Path]:
-        "Write the classifier as a zip file, and the photos as a table and as a page; returns the files"
+        "Write the classifier as a zip file, and the photos as a CSV table and as an HTML page; return the files"
         to = Path(tempfile.mkdtemp(dir=self.root/'downloads'))
         saved = self.few.save(to/'classifier')
         files = [Path(shutil.make_archive(str(saved), 'zip', saved))]
@@ -192,13 +195,11 @@ class Visit:
         files = [str(f) for f in files]
         missing = [f for f in dict.fromkeys(files) if f not in self._pictures]
         mine = [f for f in missing if self.few.photos_here or Path(f).is_relative_to(self.root)]
-        images = dict(zip(mine, load_photos(mine, small, allow_large=True)))
+        images = dict(zip(mine, load_photos(mine, partial(thumbnail, side=SIDE), allow_large=True)))
         for f in missing:
             image = images.get(f)
             if image is None or isinstance(image, UnreadablePhoto): image = Image.new('RGB', (SIDE, SIDE), (128, 128, 128))
-            handle,self._pictures[f] = tempfile.mkstemp(suffix='.jpg', dir=self.root/'pictures')
-            os.close(handle)
-            self._pictures[f] = Path(self._pictures[f])
+            self._pictures[f] = self.root/'pictures'/f'{next(self._numbers)}.jpg'
             image.save(self._pictures[f], quality=85)
         return [self._pictures[f] for f in files]
 
@@ -206,14 +207,8 @@ class Visit:
 def check_selected(i):
     if i is None: raise UserError('no photo is selected: click on one first')
 
-def small(image):
-    "A small copy of an image"
-    copied = image.copy()
-    copied.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-    return copied
-
 def caption(row):
-    "What the page says below a classified photo, from its row of `Visit.table`"
+    "Caption of a classified photo, from its row of `Visit.table`"
     if row['problem']: return 'not read'
     if row['corrected']: return f'✓ {row["class"]}'
     return str(row['class']) if np.isnan(row['probability']) else f'{row["class"]} {percent(row["probability"])}'
@@ -233,7 +228,7 @@ def make_app(few:FewShotClassifier):
     """
     gr = gradio()
     with gr.Blocks(title='Few-shot classifier', analytics_enabled=False, delete_cache=(3600, KEEP)) as app:
-        state,example,photo = gr.State(),gr.State(),gr.State() # the Visit, and the places of the example and the photo that are selected
+        state,example,photo = gr.State(),gr.State(),gr.State() # the Visit, the index of the selected example, that of the photo
         classes = dict(visible=False, elem_classes='sticky')
         gallery = dict(columns=4, height='auto', show_label=False, allow_preview=False, buttons=[], visible=False)
         gr.Markdown('# Classify photos by a few examples\nNothing is trained. No photo leaves the machine that this page runs on.')

@@ -94,7 +94,7 @@ def similarity(support, support_y, query):
 
 
 def check_share(name, value, example):
-    "Raise UserError, by the `name` of the argument and with an `example`, if the `value` is no share between 0 and 1"
+    "Raise UserError unless `value` is a number between 0 and 1; the message has the `name` of the argument and an `example`"
     if not isinstance(value, int | float) or not 0 < value < 1:
         raise UserError(f'{name} is {value!r}: it is a share above 0 and below 1, such as {example}')
 

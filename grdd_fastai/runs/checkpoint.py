@@ -108,7 +108,7 @@ def with_prefix(tensors, prefix):
     return {k.removeprefix(prefix):v for k,v in tensors.items() if k.startswith(prefix)}
 
 def with_valid_loss(row, names):
-    "A row of a history; NaN takes the place of the `valid_loss` that older checkpoints do not have"
+    "A row of a history, with NaN for `valid_loss` if it is from an older checkpoint, which does not have it"
     if len(row) != len(names) - 1 or 'valid_loss' not in names: return row
     i = names.index('valid_loss')
     return [*row[:i], math.nan, *row[i:]]

@@ -15,6 +15,7 @@ from ..fewshot.figures import episode_relatedness, episode_rows, tsne_points
 from ..fewshot.interpret import EpisodeInterpretation
 from ..models.create import features
 from ..plots import COLORS, plain, plot_relatedness, plot_tsne
+from .run import flat
 
 __all__ = ['write_run_report', 'PAPER_ACCURACY']
 
@@ -72,15 +73,9 @@ def write_run_report(
                  data=f'{data.name}, {data.px} px, fingerprint {about["fingerprint"]}',
                  versions=', '.join(f'{k} {v}' for k,v in began['versions'].items()))
     parts += ['<h2>Where it comes from</h2>', table(facts.items()),
-              f'<details><summary>All settings</summary>{table((k, json.dumps(v)) for k,v in flat(began["settings"]))}</details>']
+              f'<details><summary>All settings</summary>{table((k, json.dumps(v)) for k,v in flat(began["settings"]).items())}</details>']
     return write_html(out/'report.html', title, parts, STYLE)
 
-
-def flat(settings, prefix=''):
-    "(name, value) of nested settings, with names such as student.lr"
-    for k,v in settings.items():
-        if isinstance(v, dict): yield from flat(v, f'{prefix}{k}.')
-        else: yield prefix + k,v
 
 @torch.no_grad()
 def embed_rows(net, data, rows):

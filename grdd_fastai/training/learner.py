@@ -37,7 +37,7 @@ class FewShotLearner(Learner):
     Its callbacks undo their changes whatever ends a fit, also Ctrl-C. `validate` returns the accuracy (%) on the validation classes.
     """
     first_epoch = 0
-    skips_validation = False # True in an epoch of a fit, whose validation is `FewShotAccuracy`'s
+    skips_validation = False # True in an epoch of a fit, where `FewShotAccuracy` takes the place of fastai's validation
     def fit(self, *args, **kwargs):
         try:
             with fastest_convolutions(): super().fit(*args, **kwargs)

@@ -235,7 +235,7 @@ def test_plain_dataloaders_train_stage_one(plain, data):
     images = torch.from_numpy(np.array(data.val.images)).movedim(-1, 1)
     assert torch.allclose(h.cpu(), naive_embed(without_classifier(learn.model.backbone), images, ((.5,)*3, (.3,)*3)), atol=1e-3)
     with learn.no_bar(): p,y = learn.get_preds()
-    assert len(p) == len(data.val) and y.min() == len(data.train.vocab) # after the codes of the base classes
+    assert len(p) == len(data.val) and y.min() == len(data.train.vocab) # their codes follow those of the base classes
 
 def test_episodes_of_a_datablock_on_a_dataframe(table, data):
     df = table[table.split != 'test']
