@@ -79,7 +79,7 @@ def distill(
     if '.' in student: two = two.but(init='cl') # the weights of the tag are the start
     alone = baseline_epochs and StageOne(arch=student, epochs=baseline_epochs, schedule='one_cycle', lr=0.02, opt='muon', bs=128,
                                          head='cosine', rotation=False, smoothing=0.1, jitter=two.jitter, seed=two.seed)
-    settings = dict(teacher=teacher, student=student, px=px, way=way, data=files.data, unlabeled=unlabeled, stage_two=two.values(),
+    settings = dict(teacher=teacher, student=student, px=px, way=way, **files.identity(), unlabeled=unlabeled, stage_two=two.values(),
                     baseline=alone.values() if alone else None, test_episodes=test_episodes, **asdict(compute), demo=demo)
     plan = ['student_grdd', *(['student_cl'] if alone else []), 'evaluation']
     episode = dict(n_way=way, k_shot=1, n_query=15)

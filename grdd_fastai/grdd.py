@@ -108,7 +108,7 @@ def grdd(
     for s in (psi, phi): check_backbone(s.arch, px, s.pretrained)
 
     check_teacher(phi, two)
-    settings = dict(way=way, shot=shot, query=query, px=px, data=files.data, student=psi.values(), teacher=phi.values(),
+    settings = dict(way=way, shot=shot, query=query, px=px, **files.identity(), student=psi.values(), teacher=phi.values(),
                     independent_teacher=independent_teacher, stage_two=two.values(), test_episodes=test_episodes, classifiers=classifiers,
                     **asdict(compute), demo=demo)
     plan = ['student_cl', *([] if shared else ['teacher']), 'student_grdd', 'evaluation']
@@ -123,7 +123,8 @@ def grdd(
             run.begin(data, files.cache)
             *found,features,network = method(run, data, psi, None if shared else phi, two, episode, test_episodes, names,
                                              **compute.for_learner())
-            values = dict(dataset=data.name, way=way, shot=shot, query=query, teacher=phi.arch, student=psi.arch, epochs=psi.epochs,
+            values = dict(dataset=data.name, image_fingerprint=data.image_fingerprint, resize=data.resize, way=way, shot=shot,
+                          query=query, teacher=phi.arch, student=psi.arch, epochs=psi.epochs,
                           meta_epochs=two.epochs, episodes=two.n_episodes, test_episodes=test_episodes, **result(*found),
                           initial_weights={role:pretrained_tag(s.arch, s.pretrained) or 'random' for role,s in
                                            dict(teacher=phi, student=psi).items()}, seed=psi.seed, demo=demo)

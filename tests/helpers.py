@@ -30,8 +30,8 @@ from grdd_fastai.core import storage
 from grdd_fastai.core.distributed import rank_world
 from grdd_fastai.core.errors import UserError
 from grdd_fastai.data.blocks import category_dls, episodic_dls, plain_dl
+from grdd_fastai.data.class_lists import SPLITS, class_list
 from grdd_fastai.data.episodes import sample_episodes, sample_unbalanced
-from grdd_fastai.data.layouts import SPLITS, class_list
 from grdd_fastai.experiments.publish import publish
 from grdd_fastai.experiments.table import CL, EL, GR
 from grdd_fastai.fewshot.classifiers import CLASSIFIERS

@@ -250,7 +250,7 @@ def test_a_wheel_works_outside_the_clone(wheel, tmp_path):
     assert {'grdd_fastai/class_lists/cifar_fs.csv', 'grdd_fastai/class_lists/mini_imagenet.csv'} <= set(names)
     assert not [n for n in names if n.startswith(('tests','recipes','data','docs'))]
     code = f"import sys; sys.path.insert(0, {str(tmp_path/'site')!r}); import grdd_fastai, timm; " \
-           "from grdd_fastai.data.layouts import class_list; " \
+           "from grdd_fastai.data.class_lists import class_list; " \
            "assert 'site' in grdd_fastai.__file__ and len(class_list('mini_imagenet')) == 100 " \
            "and timm.create_model('convnet4.grdd_cifarfs', pretrained=True).num_features == 64"
     subprocess.run([sys.executable, '-c', code], check=True, cwd=tmp_path, env=os.environ | dict(HF_HUB_OFFLINE='1'))

@@ -1,26 +1,26 @@
-"""Readers for the files of a raw data set: a folder, a zip archive, or CIFAR-100's pickles."""
-import hashlib
+"""Readers for the files of a raw data set: a folder, a zip or tar archive, or a tar for each class."""
 import io
 import os
-import pickle
 import posixpath
 import re
+import shutil
 import sys
 import tarfile
+import tempfile
 import zipfile
 import zlib
 from collections import Counter
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
-
-import numpy as np
-from PIL import Image
+from threading import Lock
 
 from ..core.errors import UserError
 from ..core.storage import read_bytes
 
 MAX_LINKS = 4 # most links that are followed to one folder
-MAX_BYTES = 2**28 # most bytes in one unpacked member of an archive
+MAX_BYTES = 2**28 # most bytes in one unpacked member of an archive that is read as a whole
+MAX_RATIO = 100 # most bytes that one byte of an archive may unpack to, above `MAX_BYTES`
+BLOCK = 2**20 # bytes
 ENDINGS = 'png|jpe?g|bmp|webp|gif|tiff?|ppm|pgm' # regular expression for the file endings of images
 IMAGES = re.compile(rf'(^|/)[^./][^/]*\.({ENDINGS})$', re.IGNORECASE)
 
@@ -29,10 +29,10 @@ class Folder:
     """Regular files below a folder, by relative path
 
     A link is followed if it stays inside the folder. Other links (out of the folder, to nowhere, in a circle), pipes and devices are left
-    out, with one warning.
+    out, with one warning. With `deep` false, the folders in the folder are left out.
     """
-    def __init__(self, path):
-        self.path = Path(path)
+    def __init__(self, path, deep=True):
+        self.path,self.deep = Path(path),deep
         self.root = self.path.resolve()
         self.name = self.root.name
     @cached_property
@@ -59,6 +59,7 @@ class Folder:
             real = self._inside(f) if e.is_symlink() else self.root/f
             if real is None: self.left_out.append(f)
             elif e.is_dir():
+                if not self.deep: continue
                 if e.is_symlink():
                     if self.root.joinpath(below).resolve().is_relative_to(real) or visits[real] >= MAX_LINKS:
                         self.left_out.append(f)
@@ -80,6 +81,10 @@ class Folder:
         try: return read_bytes(self._inside(f) or self.root/f, MAX_BYTES)
         except OSError as e: raise UserError(f'{self.path/f} cannot be read ({e.strerror}): mend or replace it') from None
     def lines(self, f): return io.TextIOWrapper(io.BytesIO(self.read(f)), 'utf-8-sig', newline='')
+    def opened(self, f):
+        "The file, open for reading and seeking, of any size"
+        try: return open(self._inside(f) or self.root/f, 'rb')
+        except OSError as e: raise UserError(f'{self.path/f} cannot be read ({e.strerror}): mend or replace it') from None
     def stamp(self, f):
         st = (self.root/f).stat()
         return st.st_size,st.st_mtime_ns
@@ -110,80 +115,148 @@ class Zip:
         self._check_size(f)
         try: return io.TextIOWrapper(self.zip.open(self.infos[f]), 'utf-8-sig', newline='')
         except Exception as e: raise UserError(f'{self.path}: {f} cannot be read from the archive ({e}): fetch it again') from None
+    def opened(self, f):
+        "A temporary file with the unpacked member, open for reading and seeking"
+        try:
+            with self.zip.open(self.infos[f]) as member: return unpacked(member, self.infos[f].compress_size, f'{self.path}: {f}')
+        except UserError: raise
+        except Exception as e: raise UserError(f'{self.path}: {f} cannot be read from the archive ({e}): fetch it again') from None
     def stamp(self, f): return self.infos[f].file_size,self.infos[f].CRC
 
 
-class ArrayUnpickler(pickle.Unpickler):
-    "Loads only arrays, lists, dicts, strings and numbers, because a pickle could otherwise run any code; UserError for anything else"
-    allowed = {(m, n) for m in ('numpy.core.multiarray','numpy._core.multiarray') for n in ('_reconstruct','scalar')} | {
-        ('numpy','ndarray'), ('numpy','dtype'), ('_codecs','encode'),
-        ('numpy.core.numeric','_frombuffer'), ('numpy._core.numeric','_frombuffer')}
-    def find_class(self, module, name):
-        if (module, name) in self.allowed: return super().find_class(module, name)
-        raise UserError(f'refused to unpickle {module}.{name}: only arrays, lists, dicts, strings and numbers are loaded')
+class Tar:
+    """Regular files in a tar archive by name; a compressed archive is unpacked into one temporary file when it is opened
 
-
-class CifarPickles:
-    "torchvision's CIFAR-100 archive (the pickles `train`, `test` and `meta`), presented as class folders of PNG files"
-    def __init__(self, path, read, prefix):
+    `file` is the open archive, and `within` another `Tar` and the name of the member of it that is the archive.
+    """
+    def __init__(self, path, file=None, within=None):
         self.path = Path(path)
-        self.name = 'cifar100'
-        tables = {}
-        for part in ('meta','train','test'):
-            try: tables[part] = ArrayUnpickler(io.BytesIO(read(prefix+part)), encoding='latin1').load()
-            except UserError as e: raise UserError(f'{path}, {prefix}{part}: {e}') from None
-            except Exception as e: raise UserError(f'{path}, {prefix}{part}: not a CIFAR-100 pickle ({e}): fetch it again') from None
+        self.name = re.sub(r'\.(tar|tgz|tbz2?|txz)(\.\w+)?$', '', self.path.name)
+        self.lock,self.start,self.members = Lock(),0,{}
         try:
-            names = tables['meta']['fine_label_names']
-            self.images = {}
-            for part in ('train','test'):
-                images = tables[part]['data']
-                labels = tables[part]['fine_labels']
-                if (not isinstance(images, np.ndarray) or images.dtype != np.uint8 or not isinstance(labels, list)
-                    or len(labels) != len(images)):
-                    raise ValueError('no array of images')
-                images = images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-                for i,(image,y) in enumerate(zip(images, labels)):
-                    self.images[f'{names[y]}/{part}_{i:05d}.png'] = image
-        except Exception as e: raise UserError(f'{path}: not the CIFAR-100 archive ({e!r}): fetch it again') from None
-        self.files = sorted(self.images)
-    def has(self, f): return f in self.images
-    def read(self, f): return png(self.images[f])
-    def stamp(self, f): return hashlib.sha1(self.images[f].tobytes()).hexdigest()
+            if within:
+                tar,f = within
+                self.lock,self.start = tar.lock,tar.place(f)[0]
+                file = tar.opened(f)
+            elif file is None: file = _uncompressed(self.path)
+            with tarfile.open(fileobj=file, mode='r:') as tar:
+                for m in tar:
+                    name = posixpath.normpath(m.name)
+                    if m.isreg() and not name.startswith(('/', '../')): self.members[name] = (m.offset_data,m.size,m.mtime)
+                    tar.members.clear() # which would keep all headers
+                file.seek(tar.offset) # a whole archive ends with blocks of zeros; tarfile would leave out what follows a damaged header
+                if file.read(512) != bytes(512): raise EOFError(f'it ends early or is damaged after {len(self.members)} files')
+            self.file = within[0].file if within else file
+        except UserError: raise
+        except (EOFError, tarfile.TarError, zlib.error, OSError, ValueError) as e:
+            raise UserError(f'{self.path} is not a whole tar archive ({e}): fetch it again') from None
+    @cached_property
+    def files(self): return sorted(self.members)
+    def has(self, f): return f in self.members
+    def place(self, f): return self.start + self.members[f][0],self.members[f][1]
+    def read(self, f):
+        start,size = self.place(f)
+        if size > MAX_BYTES: raise UserError(f'{self.path}: {f} has {size >> 20} MiB: remove it, no file of a data set is so large')
+        with self.lock:
+            self.file.seek(start)
+            return self.file.read(size)
+    def lines(self, f): return io.TextIOWrapper(io.BytesIO(self.read(f)), 'utf-8-sig', newline='')
+    def opened(self, f): return io.BufferedReader(_Section(self.file, *self.place(f), self.lock), BLOCK)
+    def stamp(self, f): return self.members[f][1:],(about := self.path.stat()).st_size,about.st_mtime_ns
 
 
-def png(image):
-    "The bytes of a PNG file that holds the uint8 array (H, W, 3)"
-    buf = io.BytesIO()
-    Image.fromarray(image).save(buf, 'png')
-    return buf.getvalue()
+class ClassTars:
+    """A tree that has a tar for each class, as ImageNet's training images are kept: `n01440764.tar` is the class folder `n01440764`
+
+    The tars of the classes in `only`, by default all, are opened to list their images.
+    """
+    def __init__(self, tree, only=None):
+        self.tree,self.path,self.name = tree,tree.path,tree.name
+        self.tars = {posixpath.basename(f).removesuffix('.tar'):f for f in tree.files if f.endswith('.tar')}
+        self.tars = {c:f for c,f in self.tars.items() if only is None or c in only}
+        self.opened_tar = lru_cache(64)(self._tar) # a process may not have many more files open
+    @property
+    def classes(self): return sorted(self.tars)
+    def keep(self, only): return ClassTars(self.tree, only)
+    def _tar(self, c):
+        f = self.tars[c]
+        if isinstance(self.tree, Tar): return Tar(self.path/f, within=(self.tree, f))
+        return Tar(self.path/f, self.tree.opened(f))
+    @cached_property
+    def members(self): return {f'{c}/{f}':(c, f) for c in self.tars for f in self.opened_tar(c).files}
+    @cached_property
+    def files(self): return sorted(self.members)
+    def has(self, f): return f in self.members
+    def read(self, f):
+        c,member = self.members[f]
+        return self.opened_tar(c).read(member)
+    def stamp(self, f): return self.tree.stamp(self.tars[self.members[f][0]])
 
 
-def _open_tree(path):
-    "The `Folder`, `Zip` or `CifarPickles` at `path`; UserError if there is none"
+class _Section(io.RawIOBase):
+    "A part of an open file, as a file of its own"
+    def __init__(self, file, start, size, lock): self.file,self.start,self.size,self.at,self.lock = file,start,size,0,lock
+    def readable(self): return True
+    def seekable(self): return True
+    def tell(self): return self.at
+    def seek(self, at, whence=0):
+        self.at = at + (0, self.at, self.size)[whence]
+        return self.at
+    def readinto(self, buffer):
+        n = max(0, min(len(buffer), self.size - self.at))
+        with self.lock:
+            self.file.seek(self.start + self.at)
+            found = self.file.read(n)
+        buffer[:len(found)] = found
+        self.at += len(found)
+        return len(found)
+
+
+# ---- opening ----------------------------------------------------------------------------------------------------------
+
+def unpacked(stream, size, where):
+    "A temporary file with what `stream` gives; UserError if that is far more than the `size` bytes that it is packed into"
+    out = tempfile.TemporaryFile()  # noqa: SIM115 (its user closes it)
+    limit = MAX_BYTES + MAX_RATIO*size
+    while block := stream.read(BLOCK):
+        if out.tell() + len(block) > limit: raise UserError(f'{where} unpacks to more than {limit >> 20} MiB: no archive of images does')
+        if shutil.disk_usage(folder := tempfile.gettempdir()).free < MAX_BYTES:
+            raise UserError(f'{where} does not fit into {folder}, where it is unpacked: make room or set TMPDIR to another folder')
+        out.write(block)
+    out.seek(0)
+    return out
+
+def _uncompressed(path):
+    "The tar at `path`, open; a compressed one is unpacked into a temporary file"
+    import bz2
+    import gzip
+    import lzma
+    with open(path, 'rb') as f: begin = f.read(6)
+    for magic,module in ((b'\x1f\x8b', gzip), (b'BZh', bz2), (b'\xfd7zXZ\x00', lzma)):
+        if begin.startswith(magic):
+            with module.open(path) as f: return unpacked(f, path.stat().st_size, path)
+    return open(path, 'rb')
+
+# files that hold a part of a data set and whose folder-mates hold the rest
+PARTS = ('.pkl', '.pickle', '.npz', '.npy', '.parquet', '.csv', '.json')
+
+def open_tree(path):
+    """The `Folder`, `Zip`, `Tar` or `ClassTars` at `path`; UserError if there is none
+
+    A pickle, an array, a parquet file, a CSV or a JSON file stands for its folder.
+    """
     try: there = (path := Path(path).expanduser()).exists()
     except (OSError, RuntimeError, ValueError, TypeError): there = False
-    if not there: raise UserError(f"no such file or folder: {path}; give --data a folder, a zip or CIFAR-100's archive")
-    if path.is_dir():
-        tree = Folder(path)
-        for prefix in ('', 'cifar-100-python/'):
-            if all(tree.has(prefix+f) for f in ('train','test','meta')): return CifarPickles(path, tree.read, prefix)
-        return tree
-    if not path.is_file(): raise UserError(f'{path} is neither a folder nor a regular file: unpack the data and give its folder')
-    if zipfile.is_zipfile(path):
-        tree = Zip(path)
-        prefix = next((f.removesuffix('meta') for f in tree.files if f.endswith('cifar-100-python/meta')), None)
-        return tree if prefix is None else CifarPickles(path, tree.read, prefix)
-    try:
-        if not tarfile.is_tarfile(path):
-            raise UserError(f'{path} is neither a folder, a zip nor a tar archive: unpack it and give its folder')
-        with tarfile.open(path) as tar:
-            members = {posixpath.normpath(m.name):m for m in tar.getmembers() if m.isfile() and m.size <= MAX_BYTES}
-            metas = [f for f in members if posixpath.basename(f) == 'meta']
-            if not metas: raise UserError(f"{path} is not CIFAR-100's python archive: unpack it and give its folder")
-            parts = {f:tar.extractfile(members[f]).read()
-                     for f in (posixpath.join(posixpath.dirname(metas[0]), part) for part in ('meta','train','test')) if f in members}
-            while tar.fileobj.read(2**20): pass # read to the end, where the archive's checksum is tested
-        return CifarPickles(path, parts.__getitem__, metas[0].removesuffix('meta'))
-    except (EOFError, tarfile.TarError, zlib.error, OSError) as e:
-        raise UserError(f'{path} is not a whole archive ({e}): fetch it again') from None
+    if not there: raise UserError(f'no such file or folder: {path}; give --data a folder, an archive or a file of data/README.md')
+    if path.is_dir(): tree = Folder(path)
+    elif not path.is_file(): raise UserError(f'{path} is neither a folder nor a regular file: unpack the data and give its folder')
+    elif path.suffix.lower() in PARTS: tree = Folder(path.parent, deep=path.suffix.lower() in ('.csv', '.json'))
+    elif zipfile.is_zipfile(path): tree = Zip(path)
+    else:
+        try: is_tar = tarfile.is_tarfile(path)
+        except (EOFError, tarfile.TarError, zlib.error, OSError, ValueError) as e:
+            raise UserError(f'{path} is not a whole archive ({e}): fetch it again') from None
+        if not is_tar: raise UserError(f'{path} is neither a folder, a zip nor a tar archive: unpack it and give its folder')
+        tree = Tar(path)
+    if any(f.endswith('.tar') for f in tree.files) and not any(IMAGES.search(f) for f in tree.files): tree = ClassTars(tree)
+    return tree

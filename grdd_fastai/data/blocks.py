@@ -9,8 +9,8 @@ from fastai.data.transforms import IntToFloatTensor, Normalize
 from ..core.errors import UserError
 from .augment import train_augmentation
 from .cache import FewShotData
+from .class_lists import SPLITS
 from .episodes import EpisodicDL, check_episode
-from .layouts import SPLITS
 from .loaders import FewShotDataLoaders, PackedImage, PackedLabel, SeededDL
 
 __all__ = ['category_block', 'episode_block', 'category_dls', 'episodic_dls', 'plain_dl']

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
 
-from .archives import png
-from .layouts import SPLITS
+from .arrays import png
+from .class_lists import SPLITS
 
 __all__ = ['DemoSource']
 
@@ -47,6 +47,7 @@ def draw(char, rng):
 class DemoSource:
     "A `Source` of 64/16/20 drawn classes: image i of a class is drawn when it is read and depends only on the seed, the class and i"
     name = path = 'demo'
+    ordered = True # its rows stay in the order in which they are drawn
     def __init__(self, seed=0, n_per_class=80):
         self.seed,self.n_per_class = seed,n_per_class
         self.key = f'demo {seed}'

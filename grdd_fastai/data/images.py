@@ -1,24 +1,47 @@
 """Image files of many formats, decoded to upright RGB arrays."""
 import io
+import re
 import warnings
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-__all__ = ['decode', 'square', 'open_image', 'upright_rgb']
+from ..core.errors import UserError
+
+__all__ = ['check_resize', 'decode', 'square', 'open_image', 'upright_rgb']
 
 # other formats are refused because decoding some of them, such as EPS, may run programs
 FORMATS = ('PNG', 'JPEG', 'MPO', 'BMP', 'WEBP', 'GIF', 'TIFF', 'PPM', 'AVIF', 'JPEG2000')
 MAX_MEGAPIXELS = 89 # size of the largest image that is decoded without `allow_large`
 
 
-def decode(image, px, allow_large=False):
-    "Bytes of an image file -> uint8 RGB array (px, px, 3): upright, shorter side resized to `px`, centre crop; limits as in `open_image`"
-    return square(upright_rgb(open_image(io.BytesIO(image), allow_large)), px)
+RESAMPLING = ('bicubic', 'bilinear', 'lanczos', 'box', 'hamming', 'nearest')
 
-def square(im, px):
-    "Upright RGB image -> uint8 array (px, px, 3): shorter side resized to `px`, centre crop"
-    return np.asarray(im if im.size == (px, px) else ImageOps.fit(im, (px, px), Image.Resampling.BICUBIC))
+def check_resize(resize, interpolation, px):
+    "Side in pixels before the centre is cut out by `resize` (`square`); UserError for an unknown name and for a side below `px`"
+    if interpolation not in RESAMPLING: raise UserError(f'the interpolation is {interpolation!r}: give one of {", ".join(RESAMPLING)}')
+    m = re.fullmatch(r'fit|squash|(?:crop|squash)(\d{1,4})', str(resize))
+    side = int(m[1]) if m and m[1] else px
+    if not m or side < px:
+        raise UserError(f'resize is {resize!r}: give fit, squash, or crop or squash with a side of {px} or more, as in crop{px*8//7}')
+    return side
+
+def decode(image, px, allow_large=False, resize='fit', interpolation='bicubic'):
+    "Bytes of an image file -> upright uint8 RGB array (px, px, 3); `resize` as in `square`, limits as in `open_image`"
+    return square(upright_rgb(open_image(io.BytesIO(image), allow_large)), px, resize, interpolation)
+
+def square(im, px, resize='fit', interpolation='bicubic'):
+    """Upright RGB image -> uint8 array (px, px, 3)
+
+    `resize` fit: the shorter side becomes `px`, then the centre is cut out. squash: both sides become `px`. crop92 and squash92: the same
+    with a side of 92, then the centre of `px` is cut out. An image that has the size already is not resized.
+    """
+    how = Image.Resampling[interpolation.upper()]
+    side = check_resize(resize, interpolation, px)
+    size = (side, side)
+    if im.size != size: im = im.resize(size, how) if resize.startswith('squash') else ImageOps.fit(im, size, how)
+    if side > px: im = im.crop(((side - px)//2, (side - px)//2, (side + px)//2, (side + px)//2)) # of the centre square, the centre
+    return np.asarray(im)
 
 
 def open_image(file, allow_large=False):

@@ -6,14 +6,18 @@ import sys
 import tempfile
 import unicodedata
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
-from ..core.errors import UserError
+from ..core.errors import UserError, first_line
 from ..core.storage import read_bytes, user_path
-from .archives import _open_tree
-from .layouts import ALIASES, LAYOUTS, SPLITS, _class_folders, _norm, class_list
+from .archives import PARTS, open_tree
+from .arrays import ArrayTree, Part, as_arrays, class_names
+from .class_lists import ALIASES, SPLITS, list_of, read_split, usual_split
+from .layouts import has_own_lists, table_of
 
 __all__ = ['Source', 'open_source', 'prepare']
 
@@ -24,12 +28,15 @@ CONTROL = re.compile('[\x00-\x1f\x7f-\x9f\u2028\u2029]')
 class Source:
     """A raw data set: DataFrames `frames[split]` with columns filename, label and path, and `read(path)` for the bytes of an image
 
-    UserError if splits are empty or share a class, if an image is listed twice, or if a name holds a control character.
+    `split` takes the place of the data's own splits (`read_split`), and `asked` is the file of the tree that the user named. UserError if
+    splits are empty or share a class, if an image is listed twice, or if a name holds a control character.
     """
-    def __init__(self, tree, seed=0):
-        layout,df = next((f, d) for f,d in ((f, f(tree, seed)) for f in LAYOUTS) if d is not None)
-        used_seed = seed if layout is _class_folders else ''
-        self.key = f'{Path(tree.path).resolve()} {used_seed}' # everything that determines the splits
+    def __init__(self, tree, seed=0, split=None, asked=None):
+        rows = None if split is None else read_split(split)
+        df,by_seed = table_of(tree, seed, None if split is None else (split, rows), asked)
+        used = [seed if by_seed else '', *([asked] if asked else []), *([] if split is None else [digest_of(rows)])]
+        place = getattr(tree, 'key', None) or Path(tree.path).resolve()
+        self.key = ' '.join(map(str, (place, *used))) # everything that determines the splits
         self.tree = tree
         self.path = tree.path
         self.read = tree.read
@@ -41,12 +48,13 @@ class Source:
             bad = next((v for v in df[column].unique() if CONTROL.search(v)), None)
             if bad is not None:
                 raise UserError(f'{self.path}: the {column} {bad!r} holds a control character, such as the end of a line: rename it')
-        splits = df.groupby('label').split.unique()
-        for label,s in splits[splits.str.len() > 1].items():
-            raise UserError(f'{self.path}: class {label} is in both {s[0]} and {s[1]}: the classes of the splits must be disjoint')
+        split_of = {}
+        for label,split in df[['label', 'split']].drop_duplicates().itertuples(index=False):
+            if (first := split_of.setdefault(label, split)) != split:
+                raise UserError(f'{self.path}: class {label} is in both {first} and {split}: the classes of the splits must be disjoint')
         alike = {}
-        for label,(s,) in splits.items():
-            alike.setdefault(unicodedata.normalize('NFKC', ' '.join(label.split())).casefold(), []).append((label, s))
+        for label,split in split_of.items():
+            alike.setdefault(unicodedata.normalize('NFKC', ' '.join(label.split())).casefold(), []).append((label, split))
         for classes in alike.values():
             classes.sort(key=lambda o: SPLITS.index(o[1]))
             if len({s for _,s in classes}) > 1:
@@ -60,10 +68,8 @@ class Source:
 
     @property
     def name(self):
-        "'cifar_fs' or 'mini_imagenet' if the splits are those of that data set, else the name of the file or folder"
-        mine = {(_norm(c), s) for s,df in self.frames.items() for c in df.label.unique()}
-        return next((n for n in ('cifar_fs','mini_imagenet')
-                     if mine == {(_norm(c), s) for c,s in class_list(n).itertuples(index=False)}), self.tree.name)
+        "Name of the class list of the package that the splits follow, else the name of the file or folder"
+        return list_of({s:set(df.label) for s,df in self.frames.items()}) or self.tree.name
 
     def stamp(self):
         "A hash that changes with any CSV row and with any image (its size and time, or its checksum); the images are not decoded"
@@ -71,6 +77,9 @@ class Source:
         for s,df in self.frames.items():
             for r in df.itertuples(): h.update(repr((s, r.filename, r.label, r.path, self.tree.stamp(r.path))).encode())
         return h.hexdigest()
+
+
+def digest_of(df): return hashlib.sha256(pd.util.hash_pandas_object(df, index=False).to_numpy().tobytes()).hexdigest()
 
 
 class TableSource(Source):
@@ -94,14 +103,12 @@ class TableSource(Source):
         if df.isna().any(axis=None):
             raise UserError('the DataFrame has empty cells in filename, label or split: fill them in or leave the rows out')
         df = df.astype(str)
-        odd = next((s for s in df.split.unique() if s.lower() not in ALIASES), None)
-        if odd is not None: raise UserError(f'the DataFrame has the split {odd!r}: a split is train, val or test')
-        df['split'] = df.split.str.lower().map(ALIASES)
+        df['split'] = [usual_split(s, 'the DataFrame') for s in df.split]
         df['path'] = [str(user_path(f).absolute()) for f in df.filename]
         gone = next((f for f in df.path if not Path(f).is_file()), None)
         if gone is not None: raise UserError(f'the DataFrame names {gone}, which is not there: check the column filename')
         self.frames = {s:df.loc[df.split == s, ['filename', 'label', 'path']].reset_index(drop=True) for s in SPLITS}
-        self.key = 'table ' + hashlib.sha256(pd.util.hash_pandas_object(df, index=False).to_numpy().tobytes()).hexdigest()
+        self.key = f'table {digest_of(df)}'
         self._check(df)
     def read(self, path): return read_bytes(path)
     def stamp(self):
@@ -111,14 +118,79 @@ class TableSource(Source):
         return h.hexdigest()
 
 
+# ---- data sets in memory ----------------------------------------------------------------------------------------------
+
+class DatasetTree(ArrayTree):
+    "A tree of the images of torch, torchvision or Hugging Face data sets, by split; every image is read to see whether one has changed"
+    def __init__(self, sets):
+        parts = {ALIASES.get(str(s).lower(), str(s)):dataset_part(ds, f'the data set of {s}') for s,ds in sets.items()}
+        super().__init__('the data set', 'dataset', parts, None)
+        self.stamps = {f:hashlib.sha1(self.read(f)).hexdigest() for f in self.table.path}
+        self.key = f'data set {digest_of(self.table.assign(stamp=list(self.stamps.values())).drop(columns="split"))}'
+    def stamp(self, f): return self.stamps[f]
+
+class _Column:
+    "Entry `key` of the items of a data set, by row"
+    def __init__(self, ds, key): self.ds,self.key = ds,key
+    def __getitem__(self, i): return self.ds[i][self.key]
+
+def dataset_part(ds, where):
+    "The `Part` of a map-style data set: of torch, with items (image, label), or of Hugging Face, with a column of images and one of labels"
+    if not (hasattr(ds, '__getitem__') and hasattr(ds, '__len__')) or isinstance(ds, str | bytes | Mapping):
+        raise UserError(f'{where} is a {type(ds).__name__}: give a path, a DataFrame, or a data set with a length and items (image, label)')
+    n = len(ds)
+    if n == 0: raise UserError(f'{where} is empty')
+    features = getattr(ds, 'features', None)
+    if isinstance(features, Mapping): # Hugging Face
+        image = next((k for k,f in features.items() if type(f).__name__ == 'Image'), None)
+        label = next((k for k in ('label', 'fine_label', 'labels', 'class') if k in features), None)
+        if image is None or label is None:
+            raise UserError(f'{where} has the columns {", ".join(features)}: a column of images and one named label were looked for')
+        names = getattr(features[label], 'names', None)
+        return Part(_Column(ds, image), class_names(dict(labels=list(ds[label])) | (dict(names=list(names)) if names else {}), n, where))
+    item = ds[0]
+    if not isinstance(item, tuple | list) or len(item) < 2: raise UserError(f'{where} has items of another kind than (image, label)')
+    if hasattr(item[0], 'is_floating_point') and item[0].is_floating_point():
+        raise UserError(f'{where} gives tensors: leave out its transform, so that it gives images')
+    labels = getattr(ds, 'targets', None) if getattr(ds, 'target_transform', None) is None else None
+    labels = np.asarray([ds[i][1] for i in range(n)] if labels is None else labels).tolist()
+    names = getattr(ds, 'classes', None)
+    return Part(_Column(ds, 0), class_names(dict(labels=labels) | (dict(names=list(names)) if names else {}), n, where))
+
+
+# ---- opening ----------------------------------------------------------------------------------------------------------
+
 def open_source(
-    # path in any layout of data/README.md; DataFrame or dict of DataFrames (`TableSource`); None: CIFAR-FS through `untar_data`
+    # path in any layout of data/README.md; DataFrame, or dict of DataFrames by split (`TableSource`); data set of torch or Hugging Face,
+    # or a dict of them by split (`DatasetTree`); None: CIFAR-FS through `untar_data`
     data=None,
     seed=0, # seed that splits a folder of class folders
+    split=None, # name or path of a list of classes or images that splits the data in another way (`read_split`)
 ):
     "The raw data set at `data` as a `Source`; UserError if there is none"
-    if isinstance(data, pd.DataFrame | dict): return TableSource(data)
-    return Source(_open_tree(_download() if data is None else data), seed)
+    if isinstance(data, pd.DataFrame) or (isinstance(data, Mapping) and any(isinstance(v, pd.DataFrame) for v in data.values())):
+        if split is not None: raise UserError('a DataFrame has a column split: leave split out, or change the column')
+        return TableSource(data)
+    if data is not None and not isinstance(data, str | os.PathLike):
+        return Source(DatasetTree(data if isinstance(data, Mapping) else dict(all=data)), seed, split)
+    path = _download() if data is None else data
+    if isinstance(path, str) and path.startswith('hf://'): path = _from_hub(path)
+    tree = open_tree(path)
+    asked = Path(path).name if Path(path).is_file() and Path(path).suffix.lower() in PARTS else None
+    if not has_own_lists(tree, asked): tree = as_arrays(tree, asked) or tree
+    return Source(tree, seed, split, asked)
+
+def _from_hub(address):
+    "Folder with the parquet files of hf://datasets/<owner>/<name>, fetched from the Hugging Face hub or from its cache"
+    from huggingface_hub import snapshot_download
+
+    from ..core.hub import quick_offline
+    name = address.removeprefix('hf://').removeprefix('datasets/').strip('/')
+    try:
+        with quick_offline(): return snapshot_download(name, repo_type='dataset', allow_patterns='**/*.parquet')
+    except Exception as e:
+        why = f'{type(e).__name__}: {first_line(e)}'
+        raise UserError(f'{address} could not be fetched ({why}): give --data the path of a data set') from None
 
 def _download():
     from fastai.data.external import URLs, untar_data
@@ -132,9 +204,10 @@ def prepare(
     data:str|Path|None, # path in any layout; None: fetch CIFAR-FS
     out:str|Path, # new or empty folder for train.csv, val.csv, test.csv and images/
     seed:int=0, # seed that splits a folder of class folders
+    split:str|Path|None=None, # list of classes or images in place of the data's own splits (`read_split`)
 ) -> Path:
     "Write `data` to the folder `out` as split CSVs and images, and return the folder; UserError if that fails"
-    source = open_source(data, seed)
+    source = open_source(data, seed, split)
     try:
         out = user_path(out, '--out').resolve()
         if out.exists() and (not out.is_dir() or any(out.iterdir())): raise UserError(f'{out} is there already: give --out a new folder')

@@ -77,7 +77,7 @@ def tune_classifiers(
     write_tables(out, results, name, tables, pd.DataFrame(), record)
     for shot in shots:
         texts = ','.join(text for (_,k),text in found.items() if k == shot)
-        flags = dict(data=files.data, cache=files.cache, px=px, score='novel', shots=shot, classifiers=texts,
+        flags = dict(**files.identity(), cache=files.cache, px=px, score='novel', shots=shot, classifiers=texts,
                      query_distribution=query_distribution)
         words = [w for k,v in flags.items() if v is not None for w in (flag_name(k), str(v))]
         log('score them: ' + shlex.join(['python', 'recipes/evaluate_weights.py', network, *words, *(['--mirror'] if mirror else [])]))

@@ -195,7 +195,8 @@ class Run:
                 settings=self.settings, command=command(), commit=git_commit(), python=platform.python_version(), cpus=os.cpu_count(),
                 torch_threads=torch.get_num_threads(), device=device_name(), versions=versions()))
         self.begun = True
-        write_json(self.out/'data.json', dict(name=data.name, px=data.px, fingerprint=data.fingerprint, stats=data.stats))
+        write_json(self.out/'data.json', dict(name=data.name, px=data.px, resize=data.resize, fingerprint=data.fingerprint,
+                                               image_fingerprint=data.image_fingerprint, stats=data.stats))
         log(f'{data}')
 
     def seconds(self):

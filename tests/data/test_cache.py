@@ -1,4 +1,4 @@
-"""The cache: row i is CSV row i, rebuilt when the source changes or a file is damaged, mapped rather than read."""
+"""The cache: each row has its image and its label, rebuilt when the source changes or a file is damaged, mapped rather than read."""
 import json
 import os
 import subprocess
@@ -12,17 +12,18 @@ from PIL import Image
 
 from grdd_fastai.core.errors import UserError
 from grdd_fastai.data.cache import few_shot_data
-from grdd_fastai.data.layouts import SPLITS
+from grdd_fastai.data.class_lists import SPLITS
 
 
 def visible(folder): return [p for p in folder.iterdir() if not p.name.startswith('.')]
 
 
-def test_row_i_is_csv_row_i(csv_set, data):
+def test_each_row_has_its_image_and_its_label(csv_set, data):
     for s in SPLITS:
         split,df = getattr(data, s),pd.read_csv(csv_set/f'{s}.csv')
-        assert len(split) == len(df) and [split.vocab[y] for y in split.y] == list(df.label)
-        for i in (0, 17, len(df)-1): assert (split.images[i] == np.asarray(Image.open(csv_set/'images'/df.filename[i]))).all()
+        assert sorted(split.df.filename) == sorted(df.filename) and [split.vocab[y] for y in split.y] == list(split.df.label)
+        assert split.df.set_index('filename').label.to_dict() == df.set_index('filename').label.to_dict()
+        for i in (0, 17, len(df)-1): assert (split.images[i] == np.asarray(Image.open(csv_set/'images'/split.df.filename[i]))).all()
         assert isinstance(split.images, np.memmap)
 
 def test_stats_are_the_base_images_own(data):

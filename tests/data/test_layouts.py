@@ -11,7 +11,7 @@ from helpers import ROOT, classes, list_classes, mutations, posix, refused, says
 
 from grdd_fastai.core.errors import UserError
 from grdd_fastai.data.cache import few_shot_data
-from grdd_fastai.data.layouts import SPLITS, class_list
+from grdd_fastai.data.class_lists import SPLITS, class_list
 from grdd_fastai.data.sources import open_source, prepare
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from grdd_fastai.core.errors import UserError
 from grdd_fastai.data.cache import few_shot_data
-from grdd_fastai.data.layouts import SPLITS
+from grdd_fastai.data.class_lists import SPLITS
 from grdd_fastai.data.sources import open_source, prepare
 
 
@@ -73,7 +73,7 @@ def test_other_faults_are_one_sentence(tmp_path):
     write_images(tmp_path/'two'/'a', ['x.png']), write_images(tmp_path/'two'/'b', ['x.png'])
     bad = tmp_path/'bad.zip'
     bad.write_bytes(zipped(tmp_path/'two', tmp_path/'ok.zip').read_bytes()[:-30])
-    for path,fault in ((tmp_path/'nowhere','no such file'), (tmp_path/'text.txt','neither a folder'), (tmp_path/'void','no split CSVs'),
+    for path,fault in ((tmp_path/'nowhere','no such file'), (tmp_path/'text.txt','neither a folder'), (tmp_path/'void','no train.csv'),
                        (tmp_path/'two','at least 3'), (bad,'neither a folder')):
         with pytest.raises(UserError, match=fault): open_source(path)
 
