@@ -23,6 +23,7 @@ from .models.create import check_backbone, features, input_config, seeing
 from .models.pretrained import load_network, save_network
 from .photos.trust import AUTO
 from .runs.checkpoint import Stopped
+from .runs.loggers import LogOptions
 from .runs.options import ComputeOptions, DataOptions
 from .runs.provenance import public_word
 from .runs.run import Run, default_out
@@ -39,7 +40,7 @@ CLASSIFIER = AUTO[0] # the default of `FewShotClassifier`
 
 @processes()
 @checked
-@with_flags(files=DataOptions, two=PRESETS | dict(demo=PRESETS['patient'].but(**DEMO['two'])), compute=ComputeOptions)
+@with_flags(files=DataOptions, two=PRESETS | dict(demo=PRESETS['patient'].but(**DEMO['two'])), compute=ComputeOptions, follow=LogOptions)
 def distill(
     teacher:str=None, # a network with weights: a timm name, a folder of a run or of recipes/publish.py, hf-hub:user/name
     student:str='convnet4', # small network, a timm model; it starts from random weights, a name with a tag from the tag's
@@ -54,6 +55,7 @@ def distill(
     two=None, # the given settings of `StageTwo`
     test_episodes:Annotated[int, 'episodes of the held-out classes', between(1, 10**8)]=10_000,
     compute=None, # the given `ComputeOptions`
+    follow=None, # the given `LogOptions`
     demo:bool=False, # small settings, on the embedded data set unless --data is given
     resume:bool=False, # go on with the run in --out; begin it where there is none
     overwrite:bool=False, # delete the run that --out holds, and begin anew
@@ -67,7 +69,7 @@ def distill(
     """
     teacher = teacher or (DEMO['teacher'] if demo else None)
     if teacher is None: raise UserError('no teacher is given: name a network with weights, such as convnet4_256.grdd_cifarfs')
-    files,compute = from_flags(DataOptions(), files),from_flags(ComputeOptions(), compute)
+    files,compute,follow = (from_flags(o(), given) for o,given in ((DataOptions, files), (ComputeOptions, compute), (LogOptions, follow)))
     given_gamma = (two or {}).get('gamma')
     two = from_flags(get_preset(preset).but(**DEMO['two'] if demo else {}), two)
     if results:
@@ -83,7 +85,8 @@ def distill(
                     baseline=alone.values() if alone else None, test_episodes=test_episodes, **asdict(compute), demo=demo)
     plan = ['student_grdd', *(['student_cl'] if alone else []), 'evaluation']
     episode = dict(n_way=way, k_shot=1, n_query=15)
-    with Run(default_out('distill', demo) if out is None else out, settings, resume, max_minutes, plan, overwrite=overwrite) as run:
+    with Run(default_out('distill', demo) if out is None else out, settings, resume, max_minutes, plan, overwrite=overwrite,
+             loggers=follow.loggers) as run:
         if run.result:
             if results: write_record(results, run, run.result)
             return run.print(run.result)

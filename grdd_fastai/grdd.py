@@ -11,6 +11,7 @@ from .fewshot.embed import embed
 from .fewshot.evaluate import evaluate
 from .models.create import check_backbone, create_backbone, pretrained_tag
 from .runs.checkpoint import Stopped
+from .runs.loggers import LogOptions
 from .runs.options import ComputeOptions, DataOptions
 from .runs.report import write_run_report
 from .runs.run import Run, default_out
@@ -70,7 +71,7 @@ DEMO = dict(teacher='convnet4', student='convnet4', one=StageOne(epochs=2), two=
 @processes()
 @checked
 @with_flags(files=DataOptions, one=dict(default=PAPER['one'], demo=DEMO['one']),
-            two=PRESETS | dict(demo=PRESETS['best'].but(**DEMO['two'])), compute=ComputeOptions)
+            two=PRESETS | dict(demo=PRESETS['best'].but(**DEMO['two'])), compute=ComputeOptions, follow=LogOptions)
 def grdd(
     way:Annotated[int, 'C, classes per episode', at_least(2)]=5,
     shot:Annotated[int, 'K, support images per class', at_least(1)]=1,
@@ -89,6 +90,7 @@ def grdd(
     test_episodes:Annotated[int, 'episodes of the novel classes (10000; demo: 2000)', between(1, 10**8)]=None,
     classifiers:str='cosine', # classifiers that score the novel classes, separated by commas; `accuracy` and `gain` are the first one's
     compute=None, # the given `ComputeOptions`
+    follow=None, # the given `LogOptions`
     demo:bool=False, # small settings, on the embedded data set unless --data is given
     resume:bool=False, # go on with the run in --out; begin it where there is none
     overwrite:bool=False, # delete the run that --out holds, its weights and its result, and begin anew
@@ -97,7 +99,7 @@ def grdd(
     "Train the global learner and the meta-learner, and score the novel classes"
     default = DEMO if demo else PAPER
     px = default.get('px', px)
-    files,compute = from_flags(DataOptions(), files),from_flags(ComputeOptions(), compute)
+    files,compute,follow = (from_flags(o(), given) for o,given in ((DataOptions, files), (ComputeOptions, compute), (LogOptions, follow)))
     psi = from_flags(default['one'], one).but(arch=default['student'] if student is None else student)
     phi = psi.but(arch=default['teacher'] if teacher is None else teacher, epochs=teacher_epochs or psi.epochs)
     shared = phi == psi and not independent_teacher # one network is the student's start and its teacher
@@ -113,7 +115,8 @@ def grdd(
                     **asdict(compute), demo=demo)
     plan = ['student_cl', *([] if shared else ['teacher']), 'student_grdd', 'evaluation']
     episode = dict(n_way=way, k_shot=shot, n_query=query)
-    with Run(default_out(name, demo) if out is None else out, settings, resume, max_minutes, plan, overwrite=overwrite) as run:
+    with Run(default_out(name, demo) if out is None else out, settings, resume, max_minutes, plan, overwrite=overwrite,
+             loggers=follow.loggers) as run:
         if run.result: return run.print(run.result)
         try:
             files.warn_of_demo(demo)

@@ -50,12 +50,12 @@ class NetworkStore:
     A call trains a network, goes on with its training, or loads it. `max_minutes` is the time for all networks together; when it is used
     up, `checkpoint.Stopped` is raised with everything saved. Several processes may work in one folder: each waits for the networks that
     another one trains. Each scoring of the novel classes is logged in the folders `logs`. With `compile` a network is trained compiled,
-    which changes its last bits, but not the name of its folder.
+    which changes its last bits, but not the name of its folder. `loggers` follow the trainings (`logged`).
     """
-    def __init__(self, data, out, max_minutes=None, logs=None, compile=False):
+    def __init__(self, data, out, max_minutes=None, logs=None, compile=False, loggers=None):
         self.data = data
         self.out = Path(out).expanduser()
-        self.compile = compile
+        self.compile,self.loggers = compile,loggers
         self.end = None if max_minutes is None else time.monotonic() + 60*max_minutes
         self.embedded = None,None # what was embedded last, and its features and classes
         if logs is None: logs = [self.out]
@@ -70,7 +70,8 @@ class NetworkStore:
         "Train the Learner by the fit function that `make(run)` returns with it; return the `Trained` network, recorded with the `settings`"
         folder = self.folder(kind, arch, settings)
         minutes = None if self.end is None else max(1e-9, (self.end - time.monotonic())/60)
-        with redirect_stdout(sys.stderr), Run(folder, settings, resume=True, max_minutes=minutes, plan=['net'], wait=True) as run:
+        with redirect_stdout(sys.stderr), Run(folder, settings, resume=True, max_minutes=minutes, plan=['net'], wait=True,
+                                             loggers=self.loggers) as run:
             if not run.result:
                 log(f'{folder.name}: {json.dumps(settings)}')
                 run.begin(self.data)

@@ -17,6 +17,7 @@ from ..data.episodes import check_episode
 from ..fewshot.stats import compare
 from ..models.create import check_backbone, pretrained_tag
 from ..runs.checkpoint import Stopped
+from ..runs.loggers import LogOptions
 from ..runs.options import Compile, DataOptions
 from ..runs.provenance import command, device_name, git_commit, versions
 from ..runs.run import default_out
@@ -62,7 +63,7 @@ class Table(NamedTuple):
 @processes()
 @checked
 @with_flags(files=DataOptions, one=dict(default=PAPER['one'], demo=DEMO['one']),
-            two=PRESETS | dict(demo=PRESETS['best'].but(**DEMO['two'])), but=('seed',))
+            two=PRESETS | dict(demo=PRESETS['best'].but(**DEMO['two'])), follow=LogOptions, but=('seed',))
 def table(
     name, # name of the experiment, which names its files
     # row name -> row, such as `CL`, `EL` or `GR`; `versus` names the rows that it is compared with, `paper` holds the paper's accuracies
@@ -85,6 +86,7 @@ def table(
     two=None, # the given settings of `StageTwo`
     test_episodes:Annotated[int, 'number of episodes to score (10000; demo: 1000)', between(1, 10**8)]=None,
     compile:Compile=False,
+    follow=None, # the given `LogOptions`
     max_minutes:Annotated[float, 'minutes after which the program stops with everything saved; the same command goes on', positive]=None,
     demo:bool=False, # small settings, on the embedded data set unless --data is given
 ):
@@ -115,7 +117,8 @@ def table(
     for split in (data.val, data.test):
         for shot in shots: check_episode(split, EPISODE['n_way'], shot, EPISODE['n_query'])
 
-    store = NetworkStore(data, out, max_minutes, logs=[out, *([results] if results else [])], compile=compile)
+    store = NetworkStore(data, out, max_minutes, logs=[out, *([results] if results else [])], compile=compile,
+                         loggers=from_flags(LogOptions(), follow).loggers)
     nets,scores,failed,stop = train_and_score(store, rows, roles, stage_two, seeds, stage_one_seed, score, shots, test_episodes)
     records = {} # file -> record, because seeds that share a stage one share its record
     for (key,seed),made in nets.items():

@@ -16,6 +16,7 @@ from ..core.errors import UserError
 from ..core.storage import Busy, atomic_write, locked, output_folder, read_json, sweep, user_path, write_json
 from ..models.pretrained import load_weights, read_weights, save_weights
 from .checkpoint import Checkpoint, Deadline, SkipBatches, StopOnNaN, load_checkpoint, previous_path
+from .loggers import logged
 from .provenance import command, device_name, git_commit, log_line, now, versions
 
 __all__ = ['Run']
@@ -54,6 +55,7 @@ class Run:
         plan=(), # names of the stages in their order
         wait=False, # wait if another process works in the folder, instead of a UserError
         overwrite=False, # delete the run that the folder holds
+        loggers=None, # names of loggers that follow the training, separated by commas (`logged`)
     ):
         self.given = out
         self.out = user_path(out, '--out')
@@ -62,6 +64,7 @@ class Run:
         self.plan = list(plan)
         self.wait = wait
         self.overwrite = overwrite
+        self.loggers = loggers
         self.may_resume = resume # whether a run in the folder may go on
         self.resuming = resume # whether there is a run to go on with
         self.start = time.monotonic()
@@ -243,7 +246,7 @@ class Run:
             log('  '.join(f'{k} {v:.4f}' if isinstance(v, float) else f'{k} {v}' for k,v in named))
         self.deadline.fitting = True
         try:
-            with learn.distrib_ctx():
+            with learn.distrib_ctx(), logged(learn, self.loggers, self.out, name, self.settings):
                 if sys.stderr.isatty() and rank_world()[0] == 0: return fit(learn)
                 learn.logger = log_epoch # a log file gets one line per epoch instead of progress bars
                 with learn.no_bar(): fit(learn)

@@ -94,6 +94,11 @@ def fused_sgd(params, **kwargs):
     first = params[0]['params'][0] if isinstance(params[0], dict) else params[0]
     return torch.optim.SGD(params, fused=first.device.type in FUSED, **kwargs)
 
-sgd = partial(OptimWrapper, opt=fused_sgd, momentum=0.9)
-muon = partial(OptimWrapper, opt=Muon)
+class TorchOptimizer(OptimWrapper):
+    "fastai's wrapper of an optimiser of torch, without the hyperparameters that are None, which fastai's TensorBoardCallback cannot write"
+    @property
+    def hypers(self): return [{k:v for k,v in group.items() if v is not None} for group in super().hypers]
+
+sgd = partial(TorchOptimizer, opt=fused_sgd, momentum=0.9)
+muon = partial(TorchOptimizer, opt=Muon)
 OPTIMISERS = dict(sgd=sgd, muon=muon)
