@@ -51,8 +51,9 @@ class Split:
     "One split: `images` uint8 (N, px, px, 3), class codes `y` int64 (N), class names `vocab`, and `df` with columns filename and label"
     def __init__(self, name, images, df):
         self.name,self.images,self.df = name,images,df
-        self.vocab = sorted(df.label.unique())
-        self.y = df.label.map({c:i for i,c in enumerate(self.vocab)}).to_numpy(np.int64)
+        self.vocab = sorted(set(df.label))
+        codes = {c:i for i,c in enumerate(self.vocab)}
+        self.y = np.array([codes[c] for c in df.label], np.int64)
     def __len__(self): return len(self.y)
     def __repr__(self): return f'Split({self.name}: {len(self)} images, {len(self.vocab)} classes, {self.images.shape[1]} px)'
 

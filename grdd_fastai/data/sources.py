@@ -168,7 +168,8 @@ def open_source(
     split=None, # name or path of a list of classes or images that splits the data in another way (`read_split`)
 ):
     "The raw data set at `data` as a `Source`; UserError if there is none"
-    if isinstance(data, pd.DataFrame) or (isinstance(data, Mapping) and any(isinstance(v, pd.DataFrame) for v in data.values())):
+    tables = data.values() if isinstance(data, Mapping) else [data]
+    if not tables or any(isinstance(v, pd.DataFrame) for v in tables):
         if split is not None: raise UserError('a DataFrame has a column split: leave split out, or change the column')
         return TableSource(data)
     if data is not None and not isinstance(data, str | os.PathLike):

@@ -15,7 +15,7 @@ from ..settings import Bound, Settings, flag
 __all__ = ['LOGGERS', 'LogOptions', 'logged']
 
 
-LOGGERS = dict(tensorboard='tensorboard', wandb='wandb', csv=None) # name of each logger and the package that it needs
+LOGGERS = ('tensorboard', 'wandb', 'csv')
 
 def names_of(text): return [n for n in (text or '').replace(' ', '').split(',') if n]
 
@@ -23,7 +23,7 @@ def names_of(text): return [n for n in (text or '').replace(' ', '').split(',') 
 class LogOptions(Settings):
     "The loggers that follow the trainings of a program"
     loggers: Annotated[str|None, 'also follow the training in tensorboard, wandb or csv, several separated by commas', flag('log'),
-                       Bound(f'{", ".join(LOGGERS)}, separated by commas', lambda text: set(names_of(text)) <= LOGGERS.keys())] = None
+                       Bound(f'{", ".join(LOGGERS)}, separated by commas', lambda text: set(names_of(text)) <= set(LOGGERS))] = None
 
 
 @contextlib.contextmanager
@@ -83,7 +83,7 @@ def installed(name, make):
     def made(*args):
         try: return make(*args)
         except ImportError as e:
-            raise UserError(f'the logger {name} needs a package that cannot be imported ({e}): pip install {LOGGERS[name]}, '
+            raise UserError(f"the logger {name} needs a package that cannot be imported ({e}): pip install 'grdd_fastai[loggers]', "
                             f'or leave {name} out of --log') from None
     return made
 

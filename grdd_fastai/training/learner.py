@@ -106,6 +106,7 @@ class FewShotLearner(Learner):
         finally: self.skips_validation = False
     def _do_fit(self):
         check_mixing(self)
+        check_logging(self)
         for epoch in range(self.first_epoch, self.n_epoch):
             self.epoch = epoch
             self._with_events(self._do_epoch, 'epoch', CancelEpochException)
@@ -132,6 +133,11 @@ class BaseClassLoss(CrossEntropyLossFlat):
         if torch.is_grad_enabled() or (y < pred.shape[-1]).all(): return super().__call__(pred, y, **kwargs)
         if self.reduction == 'none': raise UserError(NO_OUTPUTS)
         return pred.new_full((), torch.nan)
+
+def check_logging(learn):
+    "Raise UserError if a logger of fastai would show predictions of validation images, whose classes the network has no outputs for"
+    shows = next((cb.name for cb in learn.cbs if getattr(cb, 'log_preds', False)), None)
+    if shows: raise UserError(f'{shows} shows predictions, and the network has no outputs for the validation classes: give log_preds=False')
 
 def check_mixing(learn):
     "Raise UserError if the images of a batch would be mixed where their single classes or angles are needed"

@@ -3,8 +3,11 @@ import os
 import shutil
 import zipfile
 
+import layouts
 import numpy as np
 import pytest
+import torch
+import torchvision
 from helpers import cifar_archive, classes, list_classes, posix, says, write_images, zipped
 from PIL import Image
 
@@ -88,3 +91,50 @@ def test_the_real_cifar_fs(real_zip):
     source = open_source(real_zip)
     assert source.name == 'cifar_fs' and classes(source) == list_classes('cifar_fs')
     assert {s:set(df.label.value_counts()) for s,df in source.frames.items()} == {s:{600} for s in SPLITS}
+
+
+# ---- data sets in memory ----------------------------------------------------------------------------------------------
+
+def test_torchvision_data_sets_by_split(tmp_path, cache):
+    root = layouts.split_folders(tmp_path/'set')
+    sets = {s:torchvision.datasets.ImageFolder(root/s) for s in SPLITS}
+    data,want = few_shot_data(sets, px=12, cache=cache),few_shot_data(root, px=12, cache=cache)
+    assert data.image_fingerprint == want.image_fingerprint and data.test.vocab == want.test.vocab and data.name == 'mini_imagenet'
+    made = os.stat(data.folder/'train.npy').st_mtime_ns
+    assert os.stat(few_shot_data(sets, px=12, cache=cache).folder/'train.npy').st_mtime_ns == made # known again by its pixels
+    sets['train'].samples = sets['train'].samples[1:]
+    sets['train'].targets = sets['train'].targets[1:]
+    assert len(few_shot_data(sets, px=12, cache=cache).train) == len(want.train) - 1
+
+def test_one_torchvision_data_set_is_split_by_its_classes(tmp_path, cache):
+    whole = torchvision.datasets.ImageFolder(layouts.imagenet_tree(tmp_path/'set'))
+    assert few_shot_data(whole, px=12, cache=cache).image_fingerprint == few_shot_data(tmp_path/'set', px=12, cache=cache).image_fingerprint
+
+def test_hugging_face_data_sets(tmp_path, cache):
+    hf = pytest.importorskip('datasets', reason='Hugging Face data sets need datasets')
+    sets = {}
+    for s in SPLITS:
+        names,images,y = layouts.shuffled(s)
+        features = hf.Features(image=hf.Image(), label=hf.ClassLabel(names=names))
+        rows = dict(image=[dict(bytes=layouts.encoded(im), path=None) for im in images], label=y.tolist())
+        sets[dict(val='validation').get(s, s)] = hf.Dataset.from_dict(rows, features=features)
+    data = few_shot_data(hf.DatasetDict(sets), px=12, cache=cache)
+    assert data.image_fingerprint == few_shot_data(layouts.split_csvs(tmp_path/'csvs'), px=12, cache=cache).image_fingerprint
+
+class Pairs(torch.utils.data.Dataset):
+    "A data set of torch of given items"
+    def __init__(self, items): self.items = items
+    def __len__(self): return len(self.items)
+    def __getitem__(self, i): return self.items[i]
+
+@pytest.mark.parametrize('data, words', [
+    (5, ('a int', 'give a path')), (Pairs([]), ('is empty',)), (Pairs([1, 2, 3]), ('other kind than (image, label)',)),
+    (Pairs([(torch.zeros(3, 4, 4), 0)]), ('gives tensors', 'transform')),
+    (Pairs([(Image.new('RGB', (4, 4)), [0, 1])]), ('labels',))])
+def test_data_sets_that_cannot_be_read_are_one_sentence(data, words, cache): says(lambda: few_shot_data(data, px=4, cache=cache), *words)
+
+def test_a_hub_data_set_that_cannot_be_fetched_is_one_sentence(monkeypatch):
+    import huggingface_hub
+    def refuse(*args, **kwargs): raise OSError('no route to host')
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', refuse)
+    says(lambda: open_source('hf://datasets/owner/name'), 'hf://datasets/owner/name could not be fetched', 'no route to host')

@@ -14,6 +14,7 @@ from fastai.callback.hook import ActivationStats, summary  # noqa: F401  (gives 
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.progress import CSVLogger, ShowGraphCallback
 from fastai.callback.schedule import *
+from fastai.callback.tensorboard import TensorBoardCallback
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip, ShortEpochCallback
 from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
@@ -46,9 +47,9 @@ STAGES = dict(one=stage_one_learner, two=partial(stage_two_learner, teacher=net(
 
 
 @pytest.fixture(scope='module')
-def table(csv_set):
-    "One DataFrame of the whole data set, with absolute files"
-    frames = [pd.read_csv(csv_set/f'{s}.csv').assign(split=s) for s in ('train', 'val', 'test')]
+def table(csv_set, data):
+    "One DataFrame of the whole data set, in the order in which it is packed, with absolute files"
+    frames = [getattr(data, s).df.assign(split=s) for s in ('train', 'val', 'test')]
     df = pd.concat(frames, ignore_index=True)
     return df.assign(filename=[str(csv_set/'images'/f) for f in df.filename])
 
@@ -148,6 +149,8 @@ def test_what_cannot_be_is_a_sentence(data, tmp_path):
     for learn,f,*words in (
         (one, lambda learn: learn.fit(1, cbs=MixUp()), 'Rotation', 'rotation=False'),
         (two, lambda learn: learn.fit(1, cbs=CutMix()), 'leave it out'),
+        (one, lambda learn: learn.fit(1, cbs=TensorBoardCallback(tmp_path)), 'tensor_board', 'log_preds=False'),
+        (two, lambda learn: learn.fit(1, cbs=TensorBoardCallback(tmp_path)), 'log_preds=False'),
         (one, Interpretation.from_learner, 'no outputs for the validation classes', 'EpisodeInterpretation'),
         (one, ClassificationInterpretation.from_learner, 'EpisodeInterpretation'),
         (two, Interpretation.from_learner, 'EpisodeInterpretation'),
@@ -157,6 +160,12 @@ def test_what_cannot_be_is_a_sentence(data, tmp_path):
     says(lambda: stage_one_learner(data, loss_func=CrossEntropyLossFlat(), smoothing=.1), 'smoothing')
     one.export(tmp_path/'one.pkl')
     says(lambda: load_learner(tmp_path/'one.pkl').validate(), 'no validation images', 'learn.dls')
+
+@pytest.mark.parametrize('make', STAGES.values(), ids=STAGES)
+def test_tensorboard_follows_both_stages(data, tmp_path, make):
+    "Its graph and its numbers; a stock optimiser has hyperparameters that are None"
+    fit(make(data, cbs=TensorBoardCallback(tmp_path, log_preds=False)))
+    assert [f for f in tmp_path.rglob('events*') if f.stat().st_size > 1000]
 
 def test_what_mixes_images_works_without_rotation(data):
     for mix in (MixUp, CutMix): assert np.isfinite(fit(stage_one_learner(data, rotation=False, cbs=mix())).recorder.losses[-1])
