@@ -17,7 +17,7 @@ from PIL import Image
 from ..core.errors import UserError, first_line
 from .archives import unpacked
 from .class_lists import ALIASES, usual_names
-from .pickles import FileArray, FileBytes, unpickle
+from .pickles import FileArray, FileBytes, FileRows, unpickle
 
 __all__ = ['ArrayTree', 'Part', 'as_arrays', 'png']
 
@@ -133,6 +133,7 @@ def part_of(content, labels=None, where=''):
     if images is None:
         raise UserError(f'{where} holds no images: an array (N, H, W, 3) of uint8 or a list of encoded images was looked for, '
                         f'under a name such as {", ".join(IMAGES[:3])}')
+    if isinstance(images, list) and FileRows.fits(images): images = FileRows(images)
     if labels is None: labels = among
     labels = with_text_keys(labels) if isinstance(labels, Mapping) else dict(labels=labels)
     return Part(images, class_names(labels, len(images), where))

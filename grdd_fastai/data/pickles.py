@@ -11,7 +11,7 @@ import numpy as np
 
 from ..core.errors import UserError, first_line
 
-__all__ = ['FileArray', 'FileBytes', 'Unpickler', 'read_pickle', 'unpickle']
+__all__ = ['FileArray', 'FileBytes', 'FileRows', 'Unpickler', 'read_pickle', 'unpickle']
 
 
 LONG = 4096 # bytes; a string that is longer stays in the file
@@ -44,6 +44,25 @@ class EncodedBytes(FileBytes):
         self.text = text
         self.size = len(self.read())
     def read(self, at=0, n=None): return self.text.read().decode().encode('latin1')[at:None if n is None else at + n]
+
+
+class FileRows:
+    "One-dimensional arrays of uint8 in an open file, by row, such as encoded images: `a[i]` gives the bytes of the i-th one"
+    def __init__(self, arrays):
+        strings = [a.bytes for a in arrays]
+        self.kind = type(strings[0])
+        if self.kind is EncodedBytes: strings = [s.text for s in strings]
+        self.file,self.lock = strings[0].file,strings[0].lock
+        self.places = np.array([(s.start, s.size) for s in strings], np.int64)
+    @staticmethod
+    def fits(arrays):
+        "Whether a list holds such arrays alone"
+        return all(type(a) is FileArray and a.dtype == np.uint8 and (a.ndim == 1 or a.shape[1:] == (1,))
+                   and type(a.bytes) is type(arrays[0].bytes) and a.bytes.file is arrays[0].bytes.file for a in arrays)
+    def __len__(self): return len(self.places)
+    def __getitem__(self, i):
+        found = FileBytes(self.file, *self.places[i].tolist(), self.lock)
+        return found.read() if self.kind is FileBytes else EncodedBytes(found).read()
 
 
 class FileArray:
@@ -128,8 +147,9 @@ class Unpickler(pickle._Unpickler):
              'SETITEMS BINFLOAT PROTO TUPLE1 TUPLE2 TUPLE3 NEWTRUE NEWFALSE LONG1 LONG4 SHORT_BINBYTES SHORT_BINUNICODE EMPTY_SET '
              'ADDITEMS FROZENSET GLOBAL STACK_GLOBAL').split()
     dispatch = {getattr(pickle, n)[0]:pickle._Unpickler.dispatch[getattr(pickle, n)[0]] for n in names}
-    def __init__(self, file):
+    def __init__(self, file, frugal=True):
         super().__init__(_File(file), fix_imports=False, encoding='latin1')
+        self.frugal = frugal
         self.file,self.lock = file,Lock()
         self.latest,self.n_remembered = deque(maxlen=8),0 # keys of the memo
         self.decoded = None # temporary file of long strings that are written as texts
@@ -164,15 +184,24 @@ class Unpickler(pickle._Unpickler):
         return FileBytes(self.decoded, start, self.decoded.tell() - start, self.lock)
     def load_reduce(self):
         args = self.stack.pop()
+        if self.stack[-1] is _Array: self.forget(args, args[1])
         self.stack[-1] = self.stack[-1](*args)
     def load_build(self):
         state = self.stack.pop()
         made = self.stack[-1]
         if not isinstance(made, _Array | _Dtype): raise UserError(f'refused to set the state of a {type(made).__name__}')
         made.set_state(state)
-        for key in self.latest: # nothing else refers to the state and its numbers, and they take much memory
-            if (found := self.memo.get(key)) is state or (isinstance(found, FileBytes) and found is state[-1]): del self.memo[key]
+        if isinstance(made, _Array): self.forget(state, state[1], state[-1])
         if isinstance(made, _Array): self.stack[-1] = made.value
+    def forget(self, *parts):
+        """Take parts of an array that was just made out of the memo, where they would need much memory
+
+        They are tuples and strings that numpy makes for this array alone, so that nothing else refers to them.
+        """
+        if not self.frugal: return
+        for key in self.latest:
+            found = self.memo.get(key)
+            if isinstance(found, tuple | FileBytes) and any(found is part for part in parts): del self.memo[key]
     def remember(self, key):
         self.memo[key] = self.stack[-1]
         self.latest.append(key)
@@ -202,7 +231,12 @@ Unpickler.dispatch |= {pickle.REDUCE[0]:Unpickler.load_reduce, pickle.BUILD[0]:U
 
 def unpickle(file, where):
     "What the pickle in an open file holds; `where` names it in the UserError of one that is damaged or refused"
-    try: return Unpickler(file).load()
+    start = file.tell()
+    try:
+        try: return Unpickler(file).load()
+        except KeyError: # something refers to what was forgotten
+            file.seek(start)
+            return Unpickler(file, frugal=False).load()
     except UserError as e: raise UserError(f'{where}: {e}') from None
     except Exception as e: raise UserError(f'{where} is not a whole pickle of arrays ({first_line(e)}): fetch it again') from None
 

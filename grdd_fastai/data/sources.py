@@ -45,7 +45,7 @@ class Source:
 
     def _check(self, df):
         for column in ('label', 'filename'):
-            bad = next((v for v in df[column].unique() if CONTROL.search(v)), None)
+            bad = next((v for v in df[column] if CONTROL.search(v)), None)
             if bad is not None:
                 raise UserError(f'{self.path}: the {column} {bad!r} holds a control character, such as the end of a line: rename it')
         split_of = {}
