@@ -16,10 +16,14 @@ def pixel_hashes(images):
     "A hash of 16 bytes for each of the images (N, H, W, 3), as uint8 (N, 16)"
     return np.stack([np.frombuffer(hashlib.blake2b(np.ascontiguousarray(im), digest_size=16).digest(), np.uint8) for im in images])
 
-def _by_class(hashes, y):
-    "Rows (N) of a split by class and pixels: the classes are in the order of their least hashes, whatever their names"
+def _by_hash(hashes):
+    "Rows (N) in the order of their hashes"
     words = hashes.view('>u8').reshape(len(hashes), 2)
-    rows = np.lexsort((words[:, 1], words[:, 0]))
+    return np.lexsort((words[:, 1], words[:, 0]))
+
+def _by_class(hashes, y):
+    "Rows (N) of a split by class, and in a class by hash; the classes are in the order of their least hashes, whatever their names"
+    rows = _by_hash(hashes)
     least = {}
     for i,c in enumerate(y[rows]): least.setdefault(c, i)
     return rows[np.argsort([least[c] for c in y[rows]], kind='stable')]
@@ -38,17 +42,15 @@ def image_fingerprint(hashes, codes):
     return h.hexdigest()
 
 def row_order(hashes, codes, fingerprint):
-    """Rows (N) of each split in their order: by class, and in a class by pixels
+    """Rows (N) of each split in their order, that of their hashes, which depends on neither files nor classes
 
-    Images of a data set that is `KNOWN` have the order of its official files instead.
+    Images of a data set that is `KNOWN` have the order of its official files instead: by class, and in a class by name.
     """
-    order = {}
-    place = _known_places(KNOWN[fingerprint]) if fingerprint in KNOWN else None
-    start = 0
+    if fingerprint not in KNOWN: return {s:_by_hash(hashes[s]) for s in hashes}
+    place,start,order = _known_places(KNOWN[fingerprint]),0,{}
     for s in hashes:
         rows = _by_class(hashes[s], codes[s])
-        within = np.arange(len(rows)) if place is None else place[start:start+len(rows)]
-        order[s] = rows[np.lexsort((within, codes[s][rows]))]
+        order[s] = rows[np.lexsort((place[start:start+len(rows)], codes[s][rows]))]
         start += len(rows)
     return order
 
