@@ -140,7 +140,7 @@ def test_what_the_page_on_extending_makes_is_used(short):
     assert 'L_pairs' in scope['meta'].recorder.metric_names and scope['learn'].model.backbone.num_features == 16
     frames = [pd.read_csv(f'my-data/{s}.csv').assign(split=s) for s in ('train', 'val', 'test')]
     pd.concat(frames).to_csv('labels.csv', index=False)
-    df = scope['_one_csv'](Folder('.'), 0)
+    df = scope['_one_csv'](Folder('.'), 0, None)
     assert len(df) == 640 and list(df.columns) == ['filename', 'label', 'split', 'path']
 
 def test_contributings_changes_fit_the_code():

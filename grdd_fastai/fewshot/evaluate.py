@@ -30,6 +30,11 @@ def as_features(h):
     if h.ndim < 2 or not h.numel(): raise UserError(f'the features have the shape {tuple(h.shape)}: give one row per image, (N, D)')
     return h if h.dtype in (torch.float32, torch.float64) else h.float()
 
+def check_index(h, y):
+    "UserError for a DataFrame of features and a Series of classes whose rows have other names, because they are taken in their order"
+    if isinstance(h, pd.DataFrame) and isinstance(y, pd.Series) and len(h) == len(y) and not h.index.equals(y.index):
+        raise UserError('the rows of the features and those of the classes have other names: put them into one order, or reset_index() both')
+
 def as_classes(y, n):
     "Classes of `n` images, given as numbers or names, as an int64 tensor (n); UserError if one is missing or they are of several kinds"
     y = np.asarray(y.cpu() if isinstance(y, torch.Tensor) else y)
@@ -101,6 +106,7 @@ def evaluate(
     With several classifiers, the result is a dict name -> `Evaluation` on the same episodes. The difference `a - b` of two evaluations is a
     paired `Difference`. Memory for features does not grow with the number of episodes. UserError for unusable features or settings.
     """
+    check_index(h, y)
     h = as_features(h)
     y = as_classes(y, len(h))
     if views is not None: views = as_features(views)

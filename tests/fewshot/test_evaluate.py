@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from helpers import ROOT, Y, all_episodes, all_unbalanced, says
@@ -118,16 +119,20 @@ def blobs(n=30, C=6, D=8):
 
 WORDS = dict(n_way=3, n_query=5, n_episodes=40)
 
-@pytest.mark.parametrize('kind', ['array', 'float64', 'list of names', 'strings', 'float classes', 'half', 'int'])
+@pytest.mark.parametrize('kind', ['array', 'float64', 'list of names', 'strings', 'float classes', 'half', 'int', 'pandas'])
 def test_features_and_classes_of_any_kind(kind):
     h,y = blobs()
     want = evaluate(torch.tensor(h).float(), torch.tensor(y), **WORDS)
     names = np.array([f'class {c}' for c in y])
     got = evaluate(**WORDS, **{'array':dict(h=h.astype(np.float32), y=y), 'float64':dict(h=torch.tensor(h), y=y),
                               'list of names':dict(h=h, y=list(names)), 'strings':dict(h=h, y=names),
-                              'float classes':dict(h=h, y=y.astype(float)),
+                              'pandas':dict(h=pd.DataFrame(h), y=pd.Series(names)), 'float classes':dict(h=h, y=y.astype(float)),
                               'half':dict(h=torch.tensor(h).half(), y=y), 'int':dict(h=(100*h).astype(np.int64), y=y)}[kind])
     assert got.episode_id == want.episode_id and got.accuracy == pytest.approx(want.accuracy, abs=2) and 40 < got.accuracy < 100
+
+def test_rows_of_pandas_in_another_order_are_a_sentence():
+    h,y = blobs()
+    with pytest.raises(UserError, match='have other names'): evaluate(pd.DataFrame(h).sample(frac=1, random_state=0), pd.Series(y), **WORDS)
 
 @pytest.mark.parametrize('h, y, says', [
     (np.zeros((100, 4)), np.zeros(50), r'100 rows of features and classes of shape \(50,\)'),
