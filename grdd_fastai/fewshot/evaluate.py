@@ -33,7 +33,7 @@ def as_features(h):
 def check_index(h, y):
     "UserError for a DataFrame of features and a Series of classes whose rows have other names, because they are taken in their order"
     if isinstance(h, pd.DataFrame) and isinstance(y, pd.Series) and len(h) == len(y) and not h.index.equals(y.index):
-        raise UserError('the rows of the features and those of the classes have other names: put them into one order, or reset_index() both')
+        raise UserError('the rows of the features and the classes have other names: put them into one order, or reset_index() both')
 
 def as_classes(y, n):
     "Classes of `n` images, given as numbers or names, as an int64 tensor (n); UserError if one is missing or they are of several kinds"
