@@ -17,7 +17,7 @@ from ..core.storage import MAX_SIDE, default_cache, locked, new_memmap, part_nam
 from .arrays import read_npy
 from .class_lists import SPLITS
 from .demo import DemoSource
-from .images import check_resize, decode
+from .images import check_resize, crop_config, decode
 from .order import find_duplicates, image_fingerprint, pixel_hashes, row_order
 from .sources import open_source
 
@@ -49,8 +49,9 @@ def _fingerprint(folder):
 
 class Split:
     "One split: `images` uint8 (N, px, px, 3), class codes `y` int64 (N), class names `vocab`, and `df` with columns filename and label"
-    def __init__(self, name, images, df):
+    def __init__(self, name, images, df, crop=None):
         self.name,self.images,self.df = name,images,df
+        self.crop = crop or {} # how the images became squares (`crop_config`)
         self.vocab = sorted(set(df.label))
         codes = {c:i for i,c in enumerate(self.vocab)}
         self.y = np.array([codes[c] for c in df.label], np.int64)
@@ -80,7 +81,7 @@ class FewShotData:
             df = pd.read_csv(folder/f'{s}.csv', dtype=object, keep_default_na=False, encoding_errors='surrogateescape')
             images = np.load(folder/f'{s}.npy', mmap_mode='r')
             if len(images) != len(df): raise ValueError(f'{s}.csv has {len(df)} rows for {len(images)} images')
-            setattr(self, s, Split(s, images, df))
+            setattr(self, s, Split(s, images, df, crop_config(*self.resize.split(), self.px)))
         if _fingerprint(folder) != self.fingerprint: raise ValueError('its checksum is wrong')
     def __repr__(self): return f'FewShotData({self.name}: {self.train}, {self.val}, {self.test})'
 

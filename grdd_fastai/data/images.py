@@ -1,5 +1,6 @@
 """Image files of many formats, decoded to upright RGB arrays."""
 import io
+import math
 import re
 import warnings
 
@@ -8,7 +9,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from ..core.errors import UserError
 
-__all__ = ['check_resize', 'decode', 'square', 'open_image', 'upright_rgb']
+__all__ = ['check_resize', 'crop_config', 'decode', 'square', 'open_image', 'upright_rgb']
 
 # other formats are refused because decoding some of them, such as EPS, may run programs
 FORMATS = ('PNG', 'JPEG', 'MPO', 'BMP', 'WEBP', 'GIF', 'TIFF', 'PPM', 'AVIF', 'JPEG2000')
@@ -26,6 +27,13 @@ def check_resize(resize, interpolation, px):
         raise UserError(f'resize is {resize!r}: give fit, squash, or crop or squash with a side of {px} or more, as in crop{px*8//7}')
     return side
 
+def crop_config(resize, interpolation, px):
+    "`resize` and `interpolation` in the words of timm's `pretrained_cfg`, by which a classifier of photos prepares them in the same way"
+    side = check_resize(resize, interpolation, px)
+    crop_pct = px/side
+    while px/crop_pct < side: crop_pct = math.nextafter(crop_pct, 0) # timm takes the whole part of px/crop_pct for the side
+    return dict(crop_pct=crop_pct, crop_mode='squash' if resize.startswith('squash') else 'center', interpolation=interpolation)
+
 def decode(image, px, allow_large=False, resize='fit', interpolation='bicubic'):
     "Bytes of an image file -> upright uint8 RGB array (px, px, 3); `resize` as in `square`, limits as in `open_image`"
     return square(upright_rgb(open_image(io.BytesIO(image), allow_large)), px, resize, interpolation)
@@ -36,8 +44,8 @@ def square(im, px, resize='fit', interpolation='bicubic'):
     `resize` fit: the shorter side becomes `px`, then the centre is cut out. squash: both sides become `px`. crop92 and squash92: the same
     with a side of 92, then the centre of `px` is cut out. An image that has the size already is not resized.
     """
-    how = Image.Resampling[interpolation.upper()]
     side = check_resize(resize, interpolation, px)
+    how = Image.Resampling[interpolation.upper()]
     size = (side, side)
     if im.size != size: im = im.resize(size, how) if resize.startswith('squash') else ImageOps.fit(im, size, how)
     if side > px: im = im.crop(((side - px)//2, (side - px)//2, (side + px)//2, (side + px)//2)) # of the centre square, the centre

@@ -31,6 +31,7 @@ class PackedImage(DisplayedTransform):
     def __init__(self, *splits):
         self.images = [s.images for s in splits]
         self.px = self.images[0].shape[1]
+        self.crop = splits[0].crop # how the images became squares, in timm's words
         self.resident = None # copies of the images on a device, made by `hold`
         self.starts = np.cumsum([0] + [len(s) for s in splits]) # first row of each split
     def encodes(self, rows): return self.read(*self.located(np.asarray(rows)))

@@ -109,7 +109,7 @@ def measured(trained, scores):
     made['command'] = began.get('command') and command(shlex.split(began['command'])[1:])
     return dict(
         scores=found, supervision=supervision(settings), settings=whole(settings), run=trained.folder.name, sha256=card['sha256'],
-        stats=card['stats'], px=card['px'], classes=card['classes'], fingerprint=card['fingerprint'],
+        stats=card['stats'], px=card['px'], crop=card.get('crop', {}), classes=card['classes'], fingerprint=card['fingerprint'],
         dataset=trained.read('data.json')['name'], trained=made)
 
 
@@ -130,7 +130,7 @@ def publish(
     name = name or folder.name
     check_own(folder, about)
     with output_folder(folder):
-        save_network(net, folder, about['px'], *about['stats'], license=LICENSE, tag=name.partition('.')[2])
+        save_network(net, folder, about['px'], *about['stats'], **about.get('crop', {}), license=LICENSE, tag=name.partition('.')[2])
         write_json(folder/'measured.json', about)
         shipped = folder.resolve().parent == WEIGHTS
         load = f'hf-hub:{hub}' if hub else name if shipped else f'local-dir:{public_word(str(folder))}'

@@ -81,7 +81,7 @@ def check_input_config(px, mean, std, crop_pct=1., interpolation='bicubic', crop
     if not numbers(mean) or not numbers(std) or min(std) <= 0:
         raise ValueError(f'mean {mean!r}, std {std!r}: three numbers each, those of std positive')
     if not isinstance(crop_pct, int | float) or not 0 < crop_pct <= 1: raise ValueError(f'crop_pct {crop_pct!r}: above 0, at most 1')
-    if interpolation not in ('bicubic', 'bilinear', 'nearest', 'lanczos', 'random'):
+    if interpolation not in ('bicubic', 'bilinear', 'nearest', 'lanczos', 'box', 'hamming', 'random'):
         raise ValueError(f'interpolation {interpolation!r} is none')
     if crop_mode not in ('center', 'squash', 'border'): raise ValueError(f'crop_mode {crop_mode!r} is none')
     return dict(input_size=(3, px, px), mean=tuple(mean), std=tuple(std), crop_pct=crop_pct, interpolation=interpolation,

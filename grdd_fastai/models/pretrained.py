@@ -51,7 +51,7 @@ def _of_a_run(card):
     try:
         about = read_json(card, keys=dict(arch=str, px=int, stats=list))
         mean,std = about['stats']
-        config = check_input_config(about['px'], mean, std)
+        config = check_input_config(about['px'], mean, std, **about.get('crop', {}))
         check_backbone(about['arch'])
     except (UserError, TypeError, ValueError) as e:
         raise UserError(f'{card} is damaged or no network\'s ({first_line(e)}): give the folder of a run') from None

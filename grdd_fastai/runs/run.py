@@ -178,7 +178,7 @@ class Run:
         `cache` is the folder for features that the run keeps. UserError if the data has changed since the run was started.
         """
         self.cache = cache
-        self.card = dict(classes=data.train.vocab, px=data.px, stats=data.stats, fingerprint=data.fingerprint,
+        self.card = dict(classes=data.train.vocab, px=data.px, crop=data.train.crop, stats=data.stats, fingerprint=data.fingerprint,
                          settings={k:v for k,v in self.settings.items() if k != 'data'})
         sweep(self.out)
         if self.resuming:

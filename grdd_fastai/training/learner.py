@@ -155,8 +155,9 @@ def normalisation(dls):
     return next((f for f in dls.train.after_batch.fs if isinstance(f, Normalize)), None)
 
 def image_config(dls):
-    "The size of the images of `dls` and the mean and std that they are normalised with, in the form of timm's `pretrained_cfg`"
-    cfg = dict(input_size=tuple(dls.one_batch()[0].shape[1:]), crop_pct=1.)
+    "The size of the images of `dls`, how they got it, and the mean and std of their normalisation, in the form of timm's `pretrained_cfg`"
+    packed = getattr(dls.train, 'packed', None)
+    cfg = dict(input_size=tuple(dls.one_batch()[0].shape[1:]), crop_pct=1.) | (packed.crop if packed else {})
     norm = normalisation(dls)
     if norm is None: return cfg | dict(mean=(0.,)*3, std=(1.,)*3) # numbers from 0 to 1 as they are
     return cfg | {k:tuple(v.flatten().tolist()) for k,v in dict(mean=norm.mean, std=norm.std).items()}
