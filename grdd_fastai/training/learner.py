@@ -3,10 +3,11 @@ import inspect
 import os
 from contextlib import contextmanager, suppress
 
+import numpy as np
 import torch
 from fastai.callback.core import CancelEpochException, event
 from fastai.callback.mixup import MixHandler
-from fastai.data.core import DataLoaders
+from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner, Metric, ValueMetric, mk_metric
 from fastai.losses import CrossEntropyLossFlat
@@ -92,6 +93,16 @@ class FewShotLearner(Learner):
         found = list(super().get_preds(ds_idx, dl, with_input=with_input, with_loss=with_loss, **kwargs))
         if not labelled: found[1 + with_input] = TensorCategory(classes_of(own)[0])
         return tuple(found)
+    def tta(self, ds_idx=1, dl=None, **kwargs):
+        "As fastai's; images of a DataBlock whose classes have no outputs are read without their labels, and these are given back beside"
+        own = self.dls[ds_idx] if dl is None else dl
+        labelled = len(getattr(getattr(own, 'dataset', None), 'tls', ())) > 1
+        codes = classes_of(own)[0] if labelled and self.has_classes else np.zeros(0, int)
+        if isinstance(self.loss_func, BaseClassLoss) and getattr(own, 'packed', None) or not len(codes) or codes.max() < self.dls.c:
+            return super().tta(ds_idx, dl, **kwargs)
+        if getattr(own, 'packed', None): raise UserError(NO_OUTPUTS)
+        images = own.new(Datasets(tls=own.dataset.tls[:1]), cls=TfmdDL, shuffle=False, drop_last=False)
+        return super().tta(dl=images, **kwargs)[0],TensorCategory(codes)
     def predict(self, item, **kwargs):
         "As fastai's, among the base classes; UserError in stage two, whose network has no classes"
         if not self.has_classes:

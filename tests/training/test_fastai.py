@@ -205,6 +205,14 @@ def test_the_loss_of_ones_own_needs_no_outputs_for_predictions(data):
     with learn.no_bar(): p,y = learn.get_preds()
     assert p.shape == (len(data.val), 6) and y.min() == 6
 
+def test_test_time_augmentation_of_classes_without_outputs(plain, data):
+    "Without augmentation it gives the predictions themselves"
+    learn = global_learner(plain, 'convnet4', rotation=False, valid=VALID, amp=False)
+    with learn.no_bar(): (p,y),(want,_) = learn.tta(),learn.get_preds()
+    assert torch.allclose(p, want, atol=1e-5) and y.min() == 6 and len(y) == len(plain.valid_ds)
+    packed = stage_one_learner(data, rotation=False, loss_func=CrossEntropyLossFlat())
+    with packed.no_bar(): says(packed.tta, 'no outputs for the validation classes')
+
 def test_losses_of_plain_data_are_a_sentence(plain):
     learn = global_learner(plain, 'convnet4', valid=VALID, amp=False)
     with learn.no_bar(): says(lambda: Interpretation.from_learner(learn), 'no outputs for the validation classes')
