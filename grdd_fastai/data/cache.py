@@ -14,7 +14,7 @@ from PIL import UnidentifiedImageError
 from ..core.errors import UserError
 from ..core.progress import with_progress
 from ..core.storage import MAX_SIDE, default_cache, locked, new_memmap, part_name, read_json, sweep, user_path
-from .arrays import read_npy
+from .array_files import read_npy
 from .class_lists import SPLITS
 from .demo import DemoSource
 from .images import check_resize, crop_config, decode

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
 
-from .arrays import png
 from .class_lists import SPLITS
+from .parts import png
 
 __all__ = ['DemoSource']
 

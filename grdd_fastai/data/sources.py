@@ -15,9 +15,10 @@ import pandas as pd
 from ..core.errors import UserError, first_line
 from ..core.storage import read_bytes, user_path
 from .archives import PARTS, open_tree
-from .arrays import ArrayTree, Part, as_arrays, class_names
+from .arrays import ArrayTree, as_arrays
 from .class_lists import ALIASES, SPLITS, list_of, read_split, usual_split
 from .layouts import has_own_lists, table_of
+from .parts import Part, class_names
 
 __all__ = ['Source', 'open_source', 'prepare']
 

@@ -10,9 +10,10 @@ from layouts import CLASSES, LAYOUTS, PIXELS, N, category_split_pickles, dump, e
 from PIL import Image
 
 from grdd_fastai.core.errors import UserError
-from grdd_fastai.data.arrays import image_file, read_npz
+from grdd_fastai.data.array_files import read_npz
 from grdd_fastai.data.cache import few_shot_data
 from grdd_fastai.data.class_lists import SPLITS, class_list
+from grdd_fastai.data.parts import image_file
 from grdd_fastai.data.sources import open_source
 
 

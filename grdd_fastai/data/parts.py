@@ -1,0 +1,107 @@
+"""Images and labels in what a file of arrays holds, whatever they are called there."""
+import io
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from ..core.errors import UserError
+from .pickles import FileArray, FileBytes, FileRows
+
+__all__ = ['IMAGES', 'LABELS', 'NAMES', 'Part', 'part_of', 'class_names', 'image_file', 'png']
+
+
+IMAGES = ('data', 'image_data', 'images', 'image', 'imgs', 'features', 'x') # usual names of the images
+LABELS = ('label_specific', 'fine_labels', 'fine_label', 'labels', 'label', 'targets', 'y')
+NAMES = ('label_specific_str', 'fine_label_names', 'class_names', 'classes', 'names')
+
+
+class Part(NamedTuple):
+    "Images of one split, by row: uint8 arrays (H, W, 3), (H, W) or (3, H, W), or the bytes of image files; and the class name of each"
+    images: object
+    labels: list
+
+
+def _found(content, names):
+    "The entry of the dict `content` that has the first of the usual `names`, whatever its case, or None"
+    lower = {str(k).lower():k for k in content}
+    return next((content[lower[n]] for n in names if n in lower), None)
+
+def as_text(name): return name.decode() if isinstance(name, bytes) else str(name)
+
+def with_text_keys(content): return {as_text(k):v for k,v in content.items()}
+
+def is_images(value):
+    "Whether `value` can be a list of images: an array of at least three dimensions, or a list of arrays or of bytes"
+    if isinstance(value, np.ndarray | FileArray): return value.ndim >= 3
+    return isinstance(value, list) and bool(value) and isinstance(value[0], np.ndarray | FileArray | bytes | FileBytes)
+
+def part_of(content, labels=None, where=''):
+    "The `Part` in what a file holds, an array, a list or a dict; its labels may be in another one"
+    among = with_text_keys(content) if isinstance(content, Mapping) else dict(images=content)
+    images = _found(among, IMAGES)
+    if not is_images(images): images = next((v for v in among.values() if is_images(v)), None)
+    if images is None:
+        raise UserError(f'{where} holds no images: an array (N, H, W, 3) of uint8 or a list of encoded images was looked for, '
+                        f'under a name such as {", ".join(IMAGES[:3])}')
+    if isinstance(images, list) and FileRows.fits(images): images = FileRows(images)
+    if labels is None: labels = among
+    labels = with_text_keys(labels) if isinstance(labels, Mapping) else dict(labels=labels)
+    return Part(images, class_names(labels, len(images), where))
+
+def class_names(content, n, where):
+    "The class names (N) in the dict of a file"
+    if isinstance(rows := content.get('class_dict'), Mapping): # rows of each class
+        labels = [None]*n
+        try:
+            for name,mine in rows.items():
+                for row in mine: labels[row] = as_text(name)
+        except (TypeError, IndexError): raise UserError(f'{where}: class_dict names rows that are not there: fetch it again') from None
+        if None in labels: raise UserError(f'{where}: class_dict leaves out row {labels.index(None)}: fetch it again')
+        return labels
+    found = _found(content, LABELS)
+    if found is None:
+        raise UserError(f'{where} holds no labels: a class for each image was looked for, under a name such as '
+                        f'{", ".join(LABELS[-4:])} or class_dict')
+    try: labels = np.asarray(found).reshape(-1).tolist()
+    except ValueError: raise UserError(f'{where}: the labels are lists of different lengths: each image needs one class') from None
+    if len(labels) != n: raise UserError(f'{where} has {n} images and {len(labels)} labels: each image needs one')
+    if all(isinstance(y, str | bytes) for y in labels): return [y if isinstance(y, str) else y.decode() for y in labels]
+    if not all(type(y) is int or (type(y) is float and y.is_integer()) for y in labels):
+        raise UserError(f'{where}: the labels are neither texts nor whole numbers')
+    labels = [int(y) for y in labels]
+    names = _found(content, ('label2catname',))
+    if isinstance(ids := content.get('catname2label'), Mapping): names = {v:k for k,v in ids.items()}
+    if names is None: names = _found(content, NAMES)
+    if isinstance(names, list | np.ndarray | FileArray) and len(names) == n: return [as_text(c) for c in np.asarray(names).tolist()]
+    digits = len(str(max(labels, default=0)))
+    if names is None: return [f'{y:0{digits}d}' for y in labels]
+    try: return [as_text(names[y]) for y in labels]
+    except (KeyError, IndexError, TypeError):
+        raise UserError(f'{where}: a label has no name in its list of names: fetch it again') from None
+
+
+# ---- one image --------------------------------------------------------------------------------------------------------
+
+def png(image):
+    "The bytes of a PNG file that holds the uint8 array (H, W, 3) or (H, W)"
+    buf = io.BytesIO()
+    Image.fromarray(image).save(buf, 'png', compress_level=1)
+    return buf.getvalue()
+
+def image_file(image):
+    "The bytes of an image file from one: as they are, or from an array of pixels or of the file's bytes"
+    if isinstance(image, Mapping): # Hugging Face's dict of bytes and path
+        if not isinstance(image.get('bytes'), bytes): raise ValueError('it is the name of a file that is not in the table')
+        return image['bytes']
+    if isinstance(image, Image.Image): return png(np.asarray(image.convert('RGB')))
+    if isinstance(image, bytes): return image
+    if isinstance(image, FileBytes): return image.read()
+    a = np.asarray(image)
+    if a.dtype != np.uint8: raise ValueError(f'its numbers are {a.dtype}, give uint8 from 0 to 255')
+    if a.ndim == 1 or (a.ndim == 2 and a.shape[1] == 1 and a.shape[0] > 32): return a.tobytes() # as cv2.imencode gives a file
+    if a.ndim == 3 and a.shape[0] in (1, 3) and a.shape[2] not in (1, 3, 4): a = a.transpose(1, 2, 0)
+    if a.ndim == 3 and a.shape[2] == 1: a = a[..., 0]
+    if a.ndim not in (2, 3) or (a.ndim == 3 and a.shape[2] not in (3, 4)): raise ValueError(f'its shape is {a.shape}, give (H, W, 3)')
+    return png(np.ascontiguousarray(a))
