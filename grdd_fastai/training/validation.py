@@ -1,5 +1,6 @@
 """Few-shot accuracy on the validation classes, and the weights of the best epoch."""
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -27,10 +28,12 @@ class FewShotAccuracy(ShowsMetrics):
     """Measure the accuracy (%) on seeded episodes of the validation classes after each epoch of a fit
 
     Also shows `valid_loss`: the cross-entropy of these episodes, with the softmax of ten times the mean cosine. The network has no outputs
-    for the validation classes, so that a loss like the one of the training cannot be had.
+    for the validation classes, so that a loss like the one of the training cannot be had. `classifier`, a function `(support, support_y,
+    query) -> logits`, takes the place of both.
     """
     order = ShowsMetrics.order + 1
-    def __init__(self, n_way:int=5, k_shot:int=1, n_query:int=15, n_episodes:int=1000, seed:int=0):
+    def __init__(self, n_way:int=5, k_shot:int=1, n_query:int=15, n_episodes:int=1000, seed:int=0, classifier:Callable|None=None):
+        self.classifier = classifier
         self.episodes = dict(n_way=n_way, k_shot=k_shot, n_query=n_query, n_episodes=n_episodes, seed=seed)
         self.last = self.last_loss = float('nan') # the accuracy and the loss after the last epoch
     first = ('valid_loss',)
@@ -56,7 +59,8 @@ class FewShotAccuracy(ShowsMetrics):
     def measure(self):
         "`Evaluation` on the episodes; `last_loss` is then their loss"
         h,y = self.embed()
-        loss = EpisodesLoss(self.episodes['n_way'], self.episodes['n_query'], h.device)
+        own = dict(classifier=self.classifier, scale=1.) if self.classifier else {}
+        loss = EpisodesLoss(self.episodes['n_way'], self.episodes['n_query'], h.device, **own)
         found = evaluate(h, y, **self.episodes, classifier=dict(cosine=loss), distributed=self.several)['cosine']
         self.last_loss = loss.mean(self.several)
         return found
@@ -67,14 +71,15 @@ class FewShotAccuracy(ShowsMetrics):
 
 
 class EpisodesLoss:
-    "The classifier 'cosine' of balanced episodes, which also adds up the cross-entropy of the queries that it classifies"
-    def __init__(self, n_way, n_query, device):
+    "A classifier of balanced episodes, which also adds up the cross-entropy of its queries, with `scale` times the logits"
+    def __init__(self, n_way, n_query, device, classifier=mean_cosine, scale=SCALE):
+        self.classifier,self.scale = classifier,scale
         self.y = torch.arange(n_way, device=device).repeat_interleave(n_query)
         self.total,self.n = torch.zeros((), device=device),0 # also in a process that has no episode to classify
     def __call__(self, support, support_y, query):
-        logits = mean_cosine(support, support_y, query)
+        logits = self.classifier(support, support_y, query)
         y = self.y.repeat(len(logits))
-        self.total += F.cross_entropy(SCALE*logits.flatten(0, 1), y, reduction='sum')
+        self.total += F.cross_entropy(self.scale*logits.flatten(0, 1), y, reduction='sum')
         self.n += len(y)
         return logits
     def mean(self, several=False):

@@ -1,0 +1,197 @@
+"""Methods that train on episodes of base classes: how they classify the queries of an episode is what they are trained on and scored by
+
+A method of your own is a subclass of `EpisodicMethod` with one function, `logits`.
+"""
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner
+from torch import nn
+
+from ..core.device import cpu_seed
+from ..core.errors import UserError
+from ..data.episodes import EpisodicDL
+from ..losses import EpisodicLoss
+from ..models.create import create_backbone, feature_size, features
+from ..training.learner import check_dls, few_shot_learner
+
+__all__ = ['EpisodicMethod', 'ProtoNet', 'MatchingNet', 'RelationNet', 'MetaBaseline', 'FEAT', 'ANIL', 'episodic_learner']
+
+
+class EpisodicMethod(nn.Module):
+    """A backbone, and a method's own layers, which classify the queries of an episode by `logits`
+
+    Shapes: E episodes, NS support images, NQ queries, D features, C classes.
+    """
+    def __init__(self, backbone:nn.Module):
+        super().__init__()
+        self.backbone = backbone
+    def forward(self, x): return features(self.backbone, x)
+    def logits(self, support:torch.Tensor, support_y:torch.Tensor, query:torch.Tensor) -> torch.Tensor:
+        "Features of the support (E, NS, D), its classes (E, NS) and features of the queries (E, NQ, D) -> logits (E, NQ, C)"
+        raise NotImplementedError
+    @torch.no_grad()
+    def classify(self, support:torch.Tensor, support_y:torch.Tensor, query:torch.Tensor) -> torch.Tensor:
+        "`logits` in eval mode: the classifier for `evaluate`"
+        was_training = self.training
+        try: return self.eval().logits(support, support_y, query)
+        finally: self.train(was_training)
+    def loss(self, logits:torch.Tensor, y:torch.Tensor) -> torch.Tensor:
+        "The loss of the queries' logits (E, NQ, C) with their classes y (E, NQ): the cross-entropy, if a method has no other"
+        return F.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+
+def one_hot(y): return F.one_hot(y, int(y.max()) + 1).float()
+
+def class_means(h, y):
+    "Mean (E, C, D) of the features h (E, N, D) of each class, from the classes y (E, N)"
+    Y = one_hot(y)
+    return Y.mT @ h / Y.sum(1).unsqueeze(-1)
+
+def squared_distances(a, b): return (a.unsqueeze(2) - b.unsqueeze(1)).square().sum(-1) # (E, A, D), (E, B, D) -> (E, A, B)
+
+def cosines(a, b): return F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).mT # (E, A, D), (E, B, D) -> (E, A, B)
+
+
+class ProtoNet(EpisodicMethod):
+    "The nearest class mean: a logit is minus the squared distance to the mean of a class (arXiv 1703.05175, Eq. 1-2)"
+    def logits(self, support, support_y, query): return -squared_distances(query, class_means(support, support_y))
+
+
+class MatchingNet(EpisodicMethod):
+    """The classes of the support, by attention: the softmax of the cosines of a query with the support (arXiv 1606.04080, Eq. 1)
+
+    `scale` multiplies the cosines. The paper's full-context embeddings are left out, as in most later comparisons.
+    """
+    def __init__(self, backbone, scale:float=10.):
+        super().__init__(backbone)
+        self.scale = scale
+    def logits(self, support, support_y, query):
+        attention = (self.scale*cosines(query, support)).softmax(-1) # (E, NQ, NS)
+        return (attention @ one_hot(support_y)).clamp_min(1e-8).log()
+
+
+class Maps(nn.Module):
+    "A timm backbone whose features are its flattened feature maps (D, H, W)"
+    def __init__(self, net, px):
+        super().__init__()
+        self.net,self.pretrained_cfg = net,net.pretrained_cfg
+        was_training = net.training
+        with torch.no_grad(): self.shape = tuple(net.eval().forward_features(torch.zeros(1, 3, px, px)).shape[1:])
+        net.train(was_training)
+        self.num_features = math.prod(self.shape)
+    def forward(self, x): return self.net.forward_features(x).flatten(1)
+
+
+class RelationNet(EpisodicMethod):
+    """A small network compares the feature maps of a query with the sum of those of a class (arXiv 1711.06025, Eq. 1-2)
+
+    Its score, from 0 to 1, is trained to be 1 for the query's class and 0 for the others, by the squared error.
+    """
+    def __init__(self, backbone, px:int=32, hidden:int=8):
+        super().__init__(Maps(backbone, px))
+        D,H,W = self.backbone.shape
+        def block(n_in): return [nn.Conv2d(n_in, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU()]
+        pools = [nn.MaxPool2d(2) if min(H, W) >= 2**(i + 1) else nn.Identity() for i in range(2)]
+        with torch.no_grad():
+            convs = nn.Sequential(*block(2*D), pools[0], *block(64), pools[1])
+            n = convs.eval()(torch.zeros(1, 2*D, H, W)).numel()
+        self.relation = nn.Sequential(convs.train(), nn.Flatten(), nn.Linear(n, hidden), nn.ReLU(), nn.Linear(hidden, 1), nn.Sigmoid())
+    def logits(self, support, support_y, query):
+        maps = self.backbone.shape
+        sums = (one_hot(support_y).mT @ support).unflatten(-1, maps) # (E, C, D, H, W)
+        query = query.unflatten(-1, maps)
+        (E,C),NQ = sums.shape[:2],query.shape[1]
+        pairs = torch.cat([sums.unsqueeze(1).expand(-1, NQ, -1, -1, -1, -1), query.unsqueeze(2).expand(-1, -1, C, -1, -1, -1)], 3)
+        return self.relation(pairs.flatten(0, 2)).view(E, NQ, C)
+    def loss(self, logits, y): return (logits - F.one_hot(y, logits.shape[-1])).square().sum(-1).mean()
+
+
+class MetaBaseline(EpisodicMethod):
+    "The cosine with the class means, times a learnt scale, after stage one on all base classes (arXiv 2003.04390, Eq. 3)"
+    def __init__(self, backbone, scale:float=10.):
+        super().__init__(backbone)
+        self.scale = nn.Parameter(torch.tensor(scale))
+    def logits(self, support, support_y, query): return self.scale*cosines(query, class_means(support, support_y))
+
+
+class FEAT(EpisodicMethod):
+    """The class means are adapted to one another by self-attention before queries are compared with them (arXiv 1812.03664, Eq. 4-6)
+
+    Logits are minus the squared distances, divided by `temperature`. The paper's contrastive term of training is left out.
+    """
+    def __init__(self, backbone, temperature:float=64., drop:float=.5):
+        super().__init__(backbone)
+        D = feature_size(backbone)
+        self.temperature = temperature
+        self.q,self.k,self.v = (nn.Linear(D, D, bias=False) for _ in range(3))
+        for layer in (self.q, self.k, self.v): nn.init.normal_(layer.weight, std=math.sqrt(1/D))
+        self.out,self.drop,self.norm = nn.Linear(D, D),nn.Dropout(drop),nn.LayerNorm(D)
+        nn.init.xavier_normal_(self.out.weight)
+    def adapted(self, means):
+        "Class means (E, C, D) -> those that know of each other"
+        attention = (self.q(means) @ self.k(means).mT / math.sqrt(means.shape[-1])).softmax(-1) # (E, C, C)
+        return self.norm(means + self.drop(self.out(attention @ self.v(means))))
+    def logits(self, support, support_y, query):
+        return -squared_distances(query, self.adapted(class_means(support, support_y)))/self.temperature
+
+
+class ANIL(EpisodicMethod):
+    """A linear classifier takes a few steps of gradient descent on the support from a learnt beginning (arXiv 1909.09157)
+
+    The gradient of the cross-entropy is written out, so that the training differentiates through the steps.
+    """
+    def __init__(self, backbone, n_way:int=5, steps:int=5, lr:float=.5):
+        super().__init__(backbone)
+        self.head,self.steps,self.lr = nn.Linear(feature_size(backbone), n_way),steps,lr
+    def logits(self, support, support_y, query):
+        E,NS,_ = support.shape
+        W,b = self.head.weight.expand(E, -1, -1),self.head.bias.expand(E, -1)
+        Y = F.one_hot(support_y, W.shape[1]).float()
+        for _ in range(self.steps):
+            wrong = ((support @ W.mT + b.unsqueeze(1)).softmax(-1) - Y)/NS # (E, NS, C)
+            W,b = W - self.lr*(wrong.mT @ support),b - self.lr*wrong.sum(1)
+        return query @ W.mT + b.unsqueeze(1)
+
+
+# ---- the Learner ------------------------------------------------------------------------------------------------------
+
+class MethodLoss(EpisodicLoss):
+    "The loss of a method on a batch of episodes from `EpisodicDL`"
+    def __init__(self, method, n_way, k_shot, n_query):
+        super().__init__(n_way, k_shot, n_query)
+        self.of_method = [method] # in a list, because the layers are the model's
+    def forward(self, h, y=None):
+        method, = self.of_method
+        support,query = self.split(h.float())
+        support_y,query_y = self.split(self.classes(h))
+        with torch.autocast(h.device.type, enabled=False): return method.loss(method.logits(support, support_y, query), query_y)
+
+
+def episodic_learner(
+    dls:DataLoaders, # DataLoaders of `episodic_dls`
+    method:Callable, # `EpisodicMethod`, or a function of a backbone that makes one, such as the class
+    backbone:str|nn.Module='convnet4', # name of a timm model with random weights, or a network to start from, which is not copied
+    seed:int=0, # seed of the weights
+    valid:dict|None=None, # settings of the validation episodes: n_way, k_shot (both as in training), n_query=15, n_episodes=1000, seed=0
+    **kwargs # of `few_shot_learner`, such as amp and cbs, and of fastai's `Learner`
+) -> Learner:
+    """Learner of an episodic method; `learn.model` is the `EpisodicMethod`, whose `classify` is a classifier for `evaluate`
+
+    Its accuracy after each epoch is that of `classify` on episodes of the validation classes. UserError for data and methods that do not
+    fit.
+    """
+    check_dls(dls)
+    e = dls.train
+    if not isinstance(e, EpisodicDL): raise UserError('an episodic method trains on episodes: make dls with episodic_dls')
+    if isinstance(backbone, str): backbone = create_backbone(backbone, 0, dls.one_batch()[0].shape[-1], seed)
+    if not isinstance(method, EpisodicMethod):
+        with cpu_seed(seed): method = method(backbone)
+    if not isinstance(method, EpisodicMethod):
+        raise UserError(f'the method is a {type(method).__name__}: give a subclass of EpisodicMethod, or a function that makes one')
+    if kwargs.get('ema_decay'): raise UserError('the layers of an episodic method have no moving average: leave out ema_decay')
+    valid = dict(n_way=e.n_way, k_shot=e.k_shot, classifier=method.classify) | (valid or {})
+    return few_shot_learner(dls, method, MethodLoss(method, e.n_way, e.k_shot, e.n_query), [], seed=seed, valid=valid, **kwargs)
