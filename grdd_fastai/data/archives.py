@@ -8,20 +8,22 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-import zlib
 from collections import Counter
 from functools import cached_property, lru_cache
 from pathlib import Path
 from threading import Lock
 
-from ..core.errors import UserError
+from ..core.errors import UserError, first_line
 from ..core.storage import read_bytes
 
+ARRAYS = ('.pkl', '.pickle', '.npz', '.npy', '.parquet') # endings of files of arrays
+TAR = re.compile(r'\.tar$', re.IGNORECASE)
 MAX_LINKS = 4 # most links that are followed to one folder
 MAX_BYTES = 2**28 # most bytes in one unpacked member of an archive that is read as a whole
 MAX_RATIO = 100 # most bytes that one byte of an archive may unpack to, above `MAX_BYTES`
 BLOCK = 2**20 # bytes
 ENDINGS = 'png|jpe?g|bmp|webp|gif|tiff?|ppm|pgm' # regular expression for the file endings of images
+HIDDEN = re.compile(r'(^|/)(\._[^/]*|\.DS_Store|__MACOSX/.*)$') # what macOS leaves in folders and archives
 IMAGES = re.compile(rf'(^|/)[^./][^/]*\.({ENDINGS})$', re.IGNORECASE)
 
 
@@ -57,6 +59,7 @@ class Folder:
         for e in entries:
             f = f'{below}{e.name}'
             real = self._inside(f) if e.is_symlink() else self.root/f
+            if HIDDEN.search(f'{f}/' if e.name == '__MACOSX' else f): continue
             if real is None: self.left_out.append(f)
             elif e.is_dir():
                 if not self.deep: continue
@@ -96,9 +99,9 @@ class Zip:
         self.path = Path(path)
         self.name = self.path.stem
         try: self.zip = zipfile.ZipFile(path)
-        except zipfile.BadZipFile as e: raise UserError(f'{path} is not a readable zip archive ({e}): fetch it again') from None
-        self.infos = {i.filename:i for i in self.zip.infolist()
-                      if i.filename and not i.is_dir() and not i.filename.startswith('__MACOSX')}
+        except Exception as e: # a damaged archive can raise any error
+            raise UserError(f'{path} is not a readable zip archive ({first_line(e)}): fetch it again') from None
+        self.infos = {i.filename:i for i in self.zip.infolist() if i.filename and not i.is_dir() and not HIDDEN.search(i.filename)}
     @cached_property
     def files(self): return sorted(self.infos)
     def has(self, f): return f in self.infos
@@ -127,7 +130,9 @@ class Zip:
 class Tar:
     """Regular files in a tar archive by name; a compressed archive is unpacked into one temporary file when it is opened
 
-    `file` is the open archive, and `within` another `Tar` and the name of the member of it that is the archive.
+    A hard link is the file that it is linked to. What is not read is said in one warning: other links, devices, names that lead out of
+    the archive, and files that are packed without their empty parts. `file` is the open archive, and `within` another `Tar` and the name
+    of the member of it that is the archive.
     """
     def __init__(self, path, file=None, within=None):
         self.path = Path(path)
@@ -140,16 +145,29 @@ class Tar:
                 file = tar.opened(f)
             elif file is None: file = _uncompressed(self.path)
             with tarfile.open(fileobj=file, mode='r:') as tar:
-                for m in tar:
-                    name = posixpath.normpath(m.name)
-                    if m.isreg() and not name.startswith(('/', '../')): self.members[name] = (m.offset_data,m.size,m.mtime)
-                    tar.members.clear() # which would keep all headers
+                left_out = self._list(tar)
                 file.seek(tar.offset) # a whole archive ends with blocks of zeros; tarfile would leave out what follows a damaged header
                 if file.read(512) != bytes(512): raise EOFError(f'it ends early or is damaged after {len(self.members)} files')
+                if file.read(BLOCK).strip(b'\0'): raise ValueError('another archive follows it: give each alone')
             self.file = within[0].file if within else file
         except UserError: raise
-        except (EOFError, tarfile.TarError, zlib.error, OSError, ValueError) as e:
-            raise UserError(f'{self.path} is not a whole tar archive ({e}): fetch it again') from None
+        except Exception as e: # a damaged archive can raise any error
+            raise UserError(f'{self.path} is not a whole tar archive ({first_line(e)}): fetch it again') from None
+        if left_out:
+            print(f'{self.path}: {len(left_out)} links, devices, names that lead out of the archive and files with empty parts are left '
+                  f'out, {min(left_out)} the first', file=sys.stderr)
+    def _list(self, tar):
+        "Enter the files of an open archive into `members`; return the names of what is left out"
+        left_out = []
+        for m in tar:
+            if m.size < 0: raise ValueError(f'{m.name} has a negative size')
+            name = posixpath.normpath(m.name)
+            target = self.members.get(posixpath.normpath(m.linkname)) if m.islnk() else None
+            if m.isdir() or HIDDEN.search(name): pass
+            elif name.startswith(('/', '../')) or m.issparse() or not (m.isreg() or target): left_out.append(m.name)
+            else: self.members[name] = target or (m.offset_data,m.size,m.mtime)
+            tar.members.clear() # which would keep all headers
+        return left_out
     @cached_property
     def files(self): return sorted(self.members)
     def has(self, f): return f in self.members
@@ -162,7 +180,7 @@ class Tar:
             return self.file.read(size)
     def lines(self, f): return io.TextIOWrapper(io.BytesIO(self.read(f)), 'utf-8-sig', newline='')
     def opened(self, f): return io.BufferedReader(_Section(self.file, *self.place(f), self.lock), BLOCK)
-    def stamp(self, f): return self.members[f][1:],(about := self.path.stat()).st_size,about.st_mtime_ns
+    def stamp(self, f): return self.members[f],(about := os.fstat(self.file.fileno())).st_size,about.st_mtime_ns
 
 
 class ClassTars:
@@ -172,11 +190,11 @@ class ClassTars:
     """
     def __init__(self, tree, only=None):
         self.tree,self.path,self.name = tree,tree.path,tree.name
-        self.tars = {posixpath.basename(f).removesuffix('.tar'):f for f in tree.files if f.endswith('.tar')}
-        self.tars = {c:f for c,f in self.tars.items() if only is None or c in only}
+        self.tars = {f[:-4]:f for f in tree.files if TAR.search(f)} # class folder -> tar
+        self.tars = {c:f for c,f in self.tars.items() if only is None or posixpath.basename(c) in only}
         self.opened_tar = lru_cache(64)(self._tar) # a process may not have many more files open
     @property
-    def classes(self): return sorted(self.tars)
+    def classes(self): return sorted(map(posixpath.basename, self.tars))
     def keep(self, only): return ClassTars(self.tree, only)
     def _tar(self, c):
         f = self.tars[c]
@@ -237,8 +255,7 @@ def _uncompressed(path):
             with module.open(path) as f: return unpacked(f, path.stat().st_size, path)
     return open(path, 'rb')
 
-# files that hold a part of a data set and whose folder-mates hold the rest
-PARTS = ('.pkl', '.pickle', '.npz', '.npy', '.parquet', '.csv', '.json')
+PARTS = (*ARRAYS, '.csv', '.json') # endings of files that hold a part of a data set, and whose folder holds the rest
 
 def open_tree(path):
     """The `Folder`, `Zip`, `Tar` or `ClassTars` at `path`; UserError if there is none
@@ -254,9 +271,15 @@ def open_tree(path):
     elif zipfile.is_zipfile(path): tree = Zip(path)
     else:
         try: is_tar = tarfile.is_tarfile(path)
-        except (EOFError, tarfile.TarError, zlib.error, OSError, ValueError) as e:
-            raise UserError(f'{path} is not a whole archive ({e}): fetch it again') from None
+        except Exception as e: # a damaged archive can raise any error
+            raise UserError(f'{path} is not a whole archive ({first_line(e)}): fetch it again') from None
         if not is_tar: raise UserError(f'{path} is neither a folder, a zip nor a tar archive: unpack it and give its folder')
         tree = Tar(path)
-    if any(f.endswith('.tar') for f in tree.files) and not any(IMAGES.search(f) for f in tree.files): tree = ClassTars(tree)
-    return tree
+    return tree if path.is_file() and path.suffix.lower() in PARTS else of_tars(tree)
+
+def of_tars(tree):
+    "The tree of the tars in a tree, or the tree itself if it has images in folders, arrays or lists, or no tars"
+    tars = [f for f in tree.files if TAR.search(f)]
+    if not tars or any('/' in f and IMAGES.search(f) or f.lower().endswith(PARTS) for f in tree.files): return tree
+    if len(tars) > 1: return ClassTars(tree)
+    return Tar(tree.path/tars[0], within=(tree, tars[0])) if isinstance(tree, Tar) else Tar(tree.path/tars[0], tree.opened(tars[0]))

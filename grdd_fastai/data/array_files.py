@@ -1,5 +1,6 @@
 """Files of arrays: .npy and .npz, of which the numbers stay in the file, and parquet files as Hugging Face writes them."""
 import json
+import math
 import struct
 import zipfile
 from functools import lru_cache
@@ -15,6 +16,9 @@ from .pickles import FileArray, FileBytes
 __all__ = ['read_npy', 'read_npz', 'read_parquet', 'ParquetImages']
 
 
+MAX_ROWS = 10**7 # most images in parquet files
+
+
 # ---- .npz and .npy ----------------------------------------------------------------------------------------------------
 
 def read_npy(file, where, start=0):
@@ -25,27 +29,30 @@ def read_npy(file, where, start=0):
         header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape,fortran,dtype = header(file)
         at = file.tell()
-        size = int(np.prod(shape, dtype=object))*dtype.itemsize
+        size = 0 if dtype.hasobject else math.prod(shape)*dtype.itemsize
         if file.seek(0, 2) < at + size: raise ValueError('it ends early')
     except Exception as e: raise UserError(f'{where} is not a whole array ({first_line(e)}): write it again by numpy') from None
-    if dtype.kind not in 'biufSU': raise UserError(f'{where}: refused an array of {dtype}: an array may hold numbers or texts')
-    if dtype.itemsize and shape: return FileArray(FileBytes(file, at, size, Lock()), dtype, shape, 'F' if fortran else 'C')
-    raise UserError(f'{where} is an array without numbers')
+    if dtype.kind not in 'biufSU' or not dtype.itemsize:
+        raise UserError(f'{where} holds {dtype}, such as Python objects, and is refused: give numbers or texts')
+    return FileArray(FileBytes(file, at, size, Lock()), dtype, shape, 'F' if fortran else 'C')
 
 def read_npz(file, where):
-    "The arrays of an .npz file by name; those that are compressed are unpacked into temporary files"
+    "The arrays of an .npz file by name, without single numbers and Python objects; compressed ones are unpacked into temporary files"
     try:
         with zipfile.ZipFile(file) as z:
             found = {}
             for info in z.infolist():
                 inside = f'{where}, {info.filename}'
-                if info.compress_type == zipfile.ZIP_STORED:
-                    file.seek(info.header_offset)
-                    n_name,n_extra = struct.unpack('<26xHH', file.read(30))
-                    found[info.filename.removesuffix('.npy')] = read_npy(file, inside, info.header_offset + 30 + n_name + n_extra)
-                else:
-                    with z.open(info) as member: whole = unpacked(member, info.compress_size, inside)
-                    found[info.filename.removesuffix('.npy')] = read_npy(whole, inside)
+                with z.open(info) as member: # either way its checksum is tested
+                    if stored := info.compress_type == zipfile.ZIP_STORED:
+                        begin = member.read(2**12)
+                        while member.read(2**20): pass
+                    else: whole = unpacked(member, info.compress_size, inside)
+                if (begin if stored else whole.read(2**12)).find(b"'|O'") in range(128): continue # the header of an array of objects
+                file.seek(info.header_offset)
+                n_name,n_extra = struct.unpack('<26xHH', file.read(30))
+                array = read_npy(file, inside, info.header_offset + 30 + n_name + n_extra) if stored else read_npy(whole, inside)
+                if array.shape: found[info.filename.removesuffix('.npy')] = array
             return found
     except UserError: raise
     except Exception as e: raise UserError(f'{where} is not a whole .npz file ({first_line(e)}): write it again by numpy') from None
@@ -82,6 +89,8 @@ def read_parquet(files, where):
             raise UserError(f'{where} has the columns {", ".join(schema.names[:20])}: an image and a label were looked for')
         about = json.loads((schema.metadata or {}).get(b'huggingface', b'{}'))
         names = about.get('info', {}).get('features', {}).get(label, {}).get('names')
+        if sum(f.metadata.num_rows for f in opened) > MAX_ROWS:
+            raise UserError(f'{where} has more than {MAX_ROWS:,} rows: give a part of them')
         labels = [y for f in opened for y in f.read(columns=[label]).column(0).to_pylist()]
         known = dict(labels=labels) | (dict(names=names) if names else {})
         return Part(ParquetImages(opened, image), class_names(known, len(labels), where))

@@ -1,15 +1,17 @@
 """Data sets that lie in arrays, in pickles, .npz, .npy and parquet files, presented as a tree of image files with a class each."""
 import posixpath
 import re
+import sys
 from functools import cached_property
 
 import numpy as np
 import pandas as pd
 
 from ..core.errors import UserError
+from .archives import ARRAYS
 from .array_files import read_npy, read_npz, read_parquet
 from .class_lists import ALIASES, usual_names
-from .parts import NAMES, Part, image_file, part_of, png
+from .parts import LABELS, NAMES, Part, image_file, part_of, png
 from .pickles import unpickle
 
 __all__ = ['ArrayTree', 'CifarArchive', 'as_arrays']
@@ -25,7 +27,7 @@ class ArrayTree:
     `parts` is a `Part` for each name of a split; a part that is named otherwise has no split. `stamp` changes with the files.
     """
     def __init__(self, path, name, parts, stamp):
-        self.path,self.name,self.parts,self._stamp = path,name,parts,stamp
+        self.path,self.name,self.parts,self._stamp = path,name,named(parts, path),stamp
         self.table = pd.concat([self._rows(part) for part in parts], ignore_index=True)
         usual = usual_names({s:set(df.label) for s,df in self.table.groupby('split')})
         self.table['label'] = [usual.get(c, c) for c in self.table.label]
@@ -41,6 +43,18 @@ class ArrayTree:
         part,row = f.split('/')
         return image_file(self.parts[part].images[int(row.removesuffix('.png'))])
     def stamp(self, f): return self._stamp
+
+
+def named(parts, path):
+    "Parts whose classes that are whole numbers have become names, with as many digits everywhere"
+    numbers = {s:set(part.labels) for s,part in parts.items() if all(type(y) is int for y in part.labels)}
+    if not numbers: return parts
+    digits = len(str(max(map(max, numbers.values()))))
+    # numbers that begin at 0 in each split, of which there are not as many in each, are of other classes
+    own = len(numbers) > 1 and len(set(map(len, numbers.values()))) > 1 and all(mine == set(range(len(mine))) for mine in numbers.values())
+    if own: print(f'{path}: the classes are numbered from 0 in each split: they are taken for other classes in each', file=sys.stderr)
+    def name(s, y): return f'{s} {y:0{digits}d}' if own else f'{y:0{digits}d}'
+    return {s:part if s not in numbers else part._replace(labels=[name(s, y) for y in part.labels]) for s,part in parts.items()}
 
 
 class CifarArchive(ArrayTree):
@@ -75,7 +89,7 @@ def _groups(files):
     groups = {}
     for f in sorted(files):
         stem,ending = posixpath.splitext(f)
-        if ending.lower() not in ('.pkl', '.pickle', '.npz', '.npy', '.parquet'): continue
+        if ending.lower() not in ARRAYS: continue
         stem = SHARD.sub('', stem) if ending.lower() == '.parquet' else stem
         words = list(SPLIT.finditer(stem))
         split = ALIASES[words[-1][0].lower()] if words else None
@@ -100,7 +114,7 @@ def as_arrays(tree, asked=None):
                    and all(tree.has(f.removesuffix('meta') + part) for part in ('train', 'test'))), None)
     if prefix is not None and asked is None: return CifarArchive(tree, prefix)
     groups = _groups(tree.files)
-    labels = {key:files for key,files in groups.items() if 'label' in posixpath.basename(key[0]).lower()}
+    labels = {key:files for key,files in groups.items() if is_labels(key[0])}
     sets = {key:files for key,files in groups.items() if key not in labels}
     if not groups: return None
     if asked is not None:
@@ -109,8 +123,8 @@ def as_arrays(tree, asked=None):
         sets = {mine:sets[mine]} if mine else {}
     whole = {key:files for key,files in sets.items() if {'train', 'val', 'test'} <= files.keys()}
     pools = {key:files for key,files in sets.items() if key[1] in ('.npz', '.parquet')}
-    if len(whole) > 1:
-        names = ', '.join(key.format('train') + ending for key,ending in sorted(whole))
+    if len(several := whole or pools) > 1:
+        names = ', '.join(key.format(next(iter(fs), None)) + ending for (key,ending),fs in sorted(several.items()))
         raise UserError(f'{tree.path} holds several data sets, {names}: give one of these files')
     if not whole and not pools:
         if asked is None and tree.files and not sets: return None
@@ -120,6 +134,8 @@ def as_arrays(tree, asked=None):
                         'put those of train, val and test into one folder')
     (name,ending),files = next(iter((whole or pools).items()))
     parts = {}
+    double = next((fs for fs in files.values() if len(fs) > 1), None)
+    if double and ending != '.parquet': raise UserError(f'{tree.path} has {double[0]} and {double[1]} for one split: leave one of them')
     for split in sorted(files, key=str):
         content,where = _content(tree, files[split], ending)
         if isinstance(content, Part): parts[split or 'all'] = content
@@ -128,6 +144,11 @@ def as_arrays(tree, asked=None):
     stem = posixpath.basename(name).replace('{}', '').strip('-_. ')
     stamp = [tree.stamp(f) for fs in (*files.values(), *(fs for g in labels.values() for fs in g.values())) for f in fs]
     return ArrayTree(tree.path, stem or tree.name, parts, stamp)
+
+def is_labels(name):
+    "Whether a file's name, without its split, is that of labels: it holds the word, or is one of their usual names"
+    stem = posixpath.basename(name).lower().replace('{}', '').strip('-_. ')
+    return 'label' in stem or stem in LABELS
 
 def _labels(tree, groups, split):
     "What the file of labels of a split holds, or None if there is none"

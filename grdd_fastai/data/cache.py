@@ -25,7 +25,7 @@ __all__ = ['Split', 'FewShotData', 'few_shot_data']
 
 
 BLOCK = 1024 # images decoded at a time
-FORMAT = 3 # of the packed folder; one of an earlier format is packed anew
+FORMAT = 4 # of the packed folder; one of an earlier format is packed anew
 
 
 def _check(meta): return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()

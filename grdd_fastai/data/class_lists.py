@@ -16,6 +16,7 @@ __all__ = ['SPLITS', 'ALIASES', 'CLASS_LISTS', 'class_list', 'list_of', 'usual_n
 SPLITS = ('train', 'val', 'test') # base, validation and novel classes
 # usual names of the splits; of a set whose base classes are split into images for training and for validation, only the former are base
 ALIASES = dict(train='train', base='train', train_phase_train='train', val='val', valid='val', validation='val', test='test', novel='test')
+MAX_ROWS = 5*10**6 # most rows of a CSV
 MAX_LINE = 2**20 # most characters in a line of a text file
 
 # name of each list in data/ and what it splits; of lists of the same classes, the first one is used where none is asked for
@@ -97,6 +98,7 @@ def read_table(tree, name, needs=('filename', 'label')):
                 empty = next((columns[c] for c in needs if not row[places[c]]), None)
                 if empty: raise UserError(f'{where}, row {n}: the {empty} is empty: fill it in or remove the row')
                 found.append((n, *(row[i] for i in places.values())))
+                if len(found) > MAX_ROWS: raise UserError(f'{where} has more than {MAX_ROWS:,} rows: give a part of them')
     except UserError: raise
     except (csv.Error, UnicodeDecodeError) as e: raise UserError(f'{where} is not a readable CSV ({e}): save it as CSV in UTF-8') from None
     except Exception as e: raise UserError(f'{where} cannot be read ({e}): fetch it again') from None # damage can raise any error

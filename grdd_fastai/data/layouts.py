@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.errors import UserError, first_line
-from .archives import IMAGES, ClassTars
+from .archives import ARRAYS, IMAGES, ClassTars
 from .arrays import ArrayTree
 from .class_lists import ALIASES, CLASS_LISTS, SPLITS, class_list, normal, read_lines, read_table, usual_split
 
@@ -24,8 +24,13 @@ def _own_lists(tree, ending):
     return min(found, key=lambda f: (f.count('/'), f)) if found else None
 
 def has_own_lists(tree, asked=None):
-    "Whether the tree has CSVs or JSON files that assign its images to splits"
-    return bool(asked and asked.lower().endswith(('.csv', '.json'))) or any(_own_lists(tree, e) is not None for e in ('.csv', '.json'))
+    """Whether the tree has CSVs or JSON files that assign its images to splits, and images in files
+
+    Lists beside arrays, such as those of Ravi and Larochelle, say nothing about the arrays.
+    """
+    if asked: return asked.lower().endswith(('.csv', '.json'))
+    if all(_own_lists(tree, ending) is None for ending in ('.csv', '.json')): return False
+    return any(IMAGES.search(f) for f in tree.files) or not any(f.lower().endswith(ARRAYS) for f in tree.files)
 
 def _split_csvs(tree, seed, asked):
     "Layout: train.csv, val.csv and test.csv with a file and a class in each row; the images lie beside them or in images/ beside them"
@@ -69,7 +74,8 @@ def _split_jsons(tree, seed, asked):
     base = _own_lists(tree, '.json')
     if base is None: return
     all_images = _images(tree)
-    folder = all_images.path.str.rpartition('/')[0]
+    folders = {}
+    for i,f in enumerate(all_images.path): folders.setdefault(f.rpartition('/')[0], []).append(i)
     frames = []
     for split in SPLITS:
         name = f'{base}{split}.json'
@@ -82,12 +88,18 @@ def _split_jsons(tree, seed, asked):
         if not all(isinstance(v, list) and v and all(isinstance(o, str) for o in v) for v in (names, roots)) or len(names) != len(roots):
             raise UserError(f'{where}: the lists class_names and class_roots were looked for, with a folder for each class')
         for label,root in zip(names, roots):
-            parts = [p for p in posixpath.normpath(root.replace('\\', '/')).split('/') if p not in ('', '.', '..')]
-            # a root may start at a folder above the data, so what remains of it is looked for from its end
-            below = next((mine for i in range(len(parts)) if (mine := folder == '/'.join(parts[i:])).any()), None)
-            if below is None: raise UserError(f'{where}: the folder {root} of {label} has no images here: add it or leave the class out')
-            frames.append(all_images[below].assign(label=label, split=split))
+            rows = folders.get(_nearest(root, folders))
+            if rows is None: raise UserError(f'{where}: the folder {root} of {label} has no images here: add it or leave the class out')
+            frames.append(all_images.iloc[rows].assign(label=label, split=split))
     return pd.concat(frames, ignore_index=True)
+
+def _nearest(root, folders):
+    "The folder whose last parts are most of the last parts of `root`, which may start above or below the data; None for none or several"
+    parts = [p for p in root[-2000:].replace('\\', '/').split('/') if p not in ('', '.', '..')][-8:]
+    for i in range(len(parts)):
+        end = '/'.join(parts[i:])
+        found = [f for f in folders if f == end or f.endswith(f'/{end}')]
+        if found: return found[0] if len(found) == 1 else None
 
 def _official_cifar_fs(tree, seed, asked):
     "Layout: data/<class>/*.png with splits/bertinetto/{train,val,test}.txt"
@@ -120,15 +132,18 @@ def _array_splits(tree, seed, asked):
     "Layout: pickles, .npz or parquet files of train, val and test, unless all of them have the same classes"
     if not isinstance(tree, ArrayTree) or tree.table.split.isna().any(): return
     classes = [set(df.label) for _,df in tree.table.groupby('split')]
-    if len(classes) == len(SPLITS) and not all(c == classes[0] for c in classes): return tree.table
-    print(f'{tree.path}: its splits have the same classes, so that they are put together and split by class', file=sys.stderr)
+    alike = all(c == classes[0] for c in classes)
+    if len(classes) == len(SPLITS) and not alike: return tree.table
+    why = 'its splits have the same classes' if alike else f'it has {" and ".join(sorted(set(tree.table.split)))} alone'
+    print(f'{tree.path}: {why}, so that all images are put together and split by class', file=sys.stderr)
 
 def _split_folders(tree, seed, asked):
     """Layout: train, val and test folders above class folders; other usual names of the splits are in `ALIASES`
 
     The images of train may lie in it directly, as one class, for a training without labels.
     """
-    if isinstance(tree, ArrayTree | ClassTars): return
+    if isinstance(tree, ArrayTree): return
+    if isinstance(tree, ClassTars) and not any(p.lower() in ALIASES for c in tree.tars for p in c.split('/')): return
     df = _images(tree)
     parts = df.path.str.split('/')
     for depth in range(parts.str.len().max() - 2):
@@ -209,13 +224,18 @@ def _by_list(tree, rows, split):
 
 def _listed_files(tree, df, rows, split):
     "The rows of `df` whose files the list names: by name, or by Ravi and Larochelle's number of an image of ImageNet"
-    by_name = {(c, posixpath.basename(f)):i for i,c,f in zip(df.index, df.label, df.path)}
+    by_name,twice = {},set()
+    for i,c,name,path in zip(df.index, df.label, df.filename, df.path):
+        by_name[c, name] = by_name[c, path] = i
+        key = c,posixpath.basename(path)
+        if '/' in path and by_name.setdefault(key, i) != i: twice.add(key)
+    for key in twice: by_name.pop(key, None) # several images have this name: only their whole paths tell them apart
     by_rank = None
     found = []
     for c,f in zip(rows.label, rows.filename):
-        i = by_name.get((c, posixpath.basename(f)))
+        i = by_name.get((c, f), by_name.get((c, posixpath.basename(f))))
         if i is None and RANK.fullmatch(f):
-            if by_rank is None: by_rank = _by_rank({c:mine.path.to_dict() for c,mine in df.groupby('label')}, rows)
+            if by_rank is None: by_rank = _by_rank({c:mine.path.to_dict() for c,mine in df.groupby('label')}, rows, tree.path)
             i = by_rank.get((c, f))
         if i is None: raise UserError(f'{tree.path} has no image {f} of {c}, which {split} lists: add it or give another --split')
         found.append(i)
@@ -226,17 +246,25 @@ def _listed_files(tree, df, rows, split):
 
 RANK = re.compile(r'n\d{8}(\d{8})\.jpg') # the second number is the image's position, from 1 on, in its class's files by their number
 
-def _by_rank(paths, rows):
+FULL = 1300 # images in most class folders of ImageNet
+
+def _by_rank(paths, rows, where):
     """{(class, Ravi and Larochelle's name): key} of the rows of a list
 
-    `paths` holds {key: path} of the images of each class. A class folder that has as many images as the list names holds just these.
+    `paths` holds {key: path} of the images of each class. A class folder that has as many images as the list names holds just these. Any
+    other one has to be complete, because a missing image would move all positions after it; a warning says which ones may not be.
     """
-    found = {}
+    found,doubtful = {},[]
     for c,names in rows.groupby('label').filename:
         mine = sorted(paths.get(c, {}), key=lambda k: _number(paths[c][k]))
         names = sorted(f for f in names if RANK.fullmatch(f))
+        if len(mine) not in (0, FULL, len(names)): doubtful.append(f'{c} ({len(mine)})')
         places = range(len(names)) if len(names) == len(mine) else [int(RANK.fullmatch(f)[1]) - 1 for f in names]
         found |= {(c, f):mine[i] for f,i in zip(names, places) if 0 <= i < len(mine)}
+    if doubtful:
+        print(f'warning: {where}: names such as n0153282900000005.jpg are positions in the complete class folders of ImageNet, most of '
+              f'which have {FULL} images; {len(doubtful)} folders have another number: {", ".join(doubtful[:5])}. If one is incomplete, '
+              'its images are others than those that the list means', file=sys.stderr)
     return found
 
 def _number(path):
@@ -251,7 +279,7 @@ def ranked(tree, base, df):
             folder,_,name = f.rpartition('/')
             if IMAGES.search(f) and folder.rpartition('/')[0] in (posixpath.join(base, 'images'), base.rstrip('/')):
                 paths.setdefault(folder.rpartition('/')[2], {})[f] = name
-        df.attrs['ranked'] = _by_rank(paths, df)
+        df.attrs['ranked'] = _by_rank(paths, df, tree.path)
     return df.attrs['ranked']
 
 

@@ -1,12 +1,14 @@
 """Images and labels in what a file of arrays holds, whatever they are called there."""
 import io
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from ..core.errors import UserError
+from ..core.errors import UserError, first_line
+from .archives import MAX_BYTES
 from .pickles import FileArray, FileBytes, FileRows
 
 __all__ = ['IMAGES', 'LABELS', 'NAMES', 'Part', 'part_of', 'class_names', 'image_file', 'png']
@@ -18,7 +20,10 @@ NAMES = ('label_specific_str', 'fine_label_names', 'class_names', 'classes', 'na
 
 
 class Part(NamedTuple):
-    "Images of one split, by row: uint8 arrays (H, W, 3), (H, W) or (3, H, W), or the bytes of image files; and the class name of each"
+    """Images of one split, by row: uint8 arrays (H, W, 3), (H, W) or (3, H, W), or the bytes of image files; and the class of each
+
+    The classes are names, or whole numbers if they have no names.
+    """
     images: object
     labels: list
 
@@ -28,7 +33,10 @@ def _found(content, names):
     lower = {str(k).lower():k for k in content}
     return next((content[lower[n]] for n in names if n in lower), None)
 
-def as_text(name): return name.decode() if isinstance(name, bytes) else str(name)
+def as_text(name):
+    if isinstance(name, bytes): return name.decode()
+    if isinstance(name, str | int | float | np.generic): return str(name)
+    raise ValueError(f'a name that is a {type(name).__name__}')
 
 def with_text_keys(content): return {as_text(k):v for k,v in content.items()}
 
@@ -38,48 +46,67 @@ def is_images(value):
     return isinstance(value, list) and bool(value) and isinstance(value[0], np.ndarray | FileArray | bytes | FileBytes)
 
 def part_of(content, labels=None, where=''):
-    "The `Part` in what a file holds, an array, a list or a dict; its labels may be in another one"
-    among = with_text_keys(content) if isinstance(content, Mapping) else dict(images=content)
+    "The `Part` in what a file holds, an array, a list or a dict; if it has no labels, they are in another file's `labels`"
+    try: among = with_text_keys(content) if isinstance(content, Mapping) else dict(images=content)
+    except ValueError as e: raise UserError(f'{where} holds {e}: fetch it again') from None
     images = _found(among, IMAGES)
     if not is_images(images): images = next((v for v in among.values() if is_images(v)), None)
     if images is None:
         raise UserError(f'{where} holds no images: an array (N, H, W, 3) of uint8 or a list of encoded images was looked for, '
                         f'under a name such as {", ".join(IMAGES[:3])}')
     if isinstance(images, list) and FileRows.fits(images): images = FileRows(images)
-    if labels is None: labels = among
-    labels = with_text_keys(labels) if isinstance(labels, Mapping) else dict(labels=labels)
-    return Part(images, class_names(labels, len(images), where))
+    if _found(among, (*LABELS, 'class_dict')) is None and labels is not None:
+        among = labels if isinstance(labels, Mapping) else dict(labels=labels)
+    try: return Part(images, class_names(with_text_keys(among), len(images), where))
+    except ValueError as e: raise UserError(f'{where}: {first_line(e)}: fetch it again') from None
 
 def class_names(content, n, where):
-    "The class names (N) in the dict of a file"
-    if isinstance(rows := content.get('class_dict'), Mapping): # rows of each class
-        labels = [None]*n
-        try:
-            for name,mine in rows.items():
-                for row in mine: labels[row] = as_text(name)
-        except (TypeError, IndexError): raise UserError(f'{where}: class_dict names rows that are not there: fetch it again') from None
-        if None in labels: raise UserError(f'{where}: class_dict leaves out row {labels.index(None)}: fetch it again')
-        return labels
+    "The classes (N) in the dict of a file: their names, or whole numbers where they have none"
+    if isinstance(rows := content.get('class_dict'), Mapping): return of_rows(rows, n, where)
     found = _found(content, LABELS)
     if found is None:
         raise UserError(f'{where} holds no labels: a class for each image was looked for, under a name such as '
                         f'{", ".join(LABELS[-4:])} or class_dict')
-    try: labels = np.asarray(found).reshape(-1).tolist()
-    except ValueError: raise UserError(f'{where}: the labels are lists of different lengths: each image needs one class') from None
+    labels = simple_list(found, where)
     if len(labels) != n: raise UserError(f'{where} has {n} images and {len(labels)} labels: each image needs one')
-    if all(isinstance(y, str | bytes) for y in labels): return [y if isinstance(y, str) else y.decode() for y in labels]
+    if all(isinstance(y, str | bytes) for y in labels): return [as_text(y) for y in labels]
     if not all(type(y) is int or (type(y) is float and y.is_integer()) for y in labels):
         raise UserError(f'{where}: the labels are neither texts nor whole numbers')
     labels = [int(y) for y in labels]
     names = _found(content, ('label2catname',))
     if isinstance(ids := content.get('catname2label'), Mapping): names = {v:k for k,v in ids.items()}
     if names is None: names = _found(content, NAMES)
-    if isinstance(names, list | np.ndarray | FileArray) and len(names) == n: return [as_text(c) for c in np.asarray(names).tolist()]
-    digits = len(str(max(labels, default=0)))
-    if names is None: return [f'{y:0{digits}d}' for y in labels]
-    try: return [as_text(names[y]) for y in labels]
+    if names is None: return labels
+    if not isinstance(names, Mapping): names = simple_list(names, where)
+    if len(names) == n and not isinstance(names, Mapping) and len({*zip(labels, map(as_text, names))}) == len(set(labels)):
+        return [as_text(c) for c in names] # a name for each image
+    try: return [as_text(names[y]) if y >= 0 else names[None] for y in labels]
     except (KeyError, IndexError, TypeError):
         raise UserError(f'{where}: a label has no name in its list of names: fetch it again') from None
+
+def simple_list(values, where):
+    "Texts and numbers as a list"
+    if isinstance(values, np.ndarray | FileArray):
+        if values.dtype.itemsize*math.prod(values.shape) > MAX_BYTES:
+            raise UserError(f'{where}: the labels have the shape {values.shape}: each image needs one')
+        return np.asarray(values).reshape(-1).tolist()
+    if not isinstance(values, list | tuple): raise UserError(f'{where}: the labels are a {type(values).__name__}: give a list or an array')
+    found = [y.item() if isinstance(y, np.generic) or (isinstance(y, np.ndarray) and y.size == 1) else y for y in values]
+    odd = next((y for y in found if not isinstance(y, str | bytes | int | float)), None)
+    if odd is not None: raise UserError(f'{where}: one of the labels is a {type(odd).__name__}: each image needs one class')
+    return found
+
+def of_rows(rows, n, where):
+    "The class (N) of each image from the rows of each class"
+    labels = [None]*n
+    for name,mine in rows.items():
+        for row in simple_list(mine, where):
+            if not isinstance(row, int) or not 0 <= row < n:
+                raise UserError(f'{where}: class_dict names rows that are not there: fetch it again')
+            if labels[row] is not None: raise UserError(f'{where}: class_dict gives row {row} two classes: fetch it again')
+            labels[row] = as_text(name)
+    if None in labels: raise UserError(f'{where}: class_dict leaves out row {labels.index(None)}: fetch it again')
+    return labels
 
 
 # ---- one image --------------------------------------------------------------------------------------------------------
@@ -98,6 +125,7 @@ def image_file(image):
     if isinstance(image, Image.Image): return png(np.asarray(image.convert('RGB')))
     if isinstance(image, bytes): return image
     if isinstance(image, FileBytes): return image.read()
+    if image is None: raise ValueError('there is no image')
     a = np.asarray(image)
     if a.dtype != np.uint8: raise ValueError(f'its numbers are {a.dtype}, give uint8 from 0 to 255')
     if a.ndim == 1 or (a.ndim == 2 and a.shape[1] == 1 and a.shape[0] > 32): return a.tobytes() # as cv2.imencode gives a file

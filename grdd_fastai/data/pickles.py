@@ -87,7 +87,9 @@ class FileArray:
 class _Dtype:
     "Stands for a numpy dtype that is being unpickled"
     __slots__ = ('code', 'order')
-    def __init__(self, code, *_): self.code,self.order = str(code),'|'
+    def __init__(self, code, *_):
+        if not isinstance(code, str): raise ValueError('a kind of numbers that is no text')
+        self.code,self.order = code,'|'
     def set_state(self, state): self.order = state[1]
     def dtype(self): return _dtype(self.code.lstrip('<>=|'), self.order if self.order in ('<', '>') else '=')
 
@@ -107,9 +109,11 @@ class _Array:
         self.value = _array(numbers, dtype, shape, 'F' if is_fortran else 'C')
 
 def _array(numbers, dtype, shape, order='C', *_):
+    if dtype.code.startswith('O') and isinstance(numbers, list): return list(numbers) # texts, such as labels
     dtype,shape = dtype.dtype(),tuple(shape)
+    if len(shape) > 8: raise ValueError(f'an array of {len(shape)} dimensions')
     if isinstance(numbers, str): numbers = numbers.encode('latin1') # a pickle of Python 2
-    if any(type(n) is not int or n < 0 for n in shape) or math.prod(shape)*dtype.itemsize != len(numbers):
+    if any(type(n) is not int or not 0 <= n < 2**48 for n in shape) or math.prod(shape)*dtype.itemsize != len(numbers):
         raise ValueError(f'an array of shape {shape} has {len(numbers)} bytes')
     if isinstance(numbers, FileBytes): return FileArray(numbers, dtype, shape, order)
     return np.frombuffer(bytes(numbers), dtype).reshape(shape, order=order)
@@ -118,8 +122,17 @@ def _scalar(dtype, numbers): return _array(numbers, dtype, ()).item()
 
 _LEAD = (b'\xc2', b'\xc3') # first bytes of the characters 128 to 255 in UTF-8
 _NUMPY = ('numpy.core', 'numpy._core')
-_KNOWN = {('numpy', 'ndarray'):_Array, ('numpy', 'dtype'):_Dtype, ('collections', 'OrderedDict'):OrderedDict,
-          ('builtins', 'set'):set, ('__builtin__', 'set'):set,
+def _ordered(items=()):
+    found = OrderedDict()
+    for k,v in items: found[_as_key(k)] = v
+    return found
+
+def _as_key(k):
+    "A key of a dict: a tuple could take for ever to be hashed"
+    if isinstance(k, str | bytes | int | float | None): return k
+    raise UserError(f'refused a {type(k).__name__} as the key of a dict: keys are texts and numbers')
+
+_KNOWN = {('numpy', 'ndarray'):_Array, ('numpy', 'dtype'):_Dtype, ('collections', 'OrderedDict'):_ordered,
           **{(f'{m}.multiarray', '_reconstruct'):_Array for m in _NUMPY}, **{(f'{m}.multiarray', 'scalar'):_scalar for m in _NUMPY},
           **{(f'{m}.numeric', '_frombuffer'):_array for m in _NUMPY}}
 _BYTES = [('_codecs', 'encode'), *((m, name) for m in ('builtins', '__builtin__') for name in ('bytes', 'bytearray'))]
@@ -137,15 +150,14 @@ class _File:
 
 
 class Unpickler(pickle._Unpickler):
-    """Loads lists, tuples, dicts, sets, texts, numbers, bytes and arrays; UserError for anything else, which could otherwise run any code
+    """Loads lists, tuples, dicts, texts, numbers, bytes and arrays; UserError for anything else, which could otherwise run any code
 
     Python's own unpickler in Python is used, without the instructions that call or make other things, and with long strings left in
     the file. Texts of Python 2 are read as latin1.
     """
     names = ('MARK STOP POP POP_MARK DUP FLOAT INT BININT BININT1 LONG BININT2 NONE STRING SHORT_BINSTRING UNICODE '
-             'APPEND DICT EMPTY_DICT APPENDS LIST EMPTY_LIST SETITEM TUPLE EMPTY_TUPLE '
-             'SETITEMS BINFLOAT PROTO TUPLE1 TUPLE2 TUPLE3 NEWTRUE NEWFALSE LONG1 LONG4 SHORT_BINBYTES SHORT_BINUNICODE EMPTY_SET '
-             'ADDITEMS FROZENSET GLOBAL STACK_GLOBAL').split()
+             'APPEND EMPTY_DICT APPENDS LIST EMPTY_LIST TUPLE EMPTY_TUPLE '
+             'BINFLOAT PROTO TUPLE1 TUPLE2 TUPLE3 NEWTRUE NEWFALSE LONG1 SHORT_BINBYTES SHORT_BINUNICODE GLOBAL STACK_GLOBAL').split()
     dispatch = {getattr(pickle, n)[0]:pickle._Unpickler.dispatch[getattr(pickle, n)[0]] for n in names}
     def __init__(self, file, frugal=True):
         super().__init__(_File(file), fix_imports=False, encoding='latin1')
@@ -159,6 +171,7 @@ class Unpickler(pickle._Unpickler):
         raise UserError(f'refused to unpickle {module}.{name}: only arrays, lists, dicts, texts and numbers are loaded')
     def long_string(self, size, decode):
         "Push a string of `size` bytes: itself, if it is short, or a `FileBytes`"
+        if size < 0: raise ValueError('a string of a negative length')
         if size <= LONG:
             found = self.read(size)
             if len(found) < size: raise EOFError('it ends early')
@@ -186,6 +199,17 @@ class Unpickler(pickle._Unpickler):
         args = self.stack.pop()
         if self.stack[-1] is _Array: self.forget(args, args[1])
         self.stack[-1] = self.stack[-1](*args)
+    def load_items(self, items):
+        found = self.stack[-1]
+        if not isinstance(found, dict): raise UserError(f'refused to set the items of a {type(found).__name__}')
+        for k,v in zip(items[::2], items[1::2], strict=True): found[_as_key(k)] = v
+    def load_setitem(self):
+        v,k = self.stack.pop(),self.stack.pop()
+        self.load_items([k, v])
+    def load_dict(self):
+        items = self.pop_mark()
+        self.append({})
+        self.load_items(items)
     def load_build(self):
         state = self.stack.pop()
         made = self.stack[-1]
@@ -218,7 +242,9 @@ def _op(name, size, decode):
 _op('BINSTRING', '<i', lambda b: b.decode('latin1'))
 for _name,_size in (('BINBYTES', '<I'), ('BINBYTES8', '<Q'), ('BYTEARRAY8', '<Q')): _op(_name, _size, bytes)
 for _name,_size in (('BINUNICODE', '<I'), ('BINUNICODE8', '<Q')): _op(_name, _size, lambda b: b.decode('utf-8', 'surrogatepass'))
-Unpickler.dispatch |= {pickle.REDUCE[0]:Unpickler.load_reduce, pickle.BUILD[0]:Unpickler.load_build,
+Unpickler.dispatch |= {pickle.SETITEM[0]:Unpickler.load_setitem, pickle.DICT[0]:Unpickler.load_dict,
+                       pickle.SETITEMS[0]:lambda self: self.load_items(self.pop_mark()),
+                       pickle.REDUCE[0]:Unpickler.load_reduce, pickle.BUILD[0]:Unpickler.load_build,
                        pickle.GET[0]:lambda self: self.remembered(int(self.readline()[:-1])),
                        pickle.BINGET[0]:lambda self: self.remembered(self.read(1)[0]),
                        pickle.LONG_BINGET[0]:lambda self: self.remembered(unpack('<I', self.read(4))[0]),
@@ -238,6 +264,7 @@ def unpickle(file, where):
             file.seek(start)
             return Unpickler(file, frugal=False).load()
     except UserError as e: raise UserError(f'{where}: {e}') from None
+    except KeyError: raise UserError(f'{where} is damaged, or uses an instruction of pickles that is refused: give it as .npz') from None
     except Exception as e: raise UserError(f'{where} is not a whole pickle of arrays ({first_line(e)}): fetch it again') from None
 
 def read_pickle(path):

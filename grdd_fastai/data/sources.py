@@ -178,7 +178,8 @@ def open_source(
     path = _download() if data is None else data
     if isinstance(path, str) and path.startswith('hf://'): path = _from_hub(path)
     tree = open_tree(path)
-    asked = Path(path).name if Path(path).is_file() and Path(path).suffix.lower() in PARTS else None
+    file = Path(path).expanduser()
+    asked = file.name if file.is_file() and file.suffix.lower() in PARTS else None
     if not has_own_lists(tree, asked): tree = as_arrays(tree, asked) or tree
     return Source(tree, seed, split, asked)
 

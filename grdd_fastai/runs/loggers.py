@@ -1,5 +1,6 @@
 """Loggers that follow the training of a run: fastai's callbacks for TensorBoard, Weights & Biases and a CSV table."""
 import contextlib
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,7 @@ def logged(learn, text, folder, stage, settings):
 
 
 class EachStep(Callback):
-    "What both loggers share: the batches that a resumed fit skips are not logged, and the steps are counted on from those before"
+    "What TensorBoard and Weights & Biases share: batches that a resumed fit skips are not logged, and the steps are counted on"
     order = Recorder.order + 1
     def before_train(self): self.learn.train_iter = self.epoch*len(self.dls.train)
     def after_batch(self):
@@ -71,8 +72,10 @@ def wandb(folder, stage, settings):
     known = os.environ.get('WANDB_MODE') or os.environ.get('WANDB_API_KEY') or wandb.api.api_key
     if not known: log(f'wandb has no login: it writes to {folder/"wandb"}, and `wandb sync` sends that')
     name = f'{folder.resolve().name}-{stage}'
-    return WandbScalars(wandb.init(project='grdd_fastai', name=name, id=name, resume='allow', dir=str(folder), config=settings,
-                                   mode=None if known else 'offline', settings=wandb.Settings(silent=True)))
+    own = hashlib.sha256(str(folder.resolve()).encode(errors='surrogateescape')).hexdigest()[:8] # folders may have the same name
+    run = wandb.init(project='grdd_fastai', name=name, id=f'{name}-{own}', resume='allow', dir=str(folder), config=settings,
+                     mode=None if known else 'offline', settings=wandb.Settings(silent=True))
+    return WandbScalars(run)
 
 def csv(folder, stage, settings):
     from fastai.callback.progress import CSVLogger

@@ -56,7 +56,7 @@ def test_two_sets_in_one_folder_are_told_apart_by_a_file(tmp_path):
     for s in SPLITS:
         _,images,y = shuffled(s)
         for name in ('A', 'B'): dump(dict(data=images, labels=[f'{name}{s}{i}' for i in y]), tmp_path/'x'/f'{name}_{s}.pickle')
-    says(lambda: open_source(tmp_path/'x'), 'holds several data sets, A_train.pickle, B_train.pickle', 'give one of these files')
+    says(lambda: open_source(tmp_path/'x'), 'holds several data sets, A_test.pickle, B_test.pickle', 'give one of these files')
     assert all(c.startswith('B') for c in open_source(tmp_path/'x'/'B_val.pickle').frames['test'].label)
 
 def test_a_set_without_splits_is_split_by_the_list_or_by_the_seed(tmp_path):
@@ -98,6 +98,8 @@ FAULTS = dict(
     too_few=(lambda: dict(data=np.zeros((3, 4, 4, 3), np.uint8), labels=[1, 2]), '3 images and 2 labels'),
     odd_labels=(lambda: dict(data=np.zeros((2, 4, 4, 3), np.uint8), labels=[1.5, 2]), 'neither texts nor whole numbers'),
     nested=(lambda: dict(data=np.zeros((2, 4, 4, 3), np.uint8), labels=[[1], [2, 3]]), 'labels'),
+    below=(lambda: dict(data=np.zeros((2, 4, 4, 3), np.uint8), class_dict=dict(a=[0, -1])), 'rows that are not there'),
+    twice=(lambda: dict(data=np.zeros((2, 4, 4, 3), np.uint8), class_dict=dict(a=[0, 1], b=[1])), 'gives row 1 two classes'),
     rows=(lambda: dict(data=np.zeros((2, 4, 4, 3), np.uint8), class_dict=dict(a=[0, 5])), 'rows that are not there'),
     gap=(lambda: dict(data=np.zeros((2, 4, 4, 3), np.uint8), class_dict=dict(a=[0])), 'leaves out row 1'),
     floats=(lambda: dict(data=np.zeros((2, 4, 4, 3), np.float32), labels=[1, 2]), 'float32'),
@@ -110,6 +112,51 @@ def test_a_pickle_that_is_no_set_is_one_sentence(tmp_path, fault):
     category_split_pickles(tmp_path/'x')
     dump(FAULTS[fault][0](), tmp_path/'x'/'miniImageNet_category_split_val.pickle')
     says(lambda: few_shot_data(tmp_path/'x', px=4, cache=tmp_path/'c'), FAULTS[fault][1])
+
+def part(n, start=0, **more): return dict(data=np.stack([np.full((4, 4, 3), start + i, np.uint8) for i in range(n)])) | more
+
+def test_labels_beside_a_set_that_has_its_own_are_not_read(tmp_path):
+    for i,s in enumerate(SPLITS):
+        dump(part(6, 10*i, labels=[f'{s}{c}' for c in range(6)]), tmp_path/'x'/f'{s}.pkl')
+        dump(dict(labels=[f'{s} other']*6), tmp_path/'x'/f'other_{s}_labels.pkl')
+    assert classes(open_source(tmp_path/'x')) == {s:[f'{s}{c}' for c in range(6)] for s in SPLITS}
+
+def test_names_of_classes_and_names_of_images(tmp_path):
+    "Six images of three classes: six names can be those of the images, or of six classes of which three are there"
+    for i,s in enumerate(SPLITS):
+        names = [f'{s}{c}' for c in range(6)]
+        dump(part(6, 10*i, labels=[0, 0, 1, 1, 2, 2], class_names=names), tmp_path/'of_classes'/f'{s}.pkl')
+        dump(part(6, 10*i, labels=[0, 0, 1, 1, 2, 2], names=np.repeat(names[:3], 2).tolist()), tmp_path/'of_images'/f'{s}.pkl')
+    for name in ('of_classes', 'of_images'): assert classes(open_source(tmp_path/name)) == {s:[f'{s}{c}' for c in range(3)] for s in SPLITS}
+
+def test_two_files_for_one_split_are_a_sentence(tmp_path):
+    for i,s in enumerate((*SPLITS, 'base')): dump(part(3, 10*i, labels=[f'{s}{c}' for c in range(3)]), tmp_path/'x'/f'{s}.pkl')
+    says(lambda: open_source(tmp_path/'x'), 'base.pkl and train.pkl for one split')
+    for i in range(3): np.savez(tmp_path/f'batch_{i}.npz', **part(3, 10*i, labels=[f'{i} {c}' for c in range(3)]))
+    says(lambda: open_source(tmp_path), 'several data sets, batch_0.npz, batch_1.npz, batch_2.npz')
+
+def test_numbers_that_begin_at_0_in_each_split_are_of_other_classes(tmp_path, capsys):
+    for i,(s,n) in enumerate(zip(SPLITS, (12, 3, 4))): dump(part(n, 20*i, labels=list(range(n))), tmp_path/'x'/f'{s}.pkl')
+    source = open_source(tmp_path/'x')
+    assert classes(source) == {s:[f'{s} {y:02d}' for y in range(n)] for s,n in zip(SPLITS, (12, 3, 4))}
+    assert 'numbered from 0 in each split' in capsys.readouterr().err
+    for i,(s,mine) in enumerate(dict(train=[0, 11], val=[5], test=[3]).items()):
+        dump(part(len(mine), 9*i, labels=mine), tmp_path/'y'/f'{s}.pkl')
+    assert classes(open_source(tmp_path/'y')) == dict(train=['00', '11'], val=['05'], test=['03'])
+
+def test_what_lies_beside_the_arrays(tmp_path):
+    "Files of macOS, another archive of the same, and lists of file names; labels in files named y"
+    root = category_split_pickles(tmp_path/'a')
+    want = open_source(root).frames
+    (root/'._miniImageNet_category_split_val.pickle').write_bytes(b'x')
+    (root/'mini.tar').write_bytes(b'x')
+    for s in SPLITS: (root/f'{s}.csv').write_text('filename,label\nn0153282900000005.jpg,n01532829\n')
+    assert all((open_source(root).frames[s] == want[s]).all(axis=None) for s in SPLITS)
+    for i,s in enumerate(SPLITS):
+        (tmp_path/'npy').mkdir(exist_ok=True)
+        np.save(tmp_path/'npy'/f'X_{s}.npy', part(3, 10*i)['data'])
+        np.save(tmp_path/'npy'/f'y_{s}.npy', np.array([f'{s}{c}' for c in range(3)]))
+    assert classes(open_source(tmp_path/'npy')) == {s:[f'{s}{c}' for c in range(3)] for s in SPLITS}
 
 def test_a_missing_split_is_named(tmp_path):
     category_split_pickles(tmp_path/'x')
@@ -144,9 +191,17 @@ def test_npz_members_as_numpy_reads_them(tmp_path):
         save(tmp_path/'x.npz', **arrays)
         with open(tmp_path/'x.npz', 'rb') as f:
             for k,v in read_npz(f, 'x').items(): assert (np.asarray(v) == arrays[k]).all() and (v[1] == arrays[k][1]).all()
-    np.savez(tmp_path/'x.npz', a=np.array([Evil(tmp_path/'marker')], object))
-    with open(tmp_path/'x.npz', 'rb') as f: says(lambda: read_npz(f, 'x.npz'), 'refused an array of object')
+    for save in (np.savez, np.savez_compressed):
+        save(tmp_path/'x.npz', a=np.array([Evil(tmp_path/'marker')], object), b=np.float32(3), c=np.arange(3))
+        with open(tmp_path/'x.npz', 'rb') as f: assert list(read_npz(f, 'x.npz')) == ['c'] # Python objects and single numbers are not read
     assert not (tmp_path/'marker').exists()
+
+def test_a_flipped_bit_of_an_npz_is_found(tmp_path):
+    np.savez(tmp_path/'x.npz', images=np.full((9, 4, 4, 3), 77, np.uint8))
+    b = bytearray((tmp_path/'x.npz').read_bytes())
+    b[b.index(bytes([77])*100) + 50] ^= 1
+    (tmp_path/'x.npz').write_bytes(b)
+    with open(tmp_path/'x.npz', 'rb') as f: says(lambda: read_npz(f, 'x.npz'), 'is not a whole .npz file')
 
 
 # ---- parquet ----------------------------------------------------------------------------------------------------------

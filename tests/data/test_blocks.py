@@ -34,4 +34,4 @@ def test_block_is_a_fastai_datablock(data):
     dls = episode_block(data, n_way=2, k_shot=1, n_query=3, n_episodes=2).dataloaders(data, num_workers=0)
     assert dls.one_batch()[0].shape == (8, 3, 16, 16) and len(dls.train_ds) == 120
     x,y = dls.train_ds[25]
-    assert (x.permute(1, 2, 0).numpy() == data.train.images[25]).all() and y == 1
+    assert (x.permute(1, 2, 0).numpy() == data.train.images[25]).all() and y == data.train.y[25]
