@@ -5,8 +5,8 @@
     python recipes/mini_5w1s.py --data mini-imagenet/ --split clean-lists/
 
 Every image is read. What is found is printed: unreadable, constant and small images, exact and near copies within and across splits,
-classes too small for the episodes, the class list and the published copy of a data set that it is. The exit code is 1 if something spoils
-what is measured. `--fix` writes lists of the sound images for `--split`; it changes no image.
+classes too small for the episodes, the class list that it follows, and whether it is CIFAR-FS to the pixel. The exit code is 1 if something
+spoils what is measured. `--fix` writes lists of the sound images for `--split`; it changes no image.
 """
 import sys
 from typing import Annotated

@@ -108,7 +108,7 @@ def _content(tree, files, ending):
 def as_arrays(tree, asked=None):
     """The `ArrayTree` of a tree whose images lie in arrays, or None if there are no such files
 
-    `asked` is one of the tree's files, which says which set is meant where there are several.
+    `asked` is one of the tree's files; it chooses the set if there are several.
     """
     prefix = next((f.removesuffix('meta') for f in tree.files if posixpath.basename(f) == 'meta'
                    and all(tree.has(f.removesuffix('meta') + part) for part in ('train', 'test'))), None)
