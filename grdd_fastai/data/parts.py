@@ -58,6 +58,7 @@ def part_of(content, labels=None, where=''):
     if _found(among, (*LABELS, 'class_dict')) is None and labels is not None:
         among = labels if isinstance(labels, Mapping) else dict(labels=labels)
     try: return Part(images, class_names(with_text_keys(among), len(images), where))
+    except UserError: raise
     except ValueError as e: raise UserError(f'{where}: {first_line(e)}: fetch it again') from None
 
 def class_names(content, n, where):
