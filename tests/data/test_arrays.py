@@ -132,8 +132,9 @@ def test_names_of_classes_and_names_of_images(tmp_path):
 def test_two_files_for_one_split_are_a_sentence(tmp_path):
     for i,s in enumerate((*SPLITS, 'base')): dump(part(3, 10*i, labels=[f'{s}{c}' for c in range(3)]), tmp_path/'x'/f'{s}.pkl')
     says(lambda: open_source(tmp_path/'x'), 'base.pkl and train.pkl for one split')
-    for i in range(3): np.savez(tmp_path/f'batch_{i}.npz', **part(3, 10*i, labels=[f'{i} {c}' for c in range(3)]))
-    says(lambda: open_source(tmp_path), 'several data sets, batch_0.npz, batch_1.npz, batch_2.npz')
+    (tmp_path/'y').mkdir()
+    for i in range(3): np.savez(tmp_path/'y'/f'batch_{i}.npz', **part(3, 10*i, labels=[f'{i} {c}' for c in range(3)]))
+    says(lambda: open_source(tmp_path/'y'), 'several data sets, batch_0.npz, batch_1.npz, batch_2.npz')
 
 def test_numbers_that_begin_at_0_in_each_split_are_of_other_classes(tmp_path, capsys):
     for i,(s,n) in enumerate(zip(SPLITS, (12, 3, 4))): dump(part(n, 20*i, labels=list(range(n))), tmp_path/'x'/f'{s}.pkl')
