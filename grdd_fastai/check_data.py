@@ -17,7 +17,7 @@ from .core.progress import with_progress
 from .core.storage import output_folder, write_json
 from .data.class_lists import SPLITS, list_of
 from .data.images import check_resize, open_image, square, upright_rgb
-from .data.order import KNOWN, image_fingerprint, pixel_hashes
+from .data.order import KNOWN, first_equal, image_fingerprint, pixel_hashes
 from .data.sources import open_source
 from .fewshot.embed import features
 from .models.create import create_backbone
@@ -28,7 +28,7 @@ __all__ = ['DataCheck', 'Finding', 'check_data']
 NETWORK,SIDE = 'convnet4.grdd_cifarfs',32 # whose features tell near duplicates, and the side of its images in pixels
 NEAR = 0.985 # cosine of two images' centred features from which on they are near duplicates
 FLAT = 2 # standard deviation (0-255) of each channel below which an image is constant
-TABLES = 12 # of random hyperplanes; a pair with a cosine of `NEAR` is missed by all with a probability of about 1 in 1,000
+TABLES = 12 # tables of random hyperplanes: all of them miss a pair with the cosine `NEAR` with a probability of about 1 in 1,000
 BLOCK = 1024 # images at a time
 SHOWN = 5 # images that the text names for each finding
 # mean and standard deviation of the channels of the images that the lists split
@@ -38,7 +38,10 @@ STATS = {**dict.fromkeys(('cifar_fs', 'fc100'), ((0.507, 0.487, 0.441), (0.267, 
 
 @dataclass(frozen=True)
 class Finding:
-    "One kind of fault: a sentence, whether it spoils what is measured, and the images: split and file, and for copies those of the other"
+    """One kind of fault: a sentence, and whether it spoils what is measured
+
+    `images` holds the split and the file of each image; for copies it also holds the split and the file of the image that is copied.
+    """
     kind: str
     serious: bool
     sentence: str
@@ -127,8 +130,7 @@ def check_data(
     add('small', False, f'{{n}} images are smaller than {px} px and are enlarged', np.flatnonzero(found.small).tolist())
     split_code = rows.split.map({s:i for i,s in enumerate(SPLITS)}).to_numpy()
     good = np.flatnonzero(~found.bad & ~found.flat)
-    copies = _copies(found.native[good])
-    exact = {(int(good[i]), int(good[j])) for i,j in copies}
+    exact = {(int(good[i]), int(good[j])) for i,j in _copies(found.native[good])}
     near = {(int(good[i]), int(good[j])) for i,j in near_duplicates(found.h[good])} - exact
     label = rows.label.to_numpy()
     for kind,pairs in (('copies', exact), ('near copies', near)):
@@ -245,12 +247,10 @@ def _read(source, path, px, how):
 # ---- copies -----------------------------------------------------------------------------------------------------------
 
 def _copies(hashes):
-    "Pairs (earlier, later) of equal rows of uint8 (N, 16): each row that is a copy, with the first row that it equals"
+    "Pairs (earlier, later) of equal rows of uint8 (N, 16): each row that is a copy, with the first row that is equal to it"
     if not len(hashes): return []
-    whole = np.ascontiguousarray(hashes).view('V16').reshape(-1)
-    _,first,of = np.unique(whole, return_index=True, return_inverse=True)
-    earlier = first[of.reshape(-1)]
-    return [(int(earlier[i]), int(i)) for i in np.flatnonzero(earlier != np.arange(len(whole)))]
+    first = first_equal(hashes)
+    return [(int(first[i]), int(i)) for i in np.flatnonzero(first != np.arange(len(first)))]
 
 def near_duplicates(h, least=NEAR, seed=0):
     """Pairs (earlier, later) of rows of the features h (N, D) whose cosine after centring is at least `least`

@@ -48,10 +48,12 @@ def read_npz(file, where):
                         begin = member.read(2**12)
                         while member.read(2**20): pass
                     else: whole = unpacked(member, info.compress_size, inside)
-                if (begin if stored else whole.read(2**12)).find(b"'|O'") in range(128): continue # the header of an array of objects
-                file.seek(info.header_offset)
-                n_name,n_extra = struct.unpack('<26xHH', file.read(30))
-                array = read_npy(file, inside, info.header_offset + 30 + n_name + n_extra) if stored else read_npy(whole, inside)
+                if b"'|O'" in (begin if stored else whole.read(2**12))[:128]: continue # an array of Python objects, as its header says
+                if stored: # the array is read in place, behind the header of the member
+                    file.seek(info.header_offset)
+                    n_name,n_extra = struct.unpack('<26xHH', file.read(30))
+                    array = read_npy(file, inside, info.header_offset + 30 + n_name + n_extra)
+                else: array = read_npy(whole, inside)
                 if array.shape: found[info.filename.removesuffix('.npy')] = array
             return found
     except UserError: raise

@@ -46,11 +46,11 @@ class ArrayTree:
 
 
 def named(parts, path):
-    "Parts whose classes that are whole numbers have become names, with as many digits everywhere"
+    "The parts with names in place of classes that are whole numbers; all names have the same number of digits"
     numbers = {s:set(part.labels) for s,part in parts.items() if all(type(y) is int for y in part.labels)}
     if not numbers: return parts
     digits = len(str(max(map(max, numbers.values()))))
-    # numbers that begin at 0 in each split, of which there are not as many in each, are of other classes
+    # if each split numbers its classes from 0, and the splits have different numbers of classes, a number means another class in each
     own = len(numbers) > 1 and len(set(map(len, numbers.values()))) > 1 and all(mine == set(range(len(mine))) for mine in numbers.values())
     if own: print(f'{path}: the classes are numbered from 0 in each split: they are taken for other classes in each', file=sys.stderr)
     def name(s, y): return f'{s} {y:0{digits}d}' if own else f'{y:0{digits}d}'
@@ -91,11 +91,16 @@ def _groups(files):
         stem,ending = posixpath.splitext(f)
         if ending.lower() not in ARRAYS: continue
         stem = SHARD.sub('', stem) if ending.lower() == '.parquet' else stem
-        words = list(SPLIT.finditer(stem))
-        split = ALIASES[words[-1][0].lower()] if words else None
-        key = (stem[:words[-1].start()] + '{}' + stem[words[-1].end():] if words else stem, ending.lower())
+        split,word = split_in(stem)
+        key = (stem[:word.start()] + '{}' + stem[word.end():] if word else stem, ending.lower())
         groups.setdefault(key, {}).setdefault(split, []).append(f)
     return groups
+
+def split_in(name):
+    "The split that a name holds and the place of its word (a match), the last one if there are several; None for both if it holds none"
+    words = list(SPLIT.finditer(name))
+    word = words[-1] if words else None
+    return (ALIASES[word[0].lower()] if word else None),word
 
 def _content(tree, files, ending):
     "What the files of a split hold"
@@ -159,9 +164,7 @@ def _splits_inside(content, where):
     "The parts of an .npz file that holds all splits, with names such as train_images, or of one without splits"
     splits = {}
     for key,value in content.items():
-        words = list(SPLIT.finditer(key))
-        split = ALIASES[words[-1][0].lower()] if words else None
-        splits.setdefault(split, {})[SPLIT.sub('', key).strip('_-. ') or 'images'] = value
+        splits.setdefault(split_in(key)[0], {})[SPLIT.sub('', key).strip('_-. ') or 'images'] = value
     if {'train', 'val', 'test'} <= splits.keys():
         names = {k:v for k,v in splits.get(None, {}).items() if k in NAMES}
         return {s:part_of(splits[s] | names, where=where) for s in ('train', 'val', 'test')}

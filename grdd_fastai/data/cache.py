@@ -25,13 +25,13 @@ __all__ = ['Split', 'FewShotData', 'few_shot_data']
 
 
 BLOCK = 1024 # images decoded at a time
-FORMAT = 4 # of the packed folder; one of an earlier format is packed anew
+FORMAT = 4 # format of the packed folder; a folder of an earlier format is packed anew
 
 
 def _check(meta): return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 def _begin(f):
-    "Place in an open .npy file at which its numbers begin"
+    "The byte of an open .npy file at which its numbers begin"
     np.lib.format.read_magic(f)
     np.lib.format.read_array_header_1_0(f)
     return f.tell()

@@ -14,7 +14,7 @@ __all__ = ['SPLITS', 'ALIASES', 'CLASS_LISTS', 'class_list', 'list_of', 'usual_n
 
 
 SPLITS = ('train', 'val', 'test') # base, validation and novel classes
-# usual names of the splits; of a set whose base classes are split into images for training and for validation, only the former are base
+# usual names of the splits; where the images of the base classes are divided once more, only those of train_phase_train are base images
 ALIASES = dict(train='train', base='train', train_phase_train='train', val='val', valid='val', validation='val', test='test', novel='test')
 MAX_ROWS = 5*10**6 # most rows of a CSV
 MAX_LINE = 2**20 # most characters in a line of a text file
@@ -30,12 +30,15 @@ def normal(name):
     "A class name without case, blanks and underscores, for comparison"
     return re.sub(r'[\s_]', '', name).lower()
 
+def list_file(name):
+    "The file `name` of data/, which an installed package has in class_lists/"
+    here = Path(__file__).parent.parent # the package
+    return next(p for p in (here/'class_lists'/name, here.parent/'data'/name) if p.exists())
+
 @lru_cache
 def class_list(name):
     "The list `name` of `CLASS_LISTS` as a DataFrame with the columns label and split, and name where classes have another name, too"
-    here = Path(__file__).parent.parent # the package
-    path = next(p for p in (here/'class_lists'/f'{name}.csv', here.parent/'data'/f'{name}.csv') if p.exists())
-    return pd.read_csv(path, dtype=str)
+    return pd.read_csv(list_file(f'{name}.csv'), dtype=str)
 
 def list_of(classes):
     """Name of the first of `CLASS_LISTS` that splits classes as they are split, or None

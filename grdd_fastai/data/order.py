@@ -1,9 +1,10 @@
 """The order of a data set's rows, and its fingerprint, come from its pixels: the same images give the same numbers in any layout."""
 import hashlib
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
+
+from .class_lists import list_file
 
 __all__ = ['pixel_hashes', 'row_order', 'image_fingerprint', 'find_duplicates']
 
@@ -62,15 +63,17 @@ def row_order(hashes, codes, fingerprint):
 @lru_cache
 def _known_places(name):
     "Position in its class of each image of the known data set `name`, by split, class digest and hash"
-    here = Path(__file__).parent.parent # the package
-    return np.load(next(p for p in (here/'class_lists'/name, here.parent/'data'/name) if p.exists()))
+    return np.load(list_file(name))
+
+def first_equal(hashes):
+    "For each row of uint8 (N, 16), the number of the first row that is equal to it (N)"
+    _,first,of = np.unique(np.ascontiguousarray(hashes).view('V16').reshape(-1), return_index=True, return_inverse=True)
+    return first[of.reshape(-1)]
 
 def find_duplicates(hashes, filenames):
     "Images with the same pixels in two splits: a list of [split, filename, earlier split, filename]"
     names = list(hashes)
     split = np.repeat(np.arange(len(names)), [len(hashes[s]) for s in names])
     files = np.concatenate([np.asarray(filenames[s], object) for s in names])
-    whole = np.ascontiguousarray(np.concatenate(list(hashes.values()))).view('V16').reshape(-1)
-    _,first,of = np.unique(whole, return_index=True, return_inverse=True)
-    earlier = first[of.reshape(-1)]
+    earlier = first_equal(np.concatenate(list(hashes.values())))
     return [[names[split[i]], files[i], names[split[j]], files[j]] for i in np.flatnonzero(split[earlier] < split) for j in [earlier[i]]]

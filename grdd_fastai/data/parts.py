@@ -81,7 +81,9 @@ def class_names(content, n, where):
     if not isinstance(names, Mapping): names = simple_list(names, where)
     if len(names) == n and not isinstance(names, Mapping) and len({*zip(labels, map(as_text, names))}) == len(set(labels)):
         return [as_text(c) for c in names] # a name for each image
-    try: return [as_text(names[y]) if y >= 0 else names[None] for y in labels]
+    try:
+        if min(labels, default=0) < 0: raise IndexError
+        return [as_text(names[y]) for y in labels]
     except (KeyError, IndexError, TypeError):
         raise UserError(f'{where}: a label has no name in its list of names: fetch it again') from None
 
@@ -98,7 +100,7 @@ def simple_list(values, where):
     return found
 
 def of_rows(rows, n, where):
-    "The class (N) of each image from the rows of each class"
+    "The class of each of `n` images, from a dict that holds the rows of each class"
     labels = [None]*n
     for name,mine in rows.items():
         for row in simple_list(mine, where):

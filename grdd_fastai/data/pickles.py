@@ -14,7 +14,7 @@ from ..core.errors import UserError, first_line
 __all__ = ['FileArray', 'FileBytes', 'FileRows', 'Unpickler', 'read_pickle', 'unpickle']
 
 
-LONG = 4096 # bytes; a string that is longer stays in the file
+LONG = 4096 # bytes; longer strings stay in the file
 MAX_LINE = 2**20 # most bytes in a line of a pickle of protocol 0
 BLOCK = 2**20 # bytes
 

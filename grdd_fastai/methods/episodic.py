@@ -14,6 +14,7 @@ from torch import nn
 from ..core.device import cpu_seed
 from ..core.errors import UserError
 from ..data.episodes import EpisodicDL
+from ..fewshot.classifiers import cosines, one_hot, prototypes, squared_distances
 from ..losses import EpisodicLoss
 from ..models.create import create_backbone, feature_size, features
 from ..training.learner import check_dls, few_shot_learner
@@ -44,21 +45,9 @@ class EpisodicMethod(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), y.flatten())
 
 
-def one_hot(y): return F.one_hot(y, int(y.max()) + 1).float()
-
-def class_means(h, y):
-    "Mean (E, C, D) of the features h (E, N, D) of each class, from the classes y (E, N)"
-    Y = one_hot(y)
-    return Y.mT @ h / Y.sum(1).unsqueeze(-1)
-
-def squared_distances(a, b): return (a.unsqueeze(2) - b.unsqueeze(1)).square().sum(-1) # (E, A, D), (E, B, D) -> (E, A, B)
-
-def cosines(a, b): return F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).mT # (E, A, D), (E, B, D) -> (E, A, B)
-
-
 class ProtoNet(EpisodicMethod):
     "The nearest class mean: a logit is minus the squared distance to the mean of a class (arXiv 1703.05175, Eq. 1-2)"
-    def logits(self, support, support_y, query): return -squared_distances(query, class_means(support, support_y))
+    def logits(self, support, support_y, query): return -squared_distances(query, prototypes(support, support_y))
 
 
 class MatchingNet(EpisodicMethod):
@@ -71,7 +60,7 @@ class MatchingNet(EpisodicMethod):
         self.scale = scale
     def logits(self, support, support_y, query):
         attention = (self.scale*cosines(query, support)).softmax(-1) # (E, NQ, NS)
-        return (attention @ one_hot(support_y)).clamp_min(1e-8).log()
+        return (attention @ one_hot(support_y, support)).clamp_min(1e-8).log()
 
 
 class Maps(nn.Module):
@@ -102,7 +91,7 @@ class RelationNet(EpisodicMethod):
         self.relation = nn.Sequential(convs.train(), nn.Flatten(), nn.Linear(n, hidden), nn.ReLU(), nn.Linear(hidden, 1), nn.Sigmoid())
     def logits(self, support, support_y, query):
         maps = self.backbone.shape
-        sums = (one_hot(support_y).mT @ support).unflatten(-1, maps) # (E, C, D, H, W)
+        sums = (one_hot(support_y, support).mT @ support).unflatten(-1, maps) # (E, C, D, H, W)
         query = query.unflatten(-1, maps)
         (E,C),NQ = sums.shape[:2],query.shape[1]
         pairs = torch.cat([sums.unsqueeze(1).expand(-1, NQ, -1, -1, -1, -1), query.unsqueeze(2).expand(-1, -1, C, -1, -1, -1)], 3)
@@ -115,7 +104,7 @@ class MetaBaseline(EpisodicMethod):
     def __init__(self, backbone, scale:float=10.):
         super().__init__(backbone)
         self.scale = nn.Parameter(torch.tensor(scale))
-    def logits(self, support, support_y, query): return self.scale*cosines(query, class_means(support, support_y))
+    def logits(self, support, support_y, query): return self.scale*cosines(query, prototypes(support, support_y))
 
 
 class FEAT(EpisodicMethod):
@@ -136,7 +125,7 @@ class FEAT(EpisodicMethod):
         attention = (self.q(means) @ self.k(means).mT / math.sqrt(means.shape[-1])).softmax(-1) # (E, C, C)
         return self.norm(means + self.drop(self.out(attention @ self.v(means))))
     def logits(self, support, support_y, query):
-        return -squared_distances(query, self.adapted(class_means(support, support_y)))/self.temperature
+        return -squared_distances(query, self.adapted(prototypes(support, support_y)))/self.temperature
 
 
 class ANIL(EpisodicMethod):
