@@ -113,6 +113,7 @@ def test_evaluation_reads_the_scores_of_a_block_at_once(monkeypatch):
 
 def test_images_are_held_once_and_only_if_there_is_room(monkeypatch):
     class Images:
+        crop = None
         def __init__(self, n): self.images = np.zeros((n, 4, 4, 3), np.uint8)
         def __len__(self): return len(self.images)
     splits = Images(5),Images(3)
