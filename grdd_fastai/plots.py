@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from .core.distributed import rank_world
 from .core.storage import atomic_write
 
-__all__ = ['COLORS', 'MARKERS', 'plot_rows', 'plot_sweep', 'plot_tsne', 'plot_relatedness', 'save_figure', 'plain', 'label']
+__all__ = ['COLORS', 'MARKERS', 'plot_rows', 'plot_costs', 'plot_sweep', 'plot_tsne', 'plot_relatedness', 'save_figure', 'plain', 'label']
 
 
 COLORS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#F0E442', '#000000') # the palette of Okabe and Ito
@@ -55,6 +55,37 @@ def plot_rows(
     if len(labels) > 1: # the legend stands beside the axes, so that it covers no data
         ax.legend([handles[i] for i in order], [labels[i] for i in order], frameon=False, loc='upper left', bbox_to_anchor=(1, 1))
     plain(ax)
+    return fig
+
+
+def plot_costs(
+    table:pd.DataFrame, # DataFrame of `compare_methods` with the columns method, shot, seed, split, n, accuracy, images_with_others
+    title:str='', # title of the figure
+) -> Figure:
+    """A panel per shot: accuracy against the images that a training and those that it needs see, a mark per method and a dot per seed
+
+    A filled mark learns from a trained teacher, whose own training is not counted.
+    """
+    shots = sorted(table.shot.unique())
+    fig,axes = plt.subplots(1, len(shots), figsize=(5.4*len(shots), 4.6), layout='constrained', squeeze=False)
+    for ax,shot in zip(axes[0], shots):
+        rows = [(name, runs.images_with_others.mean()/1e6, runs) for name,runs in table[table.shot == shot].groupby('method', sort=False)]
+        labels = sorted((runs.accuracy.mean(), name, x) for name,x,runs in rows)
+        gap = .035*max(1., labels[-1][0] - labels[0][0])
+        for i,(_,x,runs) in enumerate(rows):
+            taught = 'teacher' in runs and runs.teacher.notna().all()
+            ax.plot(x, runs.accuracy.mean(), 'o', color=COLORS[i % 8], mfc=COLORS[i % 8] if taught else 'none', ms=7)
+            if len(runs) > 1: ax.plot([x]*len(runs), runs.accuracy, '_', color='black', ms=9, mew=1)
+        at = -float('inf')
+        for y,name,x in labels: # names stand to the right, moved up where they would overlap
+            at = max(y, at + gap)
+            ax.annotate(name, (x, y), (1.02, at), textcoords=ax.get_yaxis_transform(), va='center', fontsize=7,
+                        arrowprops=dict(arrowstyle='-', lw=.3, color='0.6'))
+        classes = dict(val='validation').get(table.split.iloc[0], table.split.iloc[0])
+        ax.set(xlabel='million images seen, with those of the start and of a teacher trained for it',
+               ylabel=f'{shot}-shot accuracy on the {classes} classes, %')
+        plain(ax)
+    fig.suptitle(title, fontsize=10)
     return fig
 
 

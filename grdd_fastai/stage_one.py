@@ -1,4 +1,5 @@
 """Stage one of GRDD, the global learner: categories and rotations of the base classes (section 3.2, Eq. 2-9)."""
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
@@ -82,11 +83,17 @@ TeacherEpochs = Annotated[int, "epochs of the teacher's stage one (as --epochs)"
 OF_DATA_AND_FIT = ('arch', 'epochs', 'schedule', 'lr', 'warmup', 'opt', 'bs', 'drop_ramp', 'jitter', 'augment') # not of `global_learner`
 
 
-def stage_one(data:FewShotData, s:StageOne, **kwargs) -> tuple[Learner, Callable]:
-    "(Learner, fit) of stage one on a `FewShotData` for the settings `s`: `fit(learn)` trains `learn.model.backbone`"
+def stage_one(data:FewShotData, s:StageOne, start:nn.Module|None=None, **kwargs) -> tuple[Learner, Callable]:
+    """(Learner, fit) of stage one on a `FewShotData` for the settings `s`: `fit(learn)` trains `learn.model.backbone`
+
+    It is a copy of the trained network `start`, if there is one.
+    """
     dls = category_dls(data, s.bs or default_bs(data), aug=train_augmentation(data.px, s.jitter, s.augment), seed=s.seed)
     own = {k:v for k,v in s.values().items() if k not in OF_DATA_AND_FIT}
-    learn = global_learner(dls, s.arch, opt_func=OPTIMISERS[s.opt], **own, **kwargs)
+    if start is not None:
+        start = copy.deepcopy(start)
+        if start.num_classes != dls.c: start.reset_classifier(dls.c)
+    learn = global_learner(dls, s.arch if start is None else start, opt_func=OPTIMISERS[s.opt], **own, **kwargs)
     if s.drop_ramp is not None: set_drop_steps(learn.model, max(1, round(s.drop_ramp*s.epochs*len(dls.train))))
     return learn,fit_function(s, dls.train.bs)
 

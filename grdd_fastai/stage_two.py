@@ -100,6 +100,12 @@ def check_teacher(phi, two):
         raise UserError(f"teacher_output={two.distill.teacher_output!r} needs a teacher with its classifier: train it with head='linear'")
 
 
+def episode_size(data:FewShotData, s:StageTwo) -> tuple[int, int]:
+    "Classes per episode and queries per class that the base classes can fill, at most those of the settings `s`"
+    n_images = np.bincount(data.train.y)
+    return min(s.n_way, len(n_images)),max(1, min(s.n_query, int(n_images.min()) - s.k_shot))
+
+
 def known_features(
     teacher:nn.Module|Learner|list, # the trained global learner, or a list of several
     data:FewShotData, # FewShotData
@@ -142,9 +148,7 @@ def stage_two(
     With `s.distill=None` it trains on episodic labels alone, too. An episode has as many classes and queries as there are, where the
     settings ask for more.
     """
-    n_images = np.bincount(data.train.y)
-    n_way = min(s.n_way, len(n_images))
-    n_query = max(1, min(s.n_query, n_images.min() - s.k_shot))
+    n_way,n_query = episode_size(data, s)
     dls = episodic_dls(data, n_way, s.k_shot, n_query, s.n_episodes, s.episodes_per_step,
                        aug=train_augmentation(data.px, s.jitter, s.augment), seed=s.seed,
                        views=s.distill.n_views if teacher is not None and s.distill else None)

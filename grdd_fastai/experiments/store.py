@@ -1,6 +1,8 @@
 """The networks of an experiment: each is trained once, in a run named by its settings, and all are scored on the same episodes."""
+import copy
 import hashlib
 import json
+import re
 import sys
 import time
 from contextlib import redirect_stdout, suppress
@@ -13,35 +15,59 @@ import torch
 from ..core.distributed import log, rank_world
 from ..core.errors import UserError
 from ..core.storage import load_tensors, locked, read_json, save_tensors
+from ..data.augment import train_augmentation
 from ..data.blocks import default_bs, plain_dl
+from ..fewshot.classifiers import with_base_mean
 from ..fewshot.embed import embed
 from ..fewshot.evaluate import evaluate
 from ..fewshot.stats import Evaluation
+from ..methods.episodic import EpisodicMethod, episodic
 from ..runs.provenance import device_name, git_commit, log_line, now
 from ..runs.run import Run
 from ..stage_one import stage_one
 from ..stage_two import known_features, stage_two
 
-__all__ = ['NetworkStore', 'Trained', 'supervision']
+__all__ = ['NetworkStore', 'Trained', 'Protocol', 'supervision']
 
 
 EPISODE = dict(n_way=5, k_shot=1, n_query=15) # validation episodes, which choose the epoch whose weights are kept
 SPLITS = dict(val='val', novel='test') # name of the classes -> attribute of `FewShotData`
+OF_EPISODES = ('way', 'shot', 'query', 'episodes', 'per_step', 'epochs', 'schedule', 'lr', 'opt', 'jitter', 'augment', 'seed')
 EPISODES_SEED = dict(val=1, novel=0) # val: other episodes than those that choose the epoch; novel: the same as in other recipes
 
 
 class Trained(NamedTuple):
-    "A network, the folder of the run that made it, and its settings as records name them"
+    "A network, the folder of the run that made it, its settings as records name them, and the whole `EpisodicMethod` if it is of one"
     net: torch.nn.Module
     folder: Path
     settings: dict
+    method: torch.nn.Module|None = None
     def read(self, name): return read_json(self.folder/name)
 
 
 def supervision(settings):
-    "What the recorded `settings` of a network train on, in the words of Table 2: CL, CL+EL or CL+GR; EL or GR from random weights"
+    """What the recorded `settings` of a network train on, in the words of Table 2: CL, CL+EL or CL+GR; EL or GR from random weights
+
+    For another method it is the method's name.
+    """
+    if 'method' in settings: return settings['method']
     if 'student' not in settings: return 'CL'
     return ('' if settings.get('init') == 'random' else 'CL+') + ('GR' if settings['teacher'] else 'EL')
+
+
+class Protocol(NamedTuple):
+    "How networks are scored: a classifier, None for a method's own, augmented views of the support images, and how the queries are drawn"
+    classifier: str|None = 'cosine'
+    support_views: int = 0
+    queries: str = 'balanced'
+    def recorded(self):
+        "What differs from the cosine on the images themselves with balanced queries"
+        usual = Protocol()
+        changed = {k:v for k,v in self._asdict().items() if v != getattr(usual, k)}
+        return changed | (dict(classifier='own') if self.classifier is None else {})
+    def slug(self):
+        "Part of a file name"
+        return ''.join('-' + re.sub('[^a-z0-9.=]+', '-', str(v).lower()).strip('-') for v in self.recorded().values())
 
 
 class NetworkStore:
@@ -50,10 +76,11 @@ class NetworkStore:
     A call trains a network, goes on with its training, or loads it. `max_minutes` is the time for all networks together; when it is used
     up, `checkpoint.Stopped` is raised with everything saved. Several processes may work in one folder: each waits for the networks that
     another one trains. Each scoring of the novel classes is logged in the folders `logs`. With `compile` a network is trained compiled,
-    which changes its last bits, but not the name of its folder. `loggers` follow the trainings (`logged`).
+    which changes its last bits, but not the name of its folder. `loggers` follow the trainings (`logged`). `cache` is the folder for the
+    features of teachers from elsewhere; the networks of the store keep theirs in their own folders.
     """
-    def __init__(self, data, out, max_minutes=None, logs=None, compile=False, loggers=None):
-        self.data = data
+    def __init__(self, data, out, max_minutes=None, logs=None, compile=False, loggers=None, cache=None):
+        self.data,self.cache = data,cache
         self.out = Path(out).expanduser()
         self.compile,self.loggers = compile,loggers
         self.end = None if max_minutes is None else time.monotonic() + 60*max_minutes
@@ -75,18 +102,39 @@ class NetworkStore:
             if not run.result:
                 log(f'{folder.name}: {json.dumps(settings)}')
                 run.begin(self.data)
-            net,val_accuracy = run.train('net', *make(run), arch)
+            learn,fit = make(run)
+            net,val_accuracy = run.train('net', learn, fit, arch)
             if not run.result: run.finish(val_accuracy=round(val_accuracy, 3))
-        return Trained(net, run.out, settings)
+        return Trained(net, run.out, settings, learn.model if isinstance(learn.model, EpisodicMethod) else None)
 
-    def stage_one_net(self, s):
-        "The `Trained` network of stage one (CL) with the settings `s` (`StageOne`)"
+    def stage_one_net(self, s, start=None, cbs=None, **more):
+        """The `Trained` network of stage one (CL) with the settings `s` (`StageOne`)
+
+        It starts from the `Trained` network `start`, if there is one. `cbs`, a function without arguments, makes further callbacks, which
+        `more` describes in the recorded settings.
+        """
         s = s.but(bs=s.bs or default_bs(self.data))
-        return self.train('cl', s.arch, s.recorded(), lambda run: stage_one(self.data, s, valid=EPISODE, compile=self.compile))
+        def make(run): return stage_one(self.data, s, start and start.net, valid=EPISODE, compile=self.compile, cbs=cbs and cbs())
+        return self.train('cl', s.arch, s.recorded() | (dict(start=start.settings) if start else {}) | more, make)
 
-    def embed(self, net, split):
-        "Features and classes of a split, in float32 so that a score is the same on all devices"
-        dl = plain_dl(self.data, split)
+    def episodic_net(self, method, arch, s, start=None):
+        """The `Trained` network of the episodic `method`, an `EpisodicMethod` or a `partial` of one, with the settings `s` (`StageTwo`)
+
+        It starts from the `Trained` network `start`, or from random weights of `arch`.
+        """
+        name,own = getattr(method, 'func', method).__name__,getattr(method, 'keywords', {})
+        recorded = {k:v for k,v in s.recorded().items() if k in OF_EPISODES}
+        settings = dict(method=name) | own | recorded | dict(start=start.settings if start else dict(arch=arch))
+        def make(run):
+            net = copy.deepcopy(start.net) if start else arch
+            if start and net.num_classes: net.reset_classifier(0)
+            return episodic(self.data, s, method, net, valid=EPISODE | dict(k_shot=s.k_shot), compile=self.compile)
+        return self.train(name.lower(), arch, settings, make)
+
+    def embed(self, net, split, view=None, seed=0):
+        "Features and classes of a split, or of one augmented view of it, in float32 so that a score is the same on all devices"
+        dl = plain_dl(self.data, split, aug=None if view is None else train_augmentation(self.data.px), seed=seed)
+        if view is not None: dl.epoch = view - 1
         return embed(net.to(dl.device), dl)
 
     def stage_two_net(self, student, teacher, s):
@@ -99,35 +147,45 @@ class NetworkStore:
         settings = s.recorded() | dict(student=start, teacher=teacher and teacher.settings)
         arch = start['arch']
         def make(run):
-            known = teacher and partial(known_features, teacher.net, self.data, s, self.out/teacher.folder.name,
-                                       after_each=run.stop_if_due)
+            cache = teacher and (teacher.folder if teacher.folder.parent == self.out else self.cache)
+            known = teacher and partial(known_features, teacher.net, self.data, s, cache, after_each=run.stop_if_due)
             net = student if s.init == 'random' else student.net
             return stage_two(self.data, s, net, teacher and teacher.net, known, valid=EPISODE, compile=self.compile)
         return self.train('gr' if teacher else 'el', arch, settings, make)
 
-    def score(self, trained, split, shot=1, n=10_000):
+    def score(self, trained, split, shot=1, n=10_000, protocol=None):
         """`Evaluation` of a `Trained` network on `n` 5-way episodes of the classes `split`, 'val' or 'novel'
 
-        It is measured once and then read from its file. A scoring of the novel classes is written to each log.
+        `protocol` is a `Protocol`; None: the cosine. The accuracy is measured once and then read from its file. A scoring of the novel
+        classes is written to each log.
         """
+        protocol = protocol or Protocol()
         with locked(trained.folder/'.lock'):
-            scored,about = self._scored(trained, split, shot, n)
+            scored,about = self._scored(trained, split, shot, n, protocol)
         line = dict(what=trained.folder.name, shot=shot, accuracy=scored.accuracy, ci95=scored.ci95, test_episodes=n) | about
-        for folder in self.logs if split == 'novel' else []: log_line(folder/'novel_scorings.jsonl', line)
+        for folder in self.logs if split == 'novel' else []: log_line(folder/'novel_scorings.jsonl', line | protocol.recorded())
         return scored
 
-    def _scored(self, trained, split, shot, n):
+    def _scored(self, trained, split, shot, n, protocol):
         "The `Evaluation`, and a dict of the time, commit and device of its measurement"
-        path = trained.folder/f'{split}_{shot}shot_{n}.safetensors'
+        path = trained.folder/f'{split}_{shot}shot_{n}{protocol.slug()}.safetensors'
         weights = trained.read('net.json')['sha256']
         if path.exists():
             with suppress(UserError, KeyError): # a damaged score is measured again
                 tensors,meta = load_tensors(path)
                 if meta['weights'] == weights and 'about' in meta:
                     return Evaluation(tensors['episodes'].numpy(), meta['drawn']),meta['about']
-        key = weights,split
-        if self.embedded[0] != key: self.embedded = key,self.embed(trained.net, SPLITS[split]) # the next shot uses the features again
-        scored = evaluate(*self.embedded[1], EPISODE['n_way'], shot, EPISODE['n_query'], n, EPISODES_SEED[split])
+        how = protocol.classifier or trained.method.classify
+        net = trained.net if protocol.classifier else trained.method
+        seed = EPISODES_SEED[split]
+        def features(split, **kwargs):
+            key = weights,protocol.classifier is None,split,*kwargs.items()
+            if self.embedded[0] != key: self.embedded = key,self.embed(net, SPLITS.get(split, split), **kwargs)
+            return self.embedded[1] # the next shot uses the features again
+        if isinstance(how, str): how = with_base_mean([how], lambda: features('train')[0])[how]
+        views = protocol.support_views and torch.stack([features(split, view=v, seed=seed)[0] for v in range(protocol.support_views)])
+        scored = evaluate(*features(split), EPISODE['n_way'], shot, EPISODE['n_query'], n, seed, how, protocol.queries,
+                          views if protocol.support_views else None)
         scored.episode_id += f', {split} classes of {self.data.fingerprint[:8]}'
         about = dict(time=now(), commit=git_commit(), device=device_name())
         save_tensors(path, dict(episodes=torch.as_tensor(scored.episodes)), dict(weights=weights, drawn=scored.episode_id, about=about))

@@ -210,37 +210,48 @@ def selected_rows(rows, names):
 
 # ---- records and tables -----------------------------------------------------------------------------------------------
 
+def of_training(t):
+    "Where the `Trained` network comes from, as a dict for JSON"
+    began,card = t.read('settings.json'),t.read('net.json')
+    return {k:began.get(k) for k in ('commit','device','torch_threads','versions')} | dict(
+        run=t.folder.name, arch=card['arch'], initial_weights=pretrained_tag(card['arch'], t.settings.get('pretrained', False)) or 'random',
+        weights=card['sha256'], val_accuracy=round(card['val_accuracy'], 3), minutes=round(t.read('result.json')['seconds']/60, 1))
+
+def of_scores(e): return dict(accuracy=round(e.accuracy, 3), ci95=round(e.ci95, 3), n=len(e.episodes), episodes=e.episode_id)
+
+def of_difference(d): return dict(difference=round(d.mean, 3), ci95=round(d.ci95, 3), p=float(f'{d.p:.3g}'), clear=d.clear)
+
+def of_scoring():
+    "Where and when a scoring was made, as a dict for JSON"
+    return dict(commit=git_commit(), device=device_name(), versions=versions(), date=datetime.date.today().isoformat())
+
 def record(name, key, row, seed, start, split, shots, made, scores, data):
     "A dict for JSON with all that is needed to get a row's numbers again"
     net = made['net']
     seed_of = net.settings['seed']
-    def trained(t):
-        began,card = t.read('settings.json'),t.read('net.json')
-        return {k:began.get(k) for k in ('commit','device','torch_threads','versions')} | dict(
-            run=t.folder.name, arch=card['arch'],
-            initial_weights=pretrained_tag(card['arch'], t.settings.get('pretrained', False)) or 'random',
-            weights=card['sha256'], val_accuracy=round(card['val_accuracy'], 3),
-            minutes=round(t.read('result.json')['seconds']/60, 1))
-    def measured(e): return dict(accuracy=round(e.accuracy, 3), ci95=round(e.ci95, 3), n=len(e.episodes), episodes=e.episode_id)
-    def difference(d): return dict(difference=round(d.mean, 3), ci95=round(d.ci95, 3), p=float(f'{d.p:.3g}'), clear=d.clear)
-    networks = {k:trained(t) for k,t in made.items() if t}
-    versus = {other:{f'{shot}-shot':difference(scores[key, seed, shot] - scores[other, seed, shot]) for shot in shots}
+    networks = {k:of_training(t) for k,t in made.items() if t}
+    versus = {other:{f'{shot}-shot':of_difference(scores[key, seed, shot] - scores[other, seed, shot]) for shot in shots}
               for other in row.get('versus', ()) if (other, seed, shots[-1]) in scores}
     phi = networks['teacher']['arch'] if 'teacher' in networks else None
     psi = networks['net']['arch']
-    same = [_no_seed(net.settings), data.fingerprint, *([] if start is None else [start])] # records that differ in the seed only share it
-    same = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:6]
-    slug = re.sub('[^a-z0-9.=]+', '-', key.lower()).strip('-')
+    same = key_of([no_seed(net.settings), data.fingerprint, *([] if start is None else [start])])
     return dict(
-        file=f'{slug}-{same}-s{seed_of}-{split}.json', experiment=name, row=key, same=same, seed=seed_of, stage_one_seed=start, split=split,
-        supervision=supervision(net.settings), phi=phi, psi=psi,
+        file=f'{slug(key)}-{same}-s{seed_of}-{split}.json', experiment=name, row=key, same=same, seed=seed_of, stage_one_seed=start,
+        split=split, supervision=supervision(net.settings), phi=phi, psi=psi,
         paper=row.get('paper', {}).get((data.name, phi, psi)),
-        scores={f'{shot}-shot':measured(scores[key, seed, shot]) for shot in shots},
+        scores={f'{shot}-shot':of_scores(scores[key, seed, shot]) for shot in shots},
         versus=versus, settings=net.settings, networks=networks, data=dict(name=data.name, fingerprint=data.fingerprint),
-        command=f'OMP_NUM_THREADS={networks["net"]["torch_threads"]} {command()}',
-        scored=dict(commit=git_commit(), device=device_name(), versions=versions(), date=datetime.date.today().isoformat()))
+        command=f'OMP_NUM_THREADS={networks["net"]["torch_threads"]} {command()}', scored=of_scoring())
 
-def _no_seed(settings): return {k:_no_seed(v) if isinstance(v, dict) else v for k,v in settings.items() if k != 'seed'}
+def slug(name): return re.sub('[^a-z0-9.=]+', '-', name.lower()).strip('-')
+
+def key_of(settings):
+    "Six characters that stand for the settings"
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
+
+def no_seed(settings):
+    "The settings without any seed: records that share them differ in the seed only"
+    return {k:no_seed(v) if isinstance(v, dict) else v for k,v in settings.items() if k != 'seed'}
 
 def write_record(folder, r):
     "Write the record `r` as a JSON file in the experiment's folder in `folder`"

@@ -13,20 +13,28 @@ from torch import nn
 
 from ..core.device import cpu_seed
 from ..core.errors import UserError
+from ..data.augment import train_augmentation
+from ..data.blocks import episodic_dls
+from ..data.cache import FewShotData
 from ..data.episodes import EpisodicDL
 from ..fewshot.classifiers import cosines, one_hot, prototypes, squared_distances
 from ..losses import EpisodicLoss
-from ..models.create import create_backbone, feature_size, features
-from ..training.learner import check_dls, few_shot_learner
+from ..models.create import create_backbone, feature_size, features, input_config
+from ..stage_two import StageTwo, episode_size
+from ..training.learner import check_dls, few_shot_learner, image_config
+from ..training.optim import OPTIMISERS
+from ..training.schedules import fit_function
 
-__all__ = ['EpisodicMethod', 'ProtoNet', 'MatchingNet', 'RelationNet', 'MetaBaseline', 'FEAT', 'ANIL', 'episodic_learner']
+__all__ = ['EpisodicMethod', 'ProtoNet', 'MatchingNet', 'RelationNet', 'MetaBaseline', 'FEAT', 'ANIL', 'episodic', 'episodic_learner']
 
 
 class EpisodicMethod(nn.Module):
     """A backbone, and a method's own layers, which classify the queries of an episode by `logits`
 
-    Shapes: E episodes, NS support images, NQ queries, D features, C classes.
+    What it reads of an image is the output of `forward`: the features of the backbone, if a method does not say otherwise. Shapes: E
+    episodes, NS support images, NQ queries, D features, C classes.
     """
+    keeps_layers = True # a run keeps the method's own layers beside the backbone
     def __init__(self, backbone:nn.Module):
         super().__init__()
         self.backbone = backbone
@@ -63,36 +71,29 @@ class MatchingNet(EpisodicMethod):
         return (attention @ one_hot(support_y, support)).clamp_min(1e-8).log()
 
 
-class Maps(nn.Module):
-    "A timm backbone whose features are its flattened feature maps (D, H, W)"
-    def __init__(self, net, px):
-        super().__init__()
-        self.net,self.pretrained_cfg = net,net.pretrained_cfg
-        was_training = net.training
-        with torch.no_grad(): self.shape = tuple(net.eval().forward_features(torch.zeros(1, 3, px, px)).shape[1:])
-        net.train(was_training)
-        self.num_features = math.prod(self.shape)
-    def forward(self, x): return self.net.forward_features(x).flatten(1)
-
-
 class RelationNet(EpisodicMethod):
     """A small network compares the feature maps of a query with the sum of those of a class (arXiv 1711.06025, Eq. 1-2)
 
-    Its score, from 0 to 1, is trained to be 1 for the query's class and 0 for the others, by the squared error.
+    Its score, from 0 to 1, is trained to be 1 for the query's class and 0 for the others, by the squared error. `px` is the side of the
+    images; None: that of the backbone's `pretrained_cfg`.
     """
-    def __init__(self, backbone, px:int=32, hidden:int=8):
-        super().__init__(Maps(backbone, px))
-        D,H,W = self.backbone.shape
+    def __init__(self, backbone, px:int|None=None, hidden:int=8):
+        super().__init__(backbone)
+        px = px or input_config(backbone)[0]
+        was_training = backbone.training
+        with torch.no_grad(): self.maps = tuple(backbone.eval().forward_features(torch.zeros(1, 3, px, px)).shape[1:])
+        backbone.train(was_training)
+        D,H,W = self.maps
         def block(n_in): return [nn.Conv2d(n_in, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU()]
         pools = [nn.MaxPool2d(2) if min(H, W) >= 2**(i + 1) else nn.Identity() for i in range(2)]
         with torch.no_grad():
             convs = nn.Sequential(*block(2*D), pools[0], *block(64), pools[1])
             n = convs.eval()(torch.zeros(1, 2*D, H, W)).numel()
         self.relation = nn.Sequential(convs.train(), nn.Flatten(), nn.Linear(n, hidden), nn.ReLU(), nn.Linear(hidden, 1), nn.Sigmoid())
+    def forward(self, x): return self.backbone.forward_features(x).flatten(1)
     def logits(self, support, support_y, query):
-        maps = self.backbone.shape
-        sums = (one_hot(support_y, support).mT @ support).unflatten(-1, maps) # (E, C, D, H, W)
-        query = query.unflatten(-1, maps)
+        sums = (one_hot(support_y, support).mT @ support).unflatten(-1, self.maps) # (E, C, D, H, W)
+        query = query.unflatten(-1, self.maps)
         (E,C),NQ = sums.shape[:2],query.shape[1]
         pairs = torch.cat([sums.unsqueeze(1).expand(-1, NQ, -1, -1, -1, -1), query.unsqueeze(2).expand(-1, -1, C, -1, -1, -1)], 3)
         return self.relation(pairs.flatten(0, 2)).view(E, NQ, C)
@@ -160,6 +161,23 @@ class MethodLoss(EpisodicLoss):
         with torch.autocast(h.device.type, enabled=False): return method.loss(method.logits(support, support_y, query), query_y)
 
 
+def episodic(
+    data:FewShotData,
+    s:StageTwo, # the settings, of which those of episodes, rate, optimiser, augmentation and seed count
+    make:Callable, # `EpisodicMethod`, or a function of a backbone that makes one
+    backbone:str|nn.Module, # name of a timm model with random weights, or a network to start from, which is not copied
+    **kwargs # of `episodic_learner`
+) -> tuple[Learner, Callable]:
+    """(Learner, fit) of an episodic method: `fit(learn)` trains `learn.model`
+
+    An episode has as many classes and queries as there are, where the settings ask for more.
+    """
+    n_way,n_query = episode_size(data, s)
+    dls = episodic_dls(data, n_way, s.k_shot, n_query, s.n_episodes, s.episodes_per_step,
+                       aug=train_augmentation(data.px, s.jitter, s.augment), seed=s.seed)
+    return episodic_learner(dls, make, backbone, s.seed, opt_func=OPTIMISERS[s.opt], **kwargs),fit_function(s, s.episodes_per_step)
+
+
 def episodic_learner(
     dls:DataLoaders, # DataLoaders of `episodic_dls`
     method:Callable, # `EpisodicMethod`, or a function of a backbone that makes one, such as the class
@@ -178,6 +196,7 @@ def episodic_learner(
     if not isinstance(e, EpisodicDL): raise UserError('an episodic method trains on episodes: make dls with episodic_dls')
     if isinstance(backbone, str): backbone = create_backbone(backbone, 0, dls.one_batch()[0].shape[-1], seed)
     if not isinstance(method, EpisodicMethod):
+        backbone.pretrained_cfg = getattr(backbone, 'pretrained_cfg', {}) | image_config(dls)
         with cpu_seed(seed): method = method(backbone)
     if not isinstance(method, EpisodicMethod):
         raise UserError(f'the method is a {type(method).__name__}: give a subclass of EpisodicMethod, or a function that makes one')

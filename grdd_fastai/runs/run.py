@@ -11,7 +11,7 @@ import torch
 from fastai.callback.core import Callback
 
 from ..core.device import deterministic
-from ..core.distributed import backbone_of, from_rank_zero, log, rank_world, scratch_copy
+from ..core.distributed import backbone_of, from_rank_zero, log, rank_world, scratch_copy, unwrapped
 from ..core.errors import UserError
 from ..core.storage import Busy, atomic_write, locked, output_folder, read_json, sweep, user_path, write_json
 from ..models.pretrained import load_weights, read_weights, save_weights
@@ -37,6 +37,15 @@ class History(Callback):
         names = [n for n in self.recorder.metric_names if n != 'time']
         rows = [','.join(map(str, [i, *map(float, row)])) for i,row in enumerate(self.recorder.values)]
         atomic_write(self.path, '\n'.join([','.join(names), *rows]) + '\n')
+
+
+class Layers(torch.nn.Module):
+    "What a model has beside its backbone, under the same names"
+    def __init__(self, model):
+        super().__init__()
+        for k,m in model.named_children():
+            if k != 'backbone': self.add_module(k, m)
+        for k,p in model.named_parameters(recurse=False): self.register_parameter(k, p)
 
 
 class Run:
@@ -119,7 +128,8 @@ class Run:
         "Names of the run's own files that are in the folder"
         names = ['settings.json', 'data.json', 'result.json', 'report.html']
         for s in STAGES:
-            names += [f'{s}.safetensors', f'{s}.json', f'history_{s}.csv', f'checkpoint_{s}.safetensors', f'checkpoint_{s}.previous']
+            names += [f'{s}.safetensors', f'{s}.json', f'{s}_layers.safetensors', f'{s}_layers.json', f'history_{s}.csv',
+                      f'checkpoint_{s}.safetensors', f'checkpoint_{s}.previous']
         return [f for f in names if os.path.lexists(self.out/f) and not (self.out/f).is_dir()]
 
     def _look(self):
@@ -211,15 +221,21 @@ class Run:
     def train(self, name, learn, fit, arch):
         """Fit a Learner, go on with its fit, or load what it gave
 
-        Returns the network and its best validation accuracy (%). `arch` is the timm name of the network, which its card records.
+        Returns the network and its best validation accuracy (%). `arch` is the timm name of the network, which its card records. The layers
+        that a model has beside its backbone are kept in files of their own if its attribute `keeps_layers` says so.
         """
         net = backbone_of(learn)
         path,checkpoint = self.out/name,self.out/f'checkpoint_{name}.safetensors'
-        if self.resuming and (self.out/f'{name}.json').exists(): best = load_weights(net, path)['val_accuracy']
+        model = unwrapped(learn.model)
+        layers = Layers(model) if getattr(model, 'keeps_layers', False) else None
+        if self.resuming and (self.out/f'{name}.json').exists():
+            best = load_weights(net, path)['val_accuracy']
+            if layers: load_weights(layers, f'{path}_layers')
         else:
             log(f'training {name}, {arch}')
             self._fit(name, learn, fit, checkpoint)
             best = learn.keep_best.best
+            if layers: save_weights(layers, f'{path}_layers', val_accuracy=best)
             save_weights(net, path, arch=arch, **self.card, val_accuracy=best)
         for f in (checkpoint, previous_path(checkpoint)): f.unlink(missing_ok=True)
         self.plan.remove(name)

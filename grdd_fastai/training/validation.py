@@ -29,7 +29,7 @@ class FewShotAccuracy(ShowsMetrics):
 
     Also shows `valid_loss`: the cross-entropy of these episodes, with the softmax of ten times the mean cosine. The network has no outputs
     for the validation classes, so that a loss like the one of the training cannot be had. `classifier`, a function `(support, support_y,
-    query) -> logits`, takes the place of both.
+    query) -> logits`, takes the place of both, and reads what the whole model gives for an image instead of its backbone.
     """
     order = ShowsMetrics.order + 1
     def __init__(self, n_way:int=5, k_shot:int=1, n_query:int=15, n_episodes:int=1000, seed:int=0, classifier:Callable|None=None):
@@ -54,7 +54,8 @@ class FewShotAccuracy(ShowsMetrics):
     def embed(self):
         "Features (N, D) of the validation images, by the network with its present weights or by their moving average, and class codes (N)"
         y = torch.from_numpy(self.classes()[0])
-        net = without_heads(measured_network(self.learn))
+        net = measured_network(self.learn)
+        if not self.classifier: net = without_heads(net)
         return embed(net, plain_images(self.dls.valid), amp_dtype(self.learn), distributed=self.several)[0],y
     def measure(self):
         "`Evaluation` on the episodes; `last_loss` is then their loss"

@@ -1,0 +1,247 @@
+"""Methods side by side, trained for equally many images and scored on the same episodes: the program behind recipes/compare.py."""
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import pandas as pd
+
+from ..core.distributed import from_rank_zero, log, processes, rank_world
+from ..core.errors import UserError
+from ..core.storage import digest, user_path
+from ..data.episodes import check_episode
+from ..fewshot.stats import compare
+from ..methods.catalogue import METHODS
+from ..models.create import check_backbone
+from ..models.pretrained import load_network
+from ..plots import plot_costs, save_figure
+from ..runs.checkpoint import Stopped
+from ..runs.loggers import LogOptions
+from ..runs.options import DataOptions
+from ..runs.provenance import command, public_word
+from ..runs.run import default_out
+from ..settings import between, checked, from_flags, positive, with_flags
+from ..stage_one import StageOne
+from ..stage_two import PRESETS
+from .store import EPISODE, SPLITS, NetworkStore, Protocol, Trained
+from .table import (
+    check_choice,
+    check_writable,
+    key_of,
+    no_seed,
+    of_difference,
+    of_scores,
+    of_scoring,
+    of_training,
+    slug,
+    whole_numbers,
+    write_record,
+    write_tables,
+)
+
+__all__ = ['compare_methods', 'Comparison', 'PROTOCOLS']
+
+
+PROTOCOLS = { # name -> how the networks of all methods are scored; own: each method by the classifier of its paper
+    'own': None,
+    'cosine': Protocol(),
+    'prototype': Protocol('simpleshot_l2n'),
+    'logistic': Protocol('logistic'),
+    'views': Protocol('logistic', support_views=5),
+    'transductive': Protocol('tim_adm'),
+    'dirichlet': Protocol('alpha_tim', queries='dirichlet'),
+}
+HOW = { # the protocols in words, for figures and the report
+    'own': 'each method by the classifier of its paper',
+    'cosine': 'mean cosine with the support images',
+    'prototype': 'nearest mean of normalised features',
+    'logistic': 'logistic regression on normalised features',
+    'views': 'logistic regression, five augmented views in place of each support image',
+    'transductive': 'TIM-ADM, all queries together, equally many of each class',
+    'dirichlet': 'alpha-TIM, all queries together, unevenly many of each class',
+}
+ONE = StageOne(schedule='one_cycle', opt='muon', lr=.02, bs=128, rotation=False)
+TWO = PRESETS['patient']
+PAPER = dict(images=921_600, test_episodes=10_000)
+DEMO = dict(images=6000, test_episodes=1000, teacher='convnet4_256.grdd_cifarfs', two=dict(views=2, n_episodes=20))
+
+
+class Comparison:
+    """The networks of methods in one `NetworkStore`, each trained once
+
+    `one` and `two` are the settings that all methods share, `images` is the number of images that each training sees, and `teacher` is the
+    `Trained` network that teaches the methods whose teacher is 'given'.
+    """
+    def __init__(self, store, methods, arch, images, one=ONE, two=TWO, teacher=None):
+        self.store,self.data,self.methods,self.arch,self.images,self.teacher = store,store.data,methods,arch,images,teacher
+        self.one,self.two = one.but(arch=arch),two
+        self.made = {}
+    def network(self, name, seed, shot):
+        "The `Trained` network of a method, for its `shot` if the method has one for each"
+        method = self.methods[name]
+        key = name,seed,shot if method.per_shot else None
+        if key not in self.made: self.made[key] = method.train(self, seed, shot)
+        return self.made[key]
+    def chain(self, name):
+        "The method, and the methods whose networks it starts from or learns from"
+        m = self.methods[name]
+        return list(dict.fromkeys([name, *(k for other in (m.start, m.teacher) if other in self.methods for k in self.chain(other))]))
+    def images_with_others(self, name, shot):
+        "Images that the training sees, with those of the trainings that it needs"
+        return sum(self.methods[k].images(self, shot) for k in self.chain(name))
+
+
+@processes()
+@checked
+@with_flags(files=DataOptions, follow=LogOptions)
+def compare_methods(
+    methods:str='protonet,rfs_simple,skd0,grdd', # methods, separated by commas, or all
+    files=None, # the given `DataOptions`
+    arch:str='convnet4', # network of all methods, a timm model
+    teacher:str=None, # trained network that teaches the methods that need one (demo: convnet4_256.grdd_cifarfs)
+    images:Annotated[int, 'images that each training sees, counting each view and each rotated copy (921600; demo: 6000)',
+                     between(1, 10**10)]=None,
+    seeds:str='0', # training seeds, separated by commas
+    score:str='val', # classes to score: val, to choose settings, or novel, at the end
+    shots:str='1,5', # shots to score, separated by commas
+    # how to score, separated by commas: own (each method's classifier), cosine, prototype, logistic, views, transductive, dirichlet
+    protocols:str='own',
+    versus:str='grdd', # method that all others are compared with
+    test_episodes:Annotated[int, 'number of episodes to score (10000; demo: 1000)', between(1, 10**8)]=None,
+    out:str=None, # folder for tables, figures and networks, which are used again (runs/compare; demo: runs/compare-demo)
+    results:str=None, # folder for a record of each method and protocol (in this project: results)
+    follow=None, # the given `LogOptions`
+    max_minutes:Annotated[float, 'minutes after which the program stops with everything saved; the same command goes on', positive]=None,
+    demo:bool=False, # small settings, on the embedded data set unless --data is given
+    known=METHODS, # name -> method; not a flag
+) -> dict:
+    """Train the networks of the methods that do not exist yet, score them on the same episodes, and write CSVs and records
+
+    Returns protocol -> DataFrame of the scores. A method that fails leaves the others their turn. UserError for flags, data or folders that
+    cannot be used.
+    """
+    names = list(known) if methods == 'all' else list(dict.fromkeys(k.strip() for k in methods.split(',')))
+    for name in names: check_choice('--methods', name, known)
+    protocols = [k.strip() for k in protocols.split(',')]
+    for name in protocols: check_choice('--protocols', name, PROTOCOLS)
+    check_choice('--versus', versus, known)
+    check_choice('--score', score, SPLITS)
+    seeds,shots = whole_numbers('seeds', seeds),whole_numbers('shots', shots)
+    for seed in seeds: from_flags(ONE, dict(seed=seed)) # an error for a seed that is out of bounds
+    check_backbone(arch, 32)
+    teacher = teacher or (DEMO['teacher'] if demo else None)
+    needs = next((k for k in names if known[k].teacher == 'given'), None)
+    if needs and teacher is None: raise UserError(f'{needs} learns from a teacher: give --teacher a network with weights')
+    if out is None: out = default_out('compare', demo)
+    from_rank_zero(lambda: check_writable(out, results))
+    out,files = user_path(out, '--out'),from_flags(DataOptions(), files)
+    files.warn_of_demo(demo)
+    data = files.load(32, demo)
+    for split in (data.val, data.test):
+        for shot in shots: check_episode(split, EPISODE['n_way'], shot, EPISODE['n_query'])
+
+    default = DEMO if demo else PAPER
+    store = NetworkStore(data, out, max_minutes, logs=[out, *([results] if results else [])], cache=files.cache,
+                         loggers=from_flags(LogOptions(), follow).loggers)
+    lab = Comparison(store, known, arch, images or default['images'], ONE, TWO.but(**default.get('two', {})),
+                     teacher and given(teacher))
+    scores,failed,stop = train_and_score(lab, names, seeds, shots, {k:PROTOCOLS[k] for k in protocols}, score,
+                                         test_episodes or default['test_episodes'])
+    tables,first = {},rank_world()[0] == 0
+    for protocol,found in scores.items() if first else ():
+        if found: tables[protocol] = write(lab, protocol, found, versus, score, out, results)
+    if stop: log(f'stopped ({stop}){stop.where}: the same command goes on')
+    status = 'stopped' if stop else 'failed' if failed else 'finished'
+    if first: print(json.dumps(dict(experiment='compare', out=str(out), rows=sum(map(len, tables.values())), failed=failed, demo=demo,
+                                    status=status)))
+    if stop and stop.code: sys.exit(stop.code)
+    if failed: raise UserError(f'{len(failed)} of the methods failed, {failed[0]}')
+    return tables
+
+
+def given(teacher):
+    "The `Trained` network with a name or path; its settings are its name and its checksum"
+    net = load_network(teacher)
+    return Trained(net, Path(public_word(teacher)), dict(network=Path(public_word(teacher)).name, weights=digest(net.state_dict())[:16]))
+
+def train_and_score(lab, names, seeds, shots, protocols, split, n_episodes):
+    """Train each method with each seed, and score it by each of the `protocols` (name -> `Protocol`, None for the method's own)
+
+    Returns name of a protocol -> (method, seed, shot) -> `Evaluation`, a sentence for each failure, and the `Stopped` that ended the work
+    early, or None.
+    """
+    scores,failed = {k:{} for k in protocols},[]
+    for seed,name in itertools.product(seeds, names):
+        try:
+            for shot,(k,p) in itertools.product(shots, protocols.items()):
+                p = p or Protocol(lab.methods[name].classifier)
+                e = scores[k][name, seed, shot] = lab.store.score(lab.network(name, seed, shot), split, shot, n_episodes, p)
+                log(f'{name}, seed {seed}, {shot}-shot, {k}: {e}')
+        except Stopped as stop:
+            stop.where = f' at {name}, seed {seed}{stop.where}'
+            return scores,failed,stop
+        except UserError as e: # a method that fails leaves the others their turn
+            failed.append(f'{name}, seed {seed}: {e}')
+            log(f'failed: {failed[-1]}')
+    return scores,failed,None
+
+
+# ---- records and tables -----------------------------------------------------------------------------------------------
+
+def write(lab, protocol, scores, versus, split, out, results):
+    "Write the table, the paired differences, the figure and the records of one protocol; return the table as a DataFrame"
+    shots = sorted({shot for *_,shot in scores})
+    names = list(dict.fromkeys(name for name,*_ in scores))
+    table,pairs = [],[]
+    for shot in shots:
+        by_method = {k:{seed:e for (name,seed,s),e in scores.items() if (name, s) == (k, shot)} for k in names}
+        pairs.append(compare(by_method, {k:[versus] for k in names if k != versus and versus in by_method}).assign(shot=shot))
+        table += [line(lab, name, seed, shot, protocol, e, split) for name,by_seed in by_method.items() for seed,e in by_seed.items()]
+    table,pairs = pd.DataFrame(table),pd.concat(pairs)
+    write_tables(out, f'compare_{protocol}_{split}', table, pairs)
+    title = f'{lab.data.name}, {lab.arch}, {protocol}: {HOW[protocol]}'
+    save_figure(plot_costs(table, title), out/f'compare_{protocol}_{split}.png')
+    for name,seed in dict.fromkeys((name, seed) for name,seed,_ in scores) if results else ():
+        r = method_record(lab, name, seed, protocol, scores, versus, split)
+        write_record(results, r)
+    return table
+
+def line(lab, name, seed, shot, protocol, e, split):
+    "A line of the table of a protocol"
+    m,t = lab.methods[name],lab.network(name, seed, shot)
+    return dict(method=name, title=m.title, seed=seed, split=split, shot=shot, classifier=classifier(m, protocol), accuracy=e.accuracy,
+                ci95=e.ci95, n=len(e.episodes), images=m.images(lab, shot), images_with_others=lab.images_with_others(name, shot),
+                minutes=round(t.read('result.json')['seconds']/60, 1), parameters=sum(p.numel() for p in (t.method or t.net).parameters()),
+                teacher=teacher_of(lab, name), published=dict(zip((1, 5), m.published.get(lab.data.name, ()))).get(shot))
+
+def classifier(method, protocol):
+    "The name of the classifier that scores a method by a protocol"
+    p = PROTOCOLS[protocol]
+    return (p.classifier if p else method.classifier) or "the method's own"
+
+def teacher_of(lab, name):
+    teacher = lab.methods[name].teacher
+    return lab.teacher.settings['network'] if teacher == 'given' else teacher
+
+def method_record(lab, name, seed, protocol, scores, versus, split):
+    "A dict for JSON with all that is needed to get the numbers of a method, a seed and a protocol again"
+    m = lab.methods[name]
+    mine = {shot:e for (k,s,shot),e in scores.items() if (k, s) == (name, seed)}
+    networks = {shot:lab.network(name, seed, shot) for shot in mine}
+    same = key_of([no_seed(t.settings) for t in networks.values()] + [lab.data.fingerprint])
+    differences = {f'{shot}-shot':of_difference(e - scores[versus, seed, shot]) for shot,e in mine.items()
+                   if name != versus and (versus, seed, shot) in scores}
+    first = next(iter(networks.values()))
+    return dict(
+        file=f'{slug(name)}-{protocol}-{same}-s{seed}-{split}.json', experiment='compare', method=name, title=m.title, source=m.source,
+        protocol=protocol, classifier=classifier(m, protocol), same=same, seed=seed, split=split, arch=lab.arch,
+        teacher=teacher_of(lab, name), published=m.published.get(lab.data.name),
+        scores={f'{shot}-shot':of_scores(e) for shot,e in mine.items()},
+        versus={versus:differences} if differences else {},
+        images={f'{shot}-shot':m.images(lab, shot) for shot in mine},
+        images_with_others={f'{shot}-shot':lab.images_with_others(name, shot) for shot in mine},
+        settings={f'{shot}-shot':t.settings for shot,t in networks.items()} if m.per_shot else first.settings,
+        networks={f'{shot}-shot':of_training(t) for shot,t in networks.items()} if m.per_shot else dict(net=of_training(first)),
+        data=dict(name=lab.data.name, fingerprint=lab.data.fingerprint),
+        command=f'OMP_NUM_THREADS={of_training(first)["torch_threads"]} {command()}', scored=of_scoring())

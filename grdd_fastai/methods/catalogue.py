@@ -1,0 +1,132 @@
+"""The methods that recipes/compare.py trains: how each is trained, the classifier of its paper, and what its paper reports
+
+A method of your own is a file and a line in `METHODS`: docs/extending.md shows it.
+"""
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ..stage_two import episode_size
+from .episodic import ANIL, FEAT, MatchingNet, MetaBaseline, ProtoNet, RelationNet
+from .transfer import BornAgain, ManifoldMixup, RotationInvariance, TeacherLogits
+
+__all__ = ['Method', 'Transfer', 'Episodic', 'Distilled', 'METHODS']
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What is common to all methods
+
+    A subclass trains the network of a method by `train(lab, seed, shot)`, where `lab` is a `Comparison`, and says by `images(lab)` how many
+    images such a training sees.
+    """
+    title: str # the name that the field uses
+    source: str = '' # arXiv number of its paper
+    classifier: str|None = 'cosine' # the classifier of its paper; None: `EpisodicMethod.classify`
+    published: dict = field(default_factory=dict) # data set -> accuracies for one shot and five that were published for ConvNet-4
+    start: str|None = None # method whose network this one starts from
+    teacher: str|None = None # method whose network is the teacher; 'given': the network that --teacher names
+    length: float = 1. # images that a training sees, as a multiple of --images
+    settings: dict = field(default_factory=dict) # what differs from the settings of all methods of the kind
+    per_shot = False # whether there is a network for each shot
+
+    def before(self, lab, seed, shot):
+        "The trained networks of `start` and `teacher`, None where the method has none"
+        return [name and (lab.teacher if name == 'given' else lab.network(name, seed, shot)) for name in (self.start, self.teacher)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer(Method):
+    "A classifier of the base classes, whose features are used for new ones; `terms` are callbacks of its loss, class -> settings"
+    terms: dict = field(default_factory=dict)
+    def stage(self, lab, seed=0):
+        s = lab.one.but(**self.settings, seed=seed)
+        return s.but(epochs=max(1, round(self.length*lab.images/(len(lab.data.train)*self.copies(s)))))
+    def copies(self, s):
+        "Images that a training sees for each image of a batch"
+        return 4 if (s.rotation and s.rotations == 4) or RotationInvariance in self.terms else 1
+    def images(self, lab, shot=1):
+        s = self.stage(lab)
+        return s.epochs*len(lab.data.train)*self.copies(s)
+    def train(self, lab, seed, shot):
+        start,teacher = self.before(lab, seed, shot)
+        def cbs(): return [*([TeacherLogits(teacher.net)] if teacher else []), *(term(**kw) for term,kw in self.terms.items())]
+        more = dict(terms={term.__name__:vars(term(**kw)) for term,kw in self.terms.items()}) if self.terms else {}
+        if teacher: more['teacher'] = teacher.settings
+        return lab.store.stage_one_net(self.stage(lab, seed), start, cbs, **more)
+
+
+class OfEpisodes(Method):
+    "What the methods have in common whose batches are episodes"
+    def images(self, lab, shot=1):
+        s = self.stage(lab, shot=shot)
+        return s.epochs*images_per_epoch(lab.data, s)
+    def stage(self, lab, seed=0, shot=1):
+        s = lab.two.but(seed=seed, **self.shots(shot) | self.settings)
+        return s.but(epochs=max(1, round(self.length*lab.images/images_per_epoch(lab.data, s))))
+    def shots(self, shot): return {}
+
+def images_per_epoch(data, s):
+    n_way,n_query = episode_size(data, s)
+    return s.n_episodes*n_way*(s.k_shot + n_query)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Episodic(OfEpisodes):
+    "A method that trains on episodes like those that score it, with as many classes and support images"
+    classifier: str|None = None
+    make: Callable # `EpisodicMethod`, or a `partial` of one
+    per_shot = True
+    def shots(self, shot): return dict(n_way=5, k_shot=shot, n_query=15)
+    def train(self, lab, seed, shot):
+        start,_ = self.before(lab, seed, shot)
+        return lab.store.episodic_net(self.make, lab.arch, self.stage(lab, seed, shot), start)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distilled(OfEpisodes):
+    "Stage two from random weights: a teacher's relatedness, or something else that a student can learn from it"
+    teacher: str|None = 'given'
+    def train(self, lab, seed, shot):
+        _,teacher = self.before(lab, seed, shot)
+        return lab.store.stage_two_net(lab.arch, teacher, self.stage(lab, seed))
+
+
+# ---- the methods ------------------------------------------------------------------------------------------------------
+
+def only(**weight): return dict(kl_weight=0., **weight) # another term in place of the relatedness
+
+RFS = 'logistic'
+METHODS = {
+    # a classifier of the base classes
+    'baseline':      Transfer(title='Baseline', source='1904.04232', classifier='logistic(normalize=False)'),
+    'baseline++':    Transfer(title='Baseline++', source='1904.04232', settings=dict(head='cosine')),
+    'simpleshot':    Transfer(title='SimpleShot', source='1911.04623', classifier='simpleshot_cl2n'),
+    'rfs_simple':    Transfer(title='RFS-simple', source='2003.11539', classifier=RFS, published=dict(cifar_fs=(62.7, 78.7))),
+    'rfs_distill':   Transfer(title='RFS-distill', source='2003.11539', classifier=RFS, teacher='rfs_simple', terms={BornAgain:{}},
+                              published=dict(cifar_fs=(63.8, 79.5))),
+    'skd0':          Transfer(title='SKD, generation 0', source='2006.09785', classifier=RFS, settings=dict(rotation=True)),
+    'skd1':          Transfer(title='SKD, generation 1', source='2006.09785', classifier=RFS, start='skd0', teacher='skd0',
+                              terms={RotationInvariance:{}}),
+    's2m2':          Transfer(title='S2M2', source='1907.12087', classifier=RFS, start='skd0', terms={ManifoldMixup:{}},
+                              settings=dict(head='cosine')),
+    'cl':            Transfer(title='CL, with a cosine head and label smoothing', settings=dict(head='cosine', smoothing=.1)),
+    'cl_twice':      Transfer(title='CL, twice as long', settings=dict(head='cosine', smoothing=.1), length=2.),
+    # episodes
+    'protonet':      Episodic(title='ProtoNet', source='1703.05175', make=ProtoNet, published=dict(cifar_fs=(55.5, 72.0))),
+    'matchingnet':   Episodic(title='MatchingNet', source='1606.04080', make=MatchingNet),
+    'relationnet':   Episodic(title='RelationNet', source='1711.06025', make=RelationNet, published=dict(cifar_fs=(55.0, 69.3))),
+    'anil':          Episodic(title='ANIL', source='1909.09157', make=ANIL),
+    'meta_baseline': Episodic(title='Meta-Baseline', source='2003.04390', make=MetaBaseline, start='rfs_simple'),
+    'feat':          Episodic(title='FEAT', source='1812.03664', make=FEAT, start='rfs_simple'),
+    # a teacher, whose features of each view of each image are known
+    'labels':        Distilled(title='the labels of wide episodes alone', teacher=None),
+    'grdd':          Distilled(title='GRDD, all pairs', source='2107.05583', published=dict(cifar_fs=(69.3, 84.7))),
+    'grdd_paper':    Distilled(title='GRDD, support and queries', source='2107.05583', settings=dict(pairs='episode')),
+    'grdd_features': Distilled(title='GRDD, all pairs, and features', settings=dict(regression_weight=5.)),
+    'kd':            Distilled(title='logits', source='1503.02531', settings=only(kd_weight=5.)),
+    'fitnet':        Distilled(title='features', source='1412.6550', settings=only(regression_weight=5.)),
+    'rkd':           Distilled(title='RKD', source='1904.05068', settings=only(rkd_weight=50.)),
+    'similarity':    Distilled(title='similarity-preserving', source='1907.09682', settings=only(similarity_weight=3000.)),
+    'dkd':           Distilled(title='DKD', source='2203.08679', settings=only(dkd_weight=1.)),
+    'dist':          Distilled(title='DIST', source='2205.10536', settings=only(dist_weight=5.)),
+}
