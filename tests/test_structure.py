@@ -9,7 +9,7 @@ from helpers import ROOT
 PACKAGE = ROOT/'grdd_fastai'
 # a module may import from its own floor's room and from lower floors
 FLOORS = [{'core'}, {'settings', 'plots'}, {'data', 'models', 'losses'}, {'fewshot'}, {'training', 'photos'}, {'terms'},
-          {'distillation', 'runs'}, {'stage_one', 'stage_two', 'methods'}, {'grdd', 'distill', 'experiments', 'check_data'}, {'all'}]
+          {'distillation', 'runs'}, {'stage_one', 'stage_two'}, {'methods'}, {'grdd', 'distill', 'experiments', 'check_data'}, {'all'}]
 FLOOR = {room:i for i,rooms in enumerate(FLOORS) for room in rooms}
 MODULES = sorted(f.relative_to(PACKAGE).with_suffix('') for f in PACKAGE.rglob('*.py') if f.parent != PACKAGE or f.stem != '__init__')
 

@@ -138,8 +138,9 @@ def compare_methods(
     out,files = user_path(out, '--out'),from_flags(DataOptions(), files)
     files.warn_of_demo(demo)
     data = files.load(32, demo)
+    most = EPISODE['n_query']*(EPISODE['n_way'] if any((p := PROTOCOLS[k]) and p.queries != 'balanced' for k in protocols) else 1)
     for split in (data.val, data.test):
-        for shot in shots: check_episode(split, EPISODE['n_way'], shot, EPISODE['n_query'])
+        for shot in shots: check_episode(split, EPISODE['n_way'], shot, most)
 
     default = DEMO if demo else PAPER
     store = NetworkStore(data, out, max_minutes, logs=[out, *([results] if results else [])], cache=files.cache,

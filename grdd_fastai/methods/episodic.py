@@ -139,6 +139,8 @@ class ANIL(EpisodicMethod):
         self.head,self.steps,self.lr = nn.Linear(feature_size(backbone), n_way),steps,lr
     def logits(self, support, support_y, query):
         E,NS,_ = support.shape
+        found,there = int(support_y.max()) + 1,self.head.out_features
+        if found != there: raise UserError(f'the head of ANIL has {there} classes and the episode {found}: give ANIL(n_way={found})')
         W,b = self.head.weight.expand(E, -1, -1),self.head.bias.expand(E, -1)
         Y = F.one_hot(support_y, W.shape[1]).float()
         for _ in range(self.steps):

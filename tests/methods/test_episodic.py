@@ -34,7 +34,7 @@ def made(name, seed=0):
 
 def episode(method, E=2, n_way=3, k_shot=2, n_query=4, seed=1):
     "Random features of episodes, sorted by class: support, its classes, queries and theirs"
-    D = method.backbone.num_features
+    with torch.no_grad(): D = method(torch.zeros(1, 3, 16, 16)).shape[1]
     g = torch.Generator().manual_seed(seed)
     y = torch.arange(n_way)
     return (torch.randn(E, n_way*k_shot, D, generator=g), y.repeat_interleave(k_shot).repeat(E, 1),
@@ -52,7 +52,7 @@ def naive_matching(m, s, y, q):
 def naive_meta_baseline(m, s, y, q): return [float(m.scale)*float(F.cosine_similarity(q, s[y == c].mean(0), dim=0)) for c in range(3)]
 
 def naive_relation(m, s, y, q):
-    maps = [torch.cat([s[y == c].sum(0).view(m.backbone.shape), q.view(m.backbone.shape)])[None] for c in range(3)]
+    maps = [torch.cat([s[y == c].sum(0).view(m.maps), q.view(m.maps)])[None] for c in range(3)]
     return [float(m.relation(x)) for x in maps]
 
 def naive_feat(m, s, y, q):
@@ -103,7 +103,7 @@ def test_against_easyfsl_on_the_same_tensors():
         mine = made(name)
         # for one shot, because easyfsl's RelationNet compares with the mean of a class, and the paper with the sum
         s,y,q,_ = episode(mine, E=1, k_shot=1 if name == 'relation' else 2)
-        D,shape = s.shape[-1],getattr(mine.backbone, 'shape', None)
+        D,shape = s.shape[-1],getattr(mine, 'maps', None)
         maps = (lambda h, shape=shape: h.unflatten(-1, shape)) if shape else nn.Identity()
         if name == 'protonet': other = methods.PrototypicalNetworks(nn.Identity())
         elif name == 'relation':
@@ -136,7 +136,7 @@ def test_training_raises_the_accuracy_on_the_validation_classes(name, data, fain
     with learn.no_bar(), learn.no_logging():
         before = learn.validate()[0]
         learn.fit_one_cycle(2, 1e-2)
-    h,y = embed(learn.model.backbone, plain_dl(found, 'val'))
+    h,y = embed(learn.model, plain_dl(found, 'val'))
     after = evaluate(h, y, n_way=3, k_shot=2, n_query=4, n_episodes=300, classifier=learn.model.classify)
     assert after.accuracy == pytest.approx(learn.keep_best.best, abs=1e-6) and learn.keep_best.best > before + 1
 

@@ -1,0 +1,130 @@
+"""Methods side by side: what each trains on, the same episodes for all, records, and one line for a method of one's own."""
+import json
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from helpers import net_weights, says
+from safetensors.torch import load_file
+
+from grdd_fastai.data.blocks import plain_dl
+from grdd_fastai.data.cache import few_shot_data
+from grdd_fastai.experiments.comparison import HOW, ONE, PROTOCOLS, TWO, Comparison, compare_methods
+from grdd_fastai.experiments.store import NetworkStore, Protocol
+from grdd_fastai.fewshot.embed import embed
+from grdd_fastai.fewshot.evaluate import evaluate
+from grdd_fastai.methods.catalogue import METHODS, Distilled, Episodic
+from grdd_fastai.methods.episodic import ProtoNet
+from grdd_fastai.models.pretrained import load_network
+
+IMAGES = 600
+
+@pytest.fixture
+def words(faint, cache):
+    "Few images, few episodes"
+    return dict(data=str(faint), cache=str(cache), images=IMAGES, test_episodes=40, shots='1,2', teacher='convnet4.grdd_cifarfs')
+
+def few(*names, **more):
+    "Some of the methods, with short epochs"
+    def short(m): return replace(m, settings=dict(m.settings) | dict(n_episodes=2) | (dict(views=2) if isinstance(m, Distilled) else {}))
+    return {k:m if not hasattr(m, 'shots') else short(m) for k,m in (METHODS | more).items() if k in names or k in more}
+
+def test_every_method_trains_and_is_scored(words, tmp_path):
+    known = few(*METHODS)
+    words |= dict(images=200, shots='1')
+    t = compare_methods('all', **words, out=str(tmp_path), results=str(tmp_path/'r'), known=known)['own']
+    assert list(t.method) == list(METHODS) and t.accuracy.between(0, 100).all()
+    assert pd.read_csv(tmp_path/'compare_own_val.csv').accuracy.tolist() == pytest.approx(t.accuracy.tolist())
+    assert (tmp_path/'compare_own_val.png').stat().st_size > 5000
+    # one network for three methods that differ in the classifier alone
+    folders = {k:{r['networks']['net']['run'] for r in records(tmp_path/'r') if r['method'] == k} for k in ('baseline', 'simpleshot', 'rfs_simple')}
+    assert len(set().union(*folders.values())) == 1
+    # equal cost, up to whole epochs
+    data = few_shot_data(words['data'], px=32, cache=words['cache'])
+    lab = Comparison(NetworkStore(data, tmp_path), METHODS, 'convnet4', 100_000)
+    assert all(abs(m.images(lab)/m.length - 100_000) < 20_000 for m in METHODS.values())
+
+def records(folder): return [json.loads(p.read_text()) for p in folder.glob('compare/*.json')]
+
+def test_scores_are_those_of_the_saved_networks_on_the_same_episodes(words, tmp_path):
+    known = few('protonet', 'labels', 'rfs_simple')
+    tables = compare_methods('all', **words, versus='labels', protocols='own,logistic,views,transductive', out=str(tmp_path), known=known,
+                             results=str(tmp_path/'r'))
+    data = few_shot_data(words['data'], px=32, cache=words['cache'])
+    lab = Comparison(NetworkStore(data, tmp_path), known, 'convnet4', IMAGES, ONE, TWO)
+    net = lab.network('rfs_simple', 0, 1).net
+    h,y = embed(net, plain_dl(data, 'val'))
+    want = evaluate(h, y, 5, 2, 15, 40, seed=1, classifier='logistic')
+    other = evaluate(h, y, 5, 2, 15, 40, seed=1, classifier='tim_adm')
+    for protocol,e in dict(own=want, logistic=want, transductive=other).items():
+        t = tables[protocol].set_index(['method', 'shot'])
+        assert t.accuracy['rfs_simple', 2] == pytest.approx(e.accuracy, abs=1e-6), protocol
+    views = tables['views'].set_index(['method', 'shot']).accuracy['rfs_simple', 2]
+    assert views != pytest.approx(want.accuracy) and set(tables['views'].classifier) == {'logistic'}
+    # the paired difference in the record is that of the episodes themselves
+    mine,its = (lab.store.score(lab.network(k, 0, 2), 'val', 2, 40, Protocol(known[k].classifier)) for k in ('protonet', 'labels'))
+    r = next(r for r in records(tmp_path/'r') if (r['method'], r['protocol']) == ('protonet', 'own'))
+    assert r['versus']['labels']['2-shot']['difference'] == pytest.approx((mine.episodes - its.episodes).mean(), abs=1e-3)
+    assert {'command', 'seed', 'settings', 'networks', 'images', 'data', 'scored', 'source'} <= r.keys() and set(r['networks']) == {'1-shot', '2-shot'}
+
+def test_the_whole_method_comes_back_from_the_disk(words, tmp_path):
+    "Also the layers beside the backbone; the backbone alone is a network that loads by its folder"
+    known = few('relationnet')
+    data = few_shot_data(words['data'], px=32, cache=words['cache'])
+    a,b = (Comparison(NetworkStore(data, tmp_path), known, 'convnet4', 100).network('relationnet', 0, 1) for _ in range(2))
+    assert a.folder == b.folder and all(torch.equal(v, b.method.state_dict()[k]) for k,v in a.method.state_dict().items())
+    assert any(k.startswith('relation.') for k in load_file(b.folder/'net_layers.safetensors'))
+    net = load_network(b.folder)
+    assert all(torch.equal(v, b.net.state_dict()[k]) for k,v in net.state_dict().items())
+    (b.folder/'net_layers.safetensors').write_bytes(b'')
+    says(lambda: Comparison(NetworkStore(data, tmp_path), known, 'convnet4', 100).network('relationnet', 0, 1), 'net_layers')
+
+def test_stopped_at_every_step_it_comes_to_the_same_bits(words, tmp_path, capsys):
+    known = few('meta_baseline', 'rfs_distill', 'rfs_simple', 's2m2', 'skd0')
+    names,one = 'meta_baseline,rfs_distill,s2m2',words | dict(shots='1')
+    compare_methods(names, **one, out=str(tmp_path/'a'), versus='rfs_distill', known=known)
+    sessions = 0
+    while True:
+        found = compare_methods(names, **one, out=str(tmp_path/'b'), versus='rfs_distill', known=known, max_minutes=1e-9)
+        sessions += 1
+        if len(found.get('own', ())) == 3: break
+    assert sessions > 8 and net_weights(tmp_path/'a') == net_weights(tmp_path/'b')
+
+def test_a_method_of_ones_own_is_a_class_and_a_line(words, tmp_path):
+    class Farthest(ProtoNet):
+        def logits(self, support, support_y, query): return -super().logits(support, support_y, query)
+    known = few('protonet', farthest=Episodic(title='the farthest class', make=Farthest, settings=dict(lr=1e-9, opt='sgd')),
+                nearest=Episodic(title='the nearest class', make=ProtoNet, settings=dict(lr=1e-9, opt='sgd')))
+    t = compare_methods('farthest,nearest', **words, out=str(tmp_path), versus='nearest', known=known)['own'].set_index(['method', 'shot'])
+    assert t.accuracy['farthest', 1] < 20 < t.accuracy['nearest', 1] # the same random network, read in two ways
+
+def test_seeds_and_chains(words, tmp_path):
+    known = few('skd0', 's2m2')
+    t = compare_methods('s2m2', **words | dict(shots='1'), seeds='0,1', versus='skd0', out=str(tmp_path), known=known)['own']
+    assert list(t.seed) == [0, 1] and len(net_weights(tmp_path)) == 4
+    assert (t.images_with_others > t.images).all()
+    started = [json.loads((f/'settings.json').read_text())['settings'] for f in tmp_path.iterdir() if (f/'settings.json').exists()]
+    assert sorted(s['start']['seed'] for s in started if 'start' in s) == [0, 1]
+
+def test_each_protocol_has_its_words_and_differs_from_the_others():
+    assert HOW.keys() == PROTOCOLS.keys()
+    made = [p.slug() for p in PROTOCOLS.values() if p]
+    assert len(set(made)) == len(made) and Protocol().slug() == ''
+
+def test_what_cannot_be_is_a_sentence(words, tmp_path):
+    out = dict(out=str(tmp_path))
+    says(lambda: compare_methods('protonets', **words, **out), 'protonets')
+    says(lambda: compare_methods('grdd', **words | dict(teacher=None), **out), '--teacher')
+    says(lambda: compare_methods('protonet', **words, **out, protocols='best'), 'best')
+    says(lambda: compare_methods('protonet', **words, **out, versus='best'), '--versus')
+    says(lambda: compare_methods('protonet', **words, **out, seeds='a'), 'seeds')
+    says(lambda: compare_methods('protonet', **words, **out, protocols='own,dirichlet'), '75 query') # of one class at most
+    assert not any(tmp_path.iterdir())
+
+def test_a_method_that_fails_leaves_the_others_their_turn(words, tmp_path):
+    known = few('labels', 'protonet')
+    known['anil'] = replace(METHODS['anil'], settings=dict(n_way=6, n_episodes=2))
+    says(lambda: compare_methods('anil,labels', **words, out=str(tmp_path), versus='labels', known=known), '1 of the methods failed')
+    assert np.isfinite(pd.read_csv(tmp_path/'compare_own_val.csv').accuracy).all()
