@@ -1,6 +1,6 @@
 """What the site takes from elsewhere when it is built: the tables of settings and flags, RESULTS.md and its figures.
 
-A page asks for it by a comment of its own: `<!-- settings: StageOne -->`, `<!-- flags: cifarfs_5w1s -->`, `<!-- file: RESULTS.md -->`.
+A page asks for it by a comment of its own: `<!-- settings: StageOne -->`, `<!-- flags: cifarfs_5w1s -->`, `<!-- methods: all -->`, `<!-- file: RESULTS.md -->`.
 """
 import argparse
 import posixpath
@@ -15,13 +15,14 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT)) # the checkout's own package
 
+from grdd_fastai.methods.catalogue import METHODS  # noqa: E402
 from grdd_fastai.runs.options import ComputeOptions, DataOptions  # noqa: E402
 from grdd_fastai.settings import all_declared, flag_name  # noqa: E402
 from grdd_fastai.stage_one import StageOne  # noqa: E402
 from grdd_fastai.stage_two import PRESETS, StageTwo  # noqa: E402
 
 CLASSES = dict(StageOne=StageOne, StageTwo=StageTwo, DataOptions=DataOptions, ComputeOptions=ComputeOptions)
-MARK = re.compile(r'<!-- (settings|flags|file): (\S+) -->')
+MARK = re.compile(r'<!-- (settings|flags|methods|file): (\S+) -->')
 LINK = re.compile(r'(!?)\[([^\]]*)\]\(([^)\s]+)\)')
 
 
@@ -50,6 +51,13 @@ def flags(recipe):
             for a in actions if a.dest not in declared and a.dest != 'help' and a.help != argparse.SUPPRESS]
     return table(['flag', 'meaning'], rows)
 
+def methods(_):
+    "The table of the methods of recipes/compare.py"
+    def paper(m): return f'[{m.source}](https://arxiv.org/abs/{m.source})' if m.source else ''
+    def others(m): return ', '.join(f'`{k}`' if k in METHODS else '`--teacher`' for k in dict.fromkeys((m.start, m.teacher)) if k)
+    rows = [[f'`{k}`', m.title, paper(m), others(m), f'`{m.classifier}`' if m.classifier else "the method's own"] for k,m in METHODS.items()]
+    return table(['method', 'name', 'paper', 'needs', 'classifier'], rows)
+
 def included(name): return (ROOT/name).read_text()
 
 
@@ -64,7 +72,7 @@ def on_files(files, config):
 
 def on_page_markdown(markdown, page, config, files):
     "Put what is asked for in the place of the comments, and text in the place of links to files that are not on the site"
-    made = dict(settings=settings, flags=flags, file=included)
+    made = dict(settings=settings, flags=flags, methods=methods, file=included)
     markdown = MARK.sub(lambda m: made[m[1]](m[2]), markdown)
     def on_site(target):
         path = target.partition('#')[0]

@@ -15,7 +15,17 @@ from .fewshot.embed import ViewFeatures, embed
 from .losses import kl_relatedness, of_all_pairs, relatedness
 from .models.create import features, seeing
 from .settings import Settings, at_least, between, declared, flag, one_of, positive, recorded, with_settings
-from .terms import DIST, ClassTerm, DecoupledKD, DistillationTerm, FeatureRegression, LogitKD, RelationalKD, SimilarityPreserving
+from .terms import (
+    DIST,
+    ClassTerm,
+    ContrastiveKD,
+    DecoupledKD,
+    DistillationTerm,
+    FeatureRegression,
+    LogitKD,
+    RelationalKD,
+    SimilarityPreserving,
+)
 from .training.callbacks import LossTerm, UndoAfterFit, amp_dtype
 from .training.learner import normalisation
 
@@ -25,7 +35,8 @@ __all__ = ['Distill', 'Teacher', 'RelatednessKL']
 @dataclass(frozen=True, kw_only=True)
 class Distill(Settings):
     "The settings of the distillation in stage two; the defaults did best on the validation classes (docs/method.md)"
-    T: Annotated[float, 'temperature of the relatedness, and of logits of the base classes; it divides the cosines', positive] = 0.1
+    T: Annotated[float, 'temperature of the relatedness, of logits of the base classes and of contrast; it divides the cosines',
+                 positive] = 0.1
     gamma: Annotated[float, 'weight of the regulariser L_rt', at_least(0)] = 1.
     kl_weight: Annotated[float, 'weight of the distillation loss L_kl', at_least(0)] = 5.
     rkd_weight: Annotated[float, 'weight of relational distillation (RKD), which compares distances and angles', at_least(0),
@@ -34,6 +45,8 @@ class Distill(Settings):
                                  recorded(absent=0.)] = 0.
     regression_weight: Annotated[float, "weight of feature regression, a linear map of the student's features to the teacher's",
                                  at_least(0), recorded(absent=0.)] = 0.
+    crd_weight: Annotated[float, "weight of contrast (CRD), which finds the teacher's vector of an image in the batch", at_least(0),
+                          recorded(absent=0.)] = 0.
     kd_weight: Annotated[float, "weight of logit distillation, Hinton's, which compares probabilities of the base classes", at_least(0),
                          recorded(absent=0.)] = 0.
     dkd_weight: Annotated[float, 'weight of decoupled logit distillation (DKD)', at_least(0), recorded(absent=0.)] = 0.
@@ -67,13 +80,13 @@ OF_RELATEDNESS = ('T', 'kl_weight', 'decouple', 'T_squared', 'reverse', 'reducti
 
 # name of the setting of a weight -> the term that it belongs to
 TERMS = dict(rkd_weight=RelationalKD, similarity_weight=SimilarityPreserving, regression_weight=FeatureRegression,
-             kd_weight=LogitKD, dkd_weight=DecoupledKD, dist_weight=DIST)
+             crd_weight=ContrastiveKD, kd_weight=LogitKD, dkd_weight=DecoupledKD, dist_weight=DIST)
 
 
 def distillation(teacher, s, teacher_features=None):
     "The callbacks that distil `teacher` by the settings `s` (`Distill`), the teacher first and then a callback for each term"
     weights = {term:getattr(s, k) for k,term in TERMS.items() if getattr(s, k)}
-    others = [term(weight, s.T) if issubclass(term, ClassTerm) else term(weight) for term,weight in weights.items()]
+    others = [term(weight, s.T) if issubclass(term, ClassTerm | ContrastiveKD) else term(weight) for term,weight in weights.items()]
     return [Teacher(teacher, s.teacher_view, s.teacher_output, teacher_features, s.teacher_mirror),
             RelatednessKL(**{k:getattr(s, k) for k in OF_RELATEDNESS}), *others]
 

@@ -82,7 +82,7 @@ def plot_costs(
             ax.annotate(name, (x, y), (1.02, at), textcoords=ax.get_yaxis_transform(), va='center', fontsize=7,
                         arrowprops=dict(arrowstyle='-', lw=.3, color='0.6'))
         classes = dict(val='validation').get(table.split.iloc[0], table.split.iloc[0])
-        ax.set(xlabel='million images seen, with those of the start and of a teacher trained for it',
+        ax.set(xlabel='million images seen in training\n(with those of its start and of a teacher trained for it)',
                ylabel=f'{shot}-shot accuracy on the {classes} classes, %')
         plain(ax)
     fig.suptitle(title, fontsize=10)

@@ -11,7 +11,8 @@ from .core.errors import UserError
 from .losses import relatedness
 from .training.callbacks import LossTerm
 
-__all__ = ['DistillationTerm', 'RelationalKD', 'SimilarityPreserving', 'FeatureRegression', 'ClassTerm', 'LogitKD', 'DecoupledKD', 'DIST']
+__all__ = ['DistillationTerm', 'RelationalKD', 'SimilarityPreserving', 'FeatureRegression', 'ContrastiveKD',
+           'ClassTerm', 'LogitKD', 'DecoupledKD', 'DIST']
 
 
 class DistillationTerm(LossTerm):
@@ -105,6 +106,24 @@ class FeatureRegression(DistillationTerm):
     def loss(self, student:torch.Tensor, teachers:list) -> torch.Tensor:
         pairs = [(F.normalize(layer(student), dim=1), F.normalize(h, dim=1)) for layer,h in zip(self.own_layers, teachers, strict=True)]
         return sum((mine - h).square().sum(1).mean() for mine,h in pairs) / len(pairs)
+
+
+class ContrastiveKD(DistillationTerm):
+    """L_crd: of all images of the batch, the student's vector of an image finds the teacher's vector of the same image
+
+    It is the cross-entropy of the cosines, divided by the temperature `T`, of vectors of `size` numbers that linear layers make of both
+    sides' features, or the mean over several teachers. CRD (arXiv 1910.10699) draws the other images from a memory of all images instead.
+    """
+    parts = ('L_crd',)
+    def __init__(self, weight:float=1., T:float=0.1, size:int=128):
+        super().__init__(weight)
+        self.T,self.size = T,size
+    def make_layers(self, n_features, of_teachers, n_classes):
+        return nn.ModuleList(nn.ModuleList(nn.Linear(n, self.size) for n in (n_features, n_teacher)) for n_teacher in of_teachers)
+    def loss(self, student:torch.Tensor, teachers:list) -> torch.Tensor:
+        same = torch.arange(len(student), device=student.device)
+        found = [relatedness(mine(student), its(h))/self.T for (mine,its),h in zip(self.own_layers, teachers, strict=True)]
+        return sum(F.cross_entropy(z, same) for z in found) / len(found)
 
 
 # ---- terms of the base classes ----------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ ROWS = {
     'DKD':                                only(*RELATEDNESS, dkd_weight=1.),
     'DIST':                               only(*RELATEDNESS, dist_weight=5.),
     'features':                           only(*RELATEDNESS, regression_weight=5.),
+    'CRD':                                only(*RELATEDNESS, crd_weight=1.),
     'RKD':                                only(*RELATEDNESS, rkd_weight=50.),
     'similarity':                         only(*RELATEDNESS, similarity_weight=3000.),
     'relatedness and logits':             also(kd_weight=5.),

@@ -12,7 +12,16 @@ from grdd_fastai.distillation import Distill
 from grdd_fastai.fewshot.embed import embed
 from grdd_fastai.models.create import create_backbone
 from grdd_fastai.stage_two import StageTwo, stage_two
-from grdd_fastai.terms import DIST, DecoupledKD, DistillationTerm, FeatureRegression, LogitKD, RelationalKD, SimilarityPreserving
+from grdd_fastai.terms import (
+    DIST,
+    ContrastiveKD,
+    DecoupledKD,
+    DistillationTerm,
+    FeatureRegression,
+    LogitKD,
+    RelationalKD,
+    SimilarityPreserving,
+)
 
 
 def huber(a, b): return (a - b)**2/2 if abs(a - b) < 1 else abs(a - b) - .5
@@ -92,6 +101,30 @@ def test_feature_regression_by_loops():
                for i,h in enumerate(student)) / (2*len(student))
     assert float(term.loss(student, teachers)) == pytest.approx(want, rel=1e-5)
     assert float(term.loss(student, [3*layer(student) for layer in term.own_layers])) == pytest.approx(0., abs=1e-6)
+
+def test_contrast_by_loops():
+    "InfoNCE of an image at a time, for each of two teachers with layers of its own"
+    torch.manual_seed(0)
+    student,*teachers = (torch.randn(7, d) for d in (5, 9, 4))
+    term = ContrastiveKD(T=.3, size=6)
+    term.own_layers = term.make_layers(5, [9, 4], 3)
+    total = 0.
+    for (mine,its),h in zip(term.own_layers, teachers, strict=True):
+        a,b = [mine.weight @ x + mine.bias for x in student],[its.weight @ x + its.bias for x in h]
+        for i in range(7):
+            like = [np.exp(float(F.cosine_similarity(a[i], b[j], dim=0))/.3) for j in range(7)]
+            total -= np.log(like[i]/sum(like))
+    assert float(term.loss(student, teachers)) == pytest.approx(total/14, rel=1e-5)
+
+def test_contrast_trains_the_layers_of_both_sides(data):
+    teacher = like_data(create_backbone('convnet4', 0, 16, 5), data)
+    learn = fit(stage_two_learner(data, teacher, net(1), cbs=Grab(), keep_best=False, kl_weight=0., gamma=0., T=.2, crd_weight=3.))
+    x,before = learn.grab.x[0].as_subclass(torch.Tensor),learn.grab.weights[0]
+    with torch.no_grad(): hs = net(1).train()(x),teacher.eval()(x)
+    a,b = (F.linear(h, before[f'heads.contrastive_kd.0.{i}.weight'], before[f'heads.contrastive_kd.0.{i}.bias']) for i,h in enumerate(hs))
+    z = F.normalize(a, dim=1) @ F.normalize(b, dim=1).T / .2
+    assert learn.grab.losses[0] == pytest.approx(3*float(F.cross_entropy(z, torch.arange(len(x)))), rel=1e-3)
+    assert all(not torch.equal(v, learn.model.state_dict()[k]) for k,v in before.items() if k.startswith('heads.') and 'bias' not in k)
 
 def naive_kd(z_e, z_g, y):
     p,q = z_g.softmax(1),z_e.softmax(1)

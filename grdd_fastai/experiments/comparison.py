@@ -24,6 +24,7 @@ from ..runs.run import default_out
 from ..settings import between, checked, from_flags, positive, with_flags
 from ..stage_one import StageOne
 from ..stage_two import PRESETS
+from .comparison_report import HOW
 from .store import EPISODE, SPLITS, NetworkStore, Protocol, Trained
 from .table import (
     check_choice,
@@ -51,15 +52,6 @@ PROTOCOLS = { # name -> how the networks of all methods are scored; own: each me
     'views': Protocol('logistic', support_views=5),
     'transductive': Protocol('tim_adm'),
     'dirichlet': Protocol('alpha_tim', queries='dirichlet'),
-}
-HOW = { # the protocols in words, for figures and the report
-    'own': 'each method by the classifier of its paper',
-    'cosine': 'mean cosine with the support images',
-    'prototype': 'nearest mean of normalised features',
-    'logistic': 'logistic regression on normalised features',
-    'views': 'logistic regression, five augmented views in place of each support image',
-    'transductive': 'TIM-ADM, all queries together, equally many of each class',
-    'dirichlet': 'alpha-TIM, all queries together, unevenly many of each class',
 }
 ONE = StageOne(schedule='one_cycle', opt='muon', lr=.02, bs=128, rotation=False)
 TWO = PRESETS['patient']
@@ -236,7 +228,8 @@ def method_record(lab, name, seed, protocol, scores, versus, split):
     first = next(iter(networks.values()))
     return dict(
         file=f'{slug(name)}-{protocol}-{same}-s{seed}-{split}.json', experiment='compare', method=name, title=m.title, source=m.source,
-        protocol=protocol, classifier=classifier(m, protocol), same=same, seed=seed, split=split, arch=lab.arch,
+        protocol=protocol, classifier=classifier(m, protocol), budget=lab.images,
+        order=list(lab.methods).index(name), same=same, seed=seed, split=split, arch=lab.arch,
         teacher=teacher_of(lab, name), published=m.published.get(lab.data.name),
         scores={f'{shot}-shot':of_scores(e) for shot,e in mine.items()},
         versus={versus:differences} if differences else {},

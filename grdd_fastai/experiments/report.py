@@ -11,6 +11,8 @@ from pathlib import Path
 from ..photos.trust import AUTO
 from ..runs.report import PAPER_ACCURACY
 from ..stage_one import StageOne
+from .comparison_report import METHODS_SIDE_BY_SIDE, comparison
+from .markdown import accuracy, accuracy_text, arxiv_link, difference_text, differences, distinct, markdown_table
 
 __all__ = ['write_report']
 
@@ -60,21 +62,6 @@ after 90 + 15 epochs, and can be compared only with networks of the paper's own 
 '''
 
 
-# ---- Markdown ---------------------------------------------------------------------------------------------------------
-
-def markdown_table(head, rows):
-    "A Markdown table from the cells of its head and of each of its rows"
-    def line(cells): return '| ' + ' | '.join(cells) + ' |'
-    return '\n'.join([line(head), '|' + '---|'*len(head), *map(line, rows)])
-
-def difference_text(d): return f"{d['difference']:+.2f} ± {d['ci95']:.2f}"
-
-def accuracy_text(score): return f"{score['accuracy']:.2f} ± {score['ci95']:.2f}"
-
-def distinct(values):
-    "The different values, sorted as text and separated by commas"
-    return ', '.join(sorted({str(v) for v in values}))
-
 def picture(root, name, title):
     "Markdown lines of a figure; none if it has not been drawn"
     path = Path('results')/'figures'/f'{name}.png'
@@ -91,31 +78,15 @@ def replace_measured(text, measured, after=''):
 def records(folder):
     "experiment -> split -> (row, settings without the seed) -> list of records by seed, in the order of the experiment's rows"
     found = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    read = [json.loads(path.read_text()) for path in Path(folder).glob('*/*.json')]
+    read = [json.loads(path.read_text()) for path in Path(folder).glob('*/*.json') if path.parent.name != METHODS_SIDE_BY_SIDE]
     for r in sorted(read, key=lambda r: (r['order'], r['same'], r['seed'])):
         found[r['experiment']][r['split']][r['row'], r['same']].append(r)
     return found
 
-def over_seeds(values, sign=''): return f'{statistics.mean(values):{sign}.2f} (sd {statistics.stdev(values):.2f})'
-
-def accuracy(seeds, shot):
-    "Table cell with the accuracy of a row, from its records of all seeds; empty if the shot was not scored"
-    scores = [r['scores'][shot] for r in seeds if shot in r['scores']]
-    if len(scores) > 1: return over_seeds([o['accuracy'] for o in scores])
-    return accuracy_text(scores[0]) if scores else ''
-
 def compared(seeds, shot):
-    "Cell of the differences from each row that a row is compared with; the mean over several seeds is bold if the order holds in each"
-    cells = []
-    for other in dict.fromkeys(other for r in seeds for other in r['versus']):
-        differences = [r['versus'][other][shot] for r in seeds if shot in r['versus'].get(other, {})]
-        if len(differences) == 1:
-            cells.append(f'{other} {difference_text(differences[0])}')
-        if len(differences) < 2: continue
-        text = over_seeds([d['difference'] for d in differences], '+')
-        holds = {d['clear'] for d in differences} in ({1}, {-1})
-        cells.append(f'{other} **{text}**' if holds else f'{other} {text}')
-    return '; '.join(cells)
+    "Cell of the differences from each row that a row is compared with"
+    others = dict.fromkeys(other for r in seeds for other in r['versus'])
+    return '; '.join(f'{other} {text}' for other in others if (text := differences(seeds, other, shot)))
 
 def section(rows, split, root):
     "Table of the records `rows`, whose files lie below `root`"
@@ -199,8 +170,6 @@ def published_networks(root, folder):
         yield name,NETWORKS[name.partition('.')[0]],json.loads(path.read_text())
 
 def published_head(what): return [what, 'network', 'classifier', '1-shot', '5-shot', 'source']
-
-def arxiv_link(number): return f'[{number}](https://arxiv.org/abs/{number})'
 
 def card_row(what, name, network, measured, folder):
     "Table cells of a published network; its card has the accuracies of the cosine on the novel classes"
@@ -392,6 +361,7 @@ def results(root, found):
     parts += [table + '\n' for table in (transductive_table(root), teachers_table(root)) if table]
     if learnt.exists(): parts.append(learnt.read_text())
     parts.append(HOW_TO_READ)
+    parts += comparison(root)
     if notes.exists(): parts.append(notes.read_text())
     for name,title in TITLES.items():
         for split,rows in sorted(found[name].items()): # the novel classes come before val

@@ -125,6 +125,7 @@ METHODS = {
     'grdd_features': Distilled(title='GRDD, all pairs, and features', settings=dict(regression_weight=5.)),
     'kd':            Distilled(title='logits', source='1503.02531', settings=only(kd_weight=5.)),
     'fitnet':        Distilled(title='features', source='1412.6550', settings=only(regression_weight=5.)),
+    'crd':           Distilled(title='contrast, as in CRD', source='1910.10699', settings=only(crd_weight=1.)),
     'rkd':           Distilled(title='RKD', source='1904.05068', settings=only(rkd_weight=50.)),
     'similarity':    Distilled(title='similarity-preserving', source='1907.09682', settings=only(similarity_weight=3000.)),
     'dkd':           Distilled(title='DKD', source='2203.08679', settings=only(dkd_weight=1.)),

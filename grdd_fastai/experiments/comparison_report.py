@@ -1,0 +1,66 @@
+"""The tables of recipes/compare.py in RESULTS.md, from its records: one for each protocol, so that none mixes two."""
+import json
+from collections import defaultdict
+
+from .markdown import accuracy, arxiv_link, differences, distinct, markdown_table
+
+__all__ = ['comparison', 'HOW', 'METHODS_SIDE_BY_SIDE']
+
+
+METHODS_SIDE_BY_SIDE = 'compare' # the experiment's folder in results/
+HOW = { # the protocols in words, for figures and the report
+    'own': 'each method by the classifier of its paper',
+    'cosine': 'mean cosine with the support images',
+    'prototype': 'nearest mean of normalised features',
+    'logistic': 'logistic regression on normalised features',
+    'views': 'logistic regression, five augmented views in place of each support image',
+    'transductive': 'TIM-ADM, all queries together, equally many of each class',
+    'dirichlet': 'alpha-TIM, all queries together, unevenly many of each class',
+}
+CLASSES = dict(val='validation', novel='novel')
+
+
+def comparison(root):
+    "Parts of RESULTS.md with the tables of all methods; none if there are no records"
+    groups = defaultdict(lambda: defaultdict(list)) # (classes, images per training, protocol) -> method -> records by seed
+    read = [json.loads(path.read_text()) for path in (root/'results'/METHODS_SIDE_BY_SIDE).glob('*.json')]
+    for r in sorted(read, key=lambda r: (r['order'], r['seed'])): groups[r['split'], -r['budget'], r['protocol']][r['method']].append(r)
+    parts = []
+    for split,budget,protocol in sorted(groups, key=lambda k: (k[0], k[1], list(HOW).index(k[2]))):
+        rows = groups[split, budget, protocol]
+        every = [r for seeds in rows.values() for r in seeds]
+        parts += [f'## Methods side by side, on the {CLASSES[split]} classes: {HOW[protocol]}\n', summary(every, -budget) + '\n',
+                  table(rows) + '\n']
+        if (root/(name := f'results/figures/compare_{protocol}_{split}.png')).exists(): parts.append(f'![Accuracy and cost]({name})\n')
+    return parts
+
+def summary(records, budget):
+    "A sentence on the networks, the episodes and the machines of a table"
+    networks = {n['run']:n for r in records for n in r['networks'].values()}
+    def of(k): return distinct(n[k] for n in networks.values())
+    episodes = distinct(s['n'] for r in records for s in r['scores'].values())
+    return (f"{distinct(r['arch'] for r in records)}; about {budget:,} images a training; seeds {distinct(r['seed'] for r in records)}; "
+            f"{distinct(r['data']['name'] for r in records)}, {episodes} episodes; {len(networks)} networks, "
+            f"{sum(n['minutes'] for n in networks.values())/60:.1f} hours on {of('device')}, threads per training: {of('torch_threads')}.")
+
+def table(rows):
+    "Table of the methods, method -> records by seed, in the order of their accuracy for the fewest shots"
+    shots = sorted({shot for seeds in rows.values() for r in seeds for shot in r['scores']}, key=lambda k: int(k.partition('-')[0]))
+    versus = next((other for seeds in rows.values() for r in seeds for other in r['versus']), None)
+    head = ['method', 'classifier', 'million images, with those of its start and teacher', 'teacher']
+    for shot in shots: head += [shot, 'published', *([f'minus `{versus}`'] if versus else [])]
+    lines = []
+    for name,seeds in sorted(rows.items(), key=lambda o: -mean(o[1], shots[0])):
+        r = seeds[0]
+        paper = f" ({arxiv_link(r['source'])})" if r['source'] else ''
+        seen = [f"{max(r[k].values())/1e6:.2f}" for k in ('images', 'images_with_others')]
+        cells = [f"`{name}`: {r['title']}{paper}", f"`{r['classifier']}`" if "'" not in r['classifier'] else r['classifier'],
+                 seen[0] if seen[0] == seen[1] else f'{seen[0]}, {seen[1]}', r['teacher'] or '']
+        for shot in shots:
+            published = dict(zip(('1-shot', '5-shot'), r['published'] or ())).get(shot, '')
+            cells += [accuracy(seeds, shot), str(published), *([differences(seeds, versus, shot)] if versus else [])]
+        links = ' '.join(f"[{r['seed']}](results/{METHODS_SIDE_BY_SIDE}/{r['file']})" for r in seeds)
+        lines.append([*cells, links])
+    return markdown_table([*head, 'records'], lines)
+
+def mean(seeds, shot): return sum(r['scores'][shot]['accuracy'] for r in seeds if shot in r['scores'])/len(seeds)
