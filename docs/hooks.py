@@ -1,6 +1,7 @@
 """What the site takes from elsewhere when it is built: the tables of settings and flags, RESULTS.md and its figures.
 
-A page asks for it by a comment of its own: `<!-- settings: StageOne -->`, `<!-- flags: cifarfs_5w1s -->`, `<!-- methods: all -->`, `<!-- file: RESULTS.md -->`.
+A page asks for it by a comment of its own: `<!-- settings: StageOne -->`, `<!-- flags: cifarfs_5w1s -->`, `<!-- methods: all -->`,
+`<!-- file: RESULTS.md -->`.
 """
 import argparse
 import posixpath
@@ -55,7 +56,8 @@ def methods(_):
     "The table of the methods of recipes/compare.py"
     def paper(m): return f'[{m.source}](https://arxiv.org/abs/{m.source})' if m.source else ''
     def others(m): return ', '.join(f'`{k}`' if k in METHODS else '`--teacher`' for k in dict.fromkeys((m.start, m.teacher)) if k)
-    rows = [[f'`{k}`', m.title, paper(m), others(m), f'`{m.classifier}`' if m.classifier else "the method's own"] for k,m in METHODS.items()]
+    def classifier(m): return f'`{m.classifier}`' if m.classifier else "the method's own"
+    rows = [[f'`{k}`', m.title, paper(m), others(m), classifier(m)] for k,m in METHODS.items()]
     return table(['method', 'name', 'paper', 'needs', 'classifier'], rows)
 
 def included(name): return (ROOT/name).read_text()

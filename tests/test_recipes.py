@@ -205,7 +205,8 @@ def test_a_record_names_a_clean_commit_and_a_command_that_parses(path):
     r = json.loads(path.read_text())
     for commit in (r['scored']['commit'], *(n['commit'] for n in r['networks'].values())): assert re.fullmatch('[0-9a-f]{40}', commit)
     assert path.name == r['file'] and len(r['data']['fingerprint']) == 64
-    assert all(n['device'] and n['minutes'] > 0 and len(n['weights']) == 64 for n in r['networks'].values()) and 'demo' not in r['command']
+    assert all(n['device'] and n['minutes'] > 0 and len(n['weights']) == 64 for n in r['networks'].values())
+    assert 'demo' not in r['command']
     words = [FORMER_FLAGS.get(w, w) for w in shlex.split(r['command']) if not re.fullmatch(r'[A-Z_]+=\d+', w)]
     assert words[0] == 'python' and words[1] == f'recipes/{r["experiment"]}.py'
     args = vars(anno_parser(runpy.run_path(str(ROOT/words[1]))['main'].__wrapped__).parse_args(words[2:]))
