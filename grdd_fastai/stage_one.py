@@ -13,7 +13,7 @@ from fastcore.foundation import L
 from torch import nn
 
 from .core.device import cpu_seed
-from .core.distributed import backbone_of
+from .core.distributed import backbone_of, unwrapped
 from .core.errors import UserError
 from .data.augment import AUGMENTATIONS, train_augmentation
 from .data.blocks import category_dls, default_bs
@@ -27,7 +27,7 @@ from .training.learner import BaseClassLoss, check_dls, few_shot_learner
 from .training.optim import OPTIMISERS
 from .training.schedules import SCHEDULES, fit_function
 
-__all__ = ['StageOne', 'stage_one', 'global_learner', 'GlobalNet', 'CosineHead', 'Rotation', 'rotate4']
+__all__ = ['StageOne', 'stage_one', 'global_learner', 'GlobalNet', 'CosineHead', 'FeatureTerm', 'Rotation', 'rotate4']
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +116,11 @@ def global_learner(
         raise UserError(f'the backbone is a {type(arch).__name__}: give the name of a timm model, or one')
     if s.pretrained and not isinstance(arch, str): raise UserError('pretrained has no effect on a network that is there: give its name')
     backbone = create_backbone(arch, dls.c, dls.one_batch()[0].shape[-1], s.seed, s.pretrained) if isinstance(arch, str) else arch
+    kwargs['cbs'] = [cb() if isinstance(cb, type) else cb for cb in L(kwargs.get('cbs'))]
     with cpu_seed(s.seed):
         model = GlobalNet(backbone, s.rotation, s.rotation_from, s.head)
+        for term in kwargs['cbs']:
+            if isinstance(term, FeatureTerm): model.heads[term.name] = term.make_layers(feature_size(backbone), dls.c)
     terms = [Rotation(s.rotation_weight, s.rotations)] if s.rotation else []
     if loss_func is not None and s.smoothing: raise UserError('smoothing belongs to the cross-entropy: give it or loss_func')
     loss_func = BaseClassLoss(label_smoothing=s.smoothing) if loss_func is None else loss_func
@@ -148,6 +151,7 @@ class GlobalNet(nn.Module):
         self.rotation_head = nn.Linear(n_classes, 4) if rotation else None
         self.classifier = CosineHead(feature_size(backbone), n_classes) if head == 'cosine' else None
         if self.classifier: backbone.reset_classifier(0)
+        self.heads = nn.ModuleDict() # layers of loss terms (`FeatureTerm`), by the name of the term
     def forward(self, x):
         p = self.classifier(features(self.backbone, x)) if self.classifier else self.backbone(x)
         if self.rotation_head is None or not self.training: return p
@@ -156,10 +160,32 @@ class GlobalNet(nn.Module):
 def body_and_head(model):
     "Parameter groups of a `GlobalNet`: the network's body, then its heads"
     own = model.backbone.get_classifier() if hasattr(model.backbone, 'get_classifier') else None
-    heads = (own, model.classifier, model.rotation_head)
+    heads = (own, model.classifier, model.rotation_head, *model.heads.values())
     head = L(p for m in heads if m for p in params(m))
     ids = {id(p) for p in head}
     return L(L(p for p in params(model) if id(p) not in ids), head)
+
+
+class FeatureTerm(LossTerm):
+    """A term of stage one's loss that trains layers of its own on the features of a batch
+
+    A subclass returns the layers in `make_layers` and finds them in `own_layers`; `h` are the features (B, D) in float32.
+    """
+    def make_layers(self, n_features:int, n_classes:int) -> nn.Module:
+        "Make the layers for features of the size `n_features` and `n_classes` base classes. A recipe does not save them."
+        raise NotImplementedError
+    def before_fit(self):
+        super().before_fit()
+        model = unwrapped(self.model)
+        if self.name not in model.heads:
+            raise UserError(f'{type(self).__name__} trains layers of its own: give it when the Learner is made, global_learner(..., cbs=)')
+        self.own_layers = model.heads[self.name]
+        self.hook = (model.classifier or model.backbone.get_classifier()).register_forward_pre_hook(self.keep)
+    def keep(self, module, args): self.h = args[0].float()
+    def after_fit(self):
+        super().after_fit()
+        self.hook.remove()
+        self.h = None
 
 
 def rotate4(x):

@@ -211,7 +211,9 @@ def line(lab, name, seed, shot, protocol, e, split):
 def classifier(method, protocol):
     "The name of the classifier that scores a method by a protocol"
     p = PROTOCOLS[protocol]
-    return (p.classifier if p else method.classifier) or "the method's own"
+    name = p.classifier if p else method.classifier
+    if name: return name
+    return "the method's own" + (', all queries together' if getattr(method.make, 'func', method.make).transductive else '')
 
 def teacher_of(lab, name):
     teacher = lab.methods[name].teacher

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..stage_two import episode_size
-from .episodic import ANIL, FEAT, MatchingNet, MetaBaseline, ProtoNet, RelationNet
-from .transfer import BornAgain, ManifoldMixup, RotationInvariance, TeacherLogits
+from .episodic import ANIL, FEAT, MAML, MatchingNet, MetaBaseline, ProtoNet, RelationNet
+from .transfer import BornAgain, InvariantEquivariant, ManifoldMixup, RotationInvariance, TeacherLogits
 
 __all__ = ['Method', 'Transfer', 'Episodic', 'Distilled', 'METHODS']
 
@@ -43,7 +43,7 @@ class Transfer(Method):
         return s.but(epochs=max(1, round(self.length*lab.images/(len(lab.data.train)*self.copies(s)))))
     def copies(self, s):
         "Images that a training sees for each image of a batch"
-        return 4 if (s.rotation and s.rotations == 4) or RotationInvariance in self.terms else 1
+        return 4 if (s.rotation and s.rotations == 4) or {RotationInvariance, InvariantEquivariant} & self.terms.keys() else 1
     def images(self, lab, shot=1):
         s = self.stage(lab)
         return s.epochs*len(lab.data.train)*self.copies(s)
@@ -109,12 +109,14 @@ METHODS = {
                               terms={RotationInvariance:{}}),
     's2m2':          Transfer(title='S2M2', source='1907.12087', classifier=RFS, start='skd0', terms={ManifoldMixup:{}},
                               settings=dict(head='cosine')),
+    'ier':           Transfer(title='IER, with rotations', source='2103.01315', classifier=RFS, terms={InvariantEquivariant:{}}),
     'cl':            Transfer(title='CL, with a cosine head and label smoothing', settings=dict(head='cosine', smoothing=.1)),
     'cl_twice':      Transfer(title='CL, twice as long', settings=dict(head='cosine', smoothing=.1), length=2.),
     # episodes
     'protonet':      Episodic(title='ProtoNet', source='1703.05175', make=ProtoNet, published=dict(cifar_fs=(55.5, 72.0))),
     'matchingnet':   Episodic(title='MatchingNet', source='1606.04080', make=MatchingNet),
     'relationnet':   Episodic(title='RelationNet', source='1711.06025', make=RelationNet, published=dict(cifar_fs=(55.0, 69.3))),
+    'maml':          Episodic(title='MAML, first order', source='1703.03400', make=MAML, published=dict(cifar_fs=(58.9, 71.5))),
     'anil':          Episodic(title='ANIL', source='1909.09157', make=ANIL),
     'meta_baseline': Episodic(title='Meta-Baseline', source='2003.04390', make=MetaBaseline, start='rfs_simple'),
     'feat':          Episodic(title='FEAT', source='1812.03664', make=FEAT, start='rfs_simple'),

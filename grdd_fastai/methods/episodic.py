@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from torch import nn
+from torch.func import functional_call
 
 from ..core.device import cpu_seed
 from ..core.errors import UserError
@@ -25,7 +26,8 @@ from ..training.learner import check_dls, few_shot_learner, image_config
 from ..training.optim import OPTIMISERS
 from ..training.schedules import fit_function
 
-__all__ = ['EpisodicMethod', 'ProtoNet', 'MatchingNet', 'RelationNet', 'MetaBaseline', 'FEAT', 'ANIL', 'episodic', 'episodic_learner']
+__all__ = ['EpisodicMethod', 'ProtoNet', 'MatchingNet', 'RelationNet', 'MetaBaseline', 'FEAT', 'ANIL', 'MAML', 'episodic',
+           'episodic_learner']
 
 
 class EpisodicMethod(nn.Module):
@@ -35,6 +37,7 @@ class EpisodicMethod(nn.Module):
     episodes, NS support images, NQ queries, D features, C classes.
     """
     keeps_layers = True # a run keeps the method's own layers beside the backbone
+    transductive = False # whether all queries of an episode are used together
     def __init__(self, backbone:nn.Module):
         super().__init__()
         self.backbone = backbone
@@ -129,6 +132,12 @@ class FEAT(EpisodicMethod):
         return -squared_distances(query, self.adapted(prototypes(support, support_y)))/self.temperature
 
 
+def check_classes(method, support_y):
+    "UserError unless the head of the method has as many outputs as the episodes have classes"
+    found,there,name = int(support_y.max()) + 1,method.head.out_features,type(method).__name__
+    if found != there: raise UserError(f'the head of {name} has {there} classes and an episode {found}: give {name}(n_way={found})')
+
+
 class ANIL(EpisodicMethod):
     """A linear classifier takes a few steps of gradient descent on the support from a learnt beginning (arXiv 1909.09157)
 
@@ -139,14 +148,47 @@ class ANIL(EpisodicMethod):
         self.head,self.steps,self.lr = nn.Linear(feature_size(backbone), n_way),steps,lr
     def logits(self, support, support_y, query):
         E,NS,_ = support.shape
-        found,there = int(support_y.max()) + 1,self.head.out_features
-        if found != there: raise UserError(f'the head of ANIL has {there} classes and the episode {found}: give ANIL(n_way={found})')
+        check_classes(self, support_y)
         W,b = self.head.weight.expand(E, -1, -1),self.head.bias.expand(E, -1)
         Y = F.one_hot(support_y, W.shape[1]).float()
         for _ in range(self.steps):
             wrong = ((support @ W.mT + b.unsqueeze(1)).softmax(-1) - Y)/NS # (E, NS, C)
             W,b = W - self.lr*(wrong.mT @ support),b - self.lr*wrong.sum(1)
         return query @ W.mT + b.unsqueeze(1)
+
+
+class MAML(EpisodicMethod):
+    """The whole network takes a few steps of gradient descent on the support from a learnt beginning (arXiv 1703.03400), to first order
+
+    What it reads of an image is the image itself. Batch normalisation uses the statistics of the support and of the queries, each by
+    themselves, so that the queries of an episode influence each other, as in the paper. The gradient of the inner steps is taken for
+    constant (the paper's first-order approximation).
+    """
+    transductive = True
+    def __init__(self, backbone, n_way:int=5, steps:int=5, lr:float=.01):
+        super().__init__(backbone)
+        self.head,self.steps,self.lr = nn.Linear(feature_size(backbone), n_way),steps,lr
+    def forward(self, x): return x.flatten(1)
+    def logits(self, support, support_y, query):
+        check_classes(self, support_y)
+        px = math.isqrt(support.shape[-1]//3)
+        support,query = (x.unflatten(-1, (3, px, px)) for x in (support, query))
+        return torch.stack([self.of_episode(*e) for e in zip(support, support_y, query, strict=True)])
+    def of_episode(self, support, support_y, query):
+        "Logits (NQ, C) of one episode, from images (NS, 3, H, W), classes (NS) and images (NQ, 3, H, W)"
+        tracked = {} if self.training else {k:b.clone() for k,b in self.backbone.named_buffers()} # `classify` changes no statistics
+        def outputs(x, W, b, theta): return F.linear(functional_call(self.backbone, (theta, tracked), (x,)), W, b)
+        names,was_training = [k for k,_ in self.backbone.named_parameters()],self.training
+        params = [*self.head.parameters(), *self.backbone.parameters()]
+        def with_params(x): return outputs(x, *params[:2], dict(zip(names, params[2:], strict=True)))
+        self.train() # statistics of the batch
+        try:
+            with torch.enable_grad():
+                for _ in range(self.steps):
+                    grads = torch.autograd.grad(F.cross_entropy(with_params(support), support_y), params)
+                    params = [p - self.lr*g for p,g in zip(params, grads, strict=True)]
+            return with_params(query)
+        finally: self.train(was_training)
 
 
 # ---- the Learner ------------------------------------------------------------------------------------------------------

@@ -6,10 +6,11 @@ from torch import nn
 from ..core.device import amp
 from ..core.distributed import unwrapped
 from ..core.errors import UserError
-from ..stage_one import rotate4
+from ..losses import relatedness
+from ..stage_one import FeatureTerm, rotate4
 from ..training.callbacks import LossTerm, UndoAfterFit, amp_dtype
 
-__all__ = ['TeacherLogits', 'BornAgain', 'RotationInvariance', 'ManifoldMixup']
+__all__ = ['TeacherLogits', 'BornAgain', 'RotationInvariance', 'ManifoldMixup', 'InvariantEquivariant']
 
 
 class TeacherLogits(UndoAfterFit):
@@ -99,3 +100,32 @@ class ManifoldMixup(LossTerm):
     def after_fit(self):
         super().after_fit()
         for hook in self.hooks: hook.remove()
+
+
+class InvariantEquivariant(FeatureTerm):
+    """IER: L_ce + weight * (L_eq + L_inv) on each batch at four angles (arXiv 2103.01315, section 3)
+
+    L_eq tells the angle from the features. L_inv brings the vectors of a rotated image and of the image itself together, against those of
+    the other images of the batch: the cross-entropy of their cosines, divided by `T`. The paper has sixteen transformations, by rotation
+    and aspect ratio, and takes the other images from a memory of all images.
+    """
+    parts = ('L_eq', 'L_inv')
+    def __init__(self, weight:float=1., T:float=1., size:int=64): self.weight,self.T,self.size = weight,T,size
+    def make_layers(self, n_features, n_classes):
+        def head(n_out):
+            hidden = [m for _ in range(2) for m in (nn.Linear(n_features, n_features), nn.BatchNorm1d(n_features), nn.ReLU())]
+            return nn.Sequential(*hidden, nn.Linear(n_features, n_out))
+        return nn.ModuleDict(dict(equivariant=head(4), invariant=head(self.size)))
+    def before_batch(self):
+        self.upright = self.xb,self.yb
+        self.learn.xb,self.learn.yb = (rotate4(self.xb[0]),),(self.yb[0].repeat(4),)
+    def after_loss(self):
+        n = len(self.upright[1][0])
+        angles = torch.arange(4, device=self.h.device).repeat_interleave(n)
+        L_eq = F.cross_entropy(self.own_layers['equivariant'](self.h), angles)
+        first,*rotated = self.own_layers['invariant'](self.h).chunk(4)
+        same = torch.arange(n, device=self.h.device)
+        L_inv = sum(F.cross_entropy(relatedness(z, first)/self.T, same) for z in rotated)/3
+        self.set_loss(self.loss_grad + self.weight*(L_eq + L_inv), L_eq=L_eq, L_inv=L_inv)
+        self.learn.xb,self.learn.yb = self.upright # other callbacks count and measure the batch's own images
+        self.learn.pred = self.pred[:n]

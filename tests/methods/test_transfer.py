@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from helpers import Grab, fit, says, stage_one_learner
 
 from grdd_fastai.data.blocks import category_dls
-from grdd_fastai.methods.transfer import BornAgain, ManifoldMixup, RotationInvariance, TeacherLogits, distillation_kl
+from grdd_fastai.methods.transfer import BornAgain, InvariantEquivariant, ManifoldMixup, RotationInvariance, TeacherLogits, distillation_kl
 from grdd_fastai.models.create import create_backbone
 
 
@@ -83,6 +83,32 @@ def test_a_step_of_manifold_mixup_by_hand(data, place, monkeypatch):
     assert learn.grab.losses[0] == pytest.approx(want, rel=1e-4) and 0 < share < 1 and mix.chosen is None
     assert not any(m._forward_hooks for m in learn.model.modules())
 
+def test_a_step_of_ier_by_hand(data):
+    "The angle from the features, and the official contrast of each rotated image with its own, against the upright images of the batch"
+    def same(pred, y): return float(len(pred) == len(y) == 60)
+    learn = stage_one_learner(data, rotation=False, keep_best=False, cbs=[InvariantEquivariant(.7, T=.5), Grab()], metrics=same)
+    ref = copy.deepcopy(learn.model).train()
+    fit(learn, 1, .05)
+    assert dict(zip(learn.recorder.metric_names, learn.recorder.log))['train_same'] == 1.
+    x,y = learn.grab.x[0][:60],labels(data)
+    with torch.no_grad():
+        turned = torch.cat([torch.rot90(x, k, (2, 3)) for k in range(4)])
+        h = ref.backbone.forward_head(ref.backbone.forward_features(turned), pre_logits=True)
+        p,heads = ref.backbone.get_classifier()(h),ref.heads['invariant_equivariant']
+        r,z = heads['equivariant'](h),F.normalize(heads['invariant'](h), dim=1)
+    L_ce = sum(-float(p[i].log_softmax(0)[y[i % 60]]) for i in range(240))/240
+    L_eq = sum(-float(r[i].log_softmax(0)[i//60]) for i in range(240))/240
+    L_inv = 0.
+    for i in range(60, 240):
+        like = [float(z[i] @ z[j]/.5) for j in range(60)]
+        L_inv -= like[i % 60] - float(torch.tensor(like).logsumexp(0))
+    assert learn.grab.losses[0] == pytest.approx(L_ce + .7*(L_eq + L_inv/180), rel=1e-4)
+    heads = {id(q) for q in learn.splitter(learn.model)[1]}
+    assert all(id(q) in heads for q in learn.model.heads.parameters()) # they are trained, and as heads
+    assert not torch.equal(learn.model.heads['invariant_equivariant']['equivariant'][0].weight,
+                           learn.grab.weights[0]['heads.invariant_equivariant.equivariant.0.weight'])
+    assert not any(m._forward_pre_hooks for m in learn.model.modules())
+
 def test_accuracy_is_measured_without_mixing(data):
     learn = stage_one_learner(data, rotation=False, keep_best=False, cbs=ManifoldMixup())
     fit(learn, 1, .05)
@@ -94,3 +120,4 @@ def test_what_cannot_be_is_a_sentence(data):
     learn = stage_one_learner(data, rotation=False, cbs=ManifoldMixup())
     learn.model.backbone.feature_info = []
     says(lambda: fit(learn), 'feature_info')
+    says(lambda: fit(stage_one_learner(data, rotation=False), cbs=InvariantEquivariant()), 'global_learner(..., cbs=)')
