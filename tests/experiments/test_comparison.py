@@ -9,6 +9,7 @@ import torch
 from helpers import net_weights, says
 from safetensors.torch import load_file
 
+import grdd_fastai.experiments.store as store
 from grdd_fastai.data.blocks import plain_dl
 from grdd_fastai.data.cache import few_shot_data
 from grdd_fastai.experiments.comparison import HOW, ONE, PROTOCOLS, TWO, Comparison, compare_methods
@@ -22,8 +23,9 @@ from grdd_fastai.models.pretrained import load_network
 IMAGES = 600
 
 @pytest.fixture
-def words(faint, cache):
-    "Few images, few episodes"
+def words(faint, cache, monkeypatch):
+    "Few images, few episodes, also of those that choose the epoch"
+    monkeypatch.setattr(store, 'EPISODE', store.EPISODE | dict(n_episodes=20))
     return dict(data=str(faint), cache=str(cache), images=IMAGES, test_episodes=40, shots='1,2', teacher='convnet4.grdd_cifarfs')
 
 def few(*names, **more):
