@@ -158,6 +158,7 @@ def prototype(s, y, q): return -sq(q, means(s, y))
 def prototype_cosine(s, y, q): return cos(q, means(s, y))
 def simpleshot_l2n(s, y, q): return -sq(unit(q), means(unit(s), y))
 def simpleshot_cl2n(s, y, q, mean=.3): return simpleshot_l2n(s - mean, y, q - mean)
+def power_transform(s, y, q, power=.5): return simpleshot_l2n((np.maximum(s, 0) + 1e-6)**power, y, (np.maximum(q, 0) + 1e-6)**power)
 def nearest_neighbour(s, y, q): return np.array([[max(cos([x], s[y == c])[0]) for c in range(y.max()+1)] for x in q])
 
 def shots(y): return len(y) / (y.max()+1)
@@ -249,7 +250,8 @@ def alpha_tim(s, y, q, steps=60, lr=1e-3):
     return descent(s, y, q, loss, lr, steps)
 
 PLAIN = dict(cosine=cosine, prototype=prototype, prototype_cosine=prototype_cosine, simpleshot_l2n=simpleshot_l2n,
-             simpleshot_cl2n=simpleshot_cl2n, nearest_neighbour=nearest_neighbour, bd_cspn=bd_cspn, laplacian_shot=laplacian_shot,
+             simpleshot_cl2n=simpleshot_cl2n, power_transform=power_transform, nearest_neighbour=nearest_neighbour, bd_cspn=bd_cspn,
+             laplacian_shot=laplacian_shot,
              pt_map=pt_map, soft_kmeans=soft_kmeans, tim_adm=tim_adm, tim_gd=tim_gd, alpha_tim=alpha_tim)
 
 def naive_logistic(s, y, q, C):

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from ..core.errors import UserError
 from .classifiers import cosines, n_classes, nan_without_support, norms, one_hot, prototypes, register_classifier, squared_distances
 
-__all__ = ['mean_cosine', 'nearest_prototype', 'nearest_prototype_cosine', 'simpleshot_cl2n', 'simpleshot_l2n', 'nearest_neighbour',
-           'lda', 'ridge', 'logistic_regression']
+__all__ = ['mean_cosine', 'nearest_prototype', 'nearest_prototype_cosine', 'simpleshot_cl2n', 'simpleshot_l2n', 'power_transform',
+           'nearest_neighbour', 'lda', 'ridge', 'logistic_regression']
 
 
 @register_classifier('cosine')
@@ -47,6 +47,13 @@ def simpleshot_l2n(support, support_y, query):
     "Nearest centroid of normalised features (SimpleShot's L2N, arXiv 1911.04623)"
     p = prototypes(F.normalize(support, dim=-1), support_y)
     return 2 * query @ p.mT / norms(query) - p.square().sum(-1).unsqueeze(1) - 1 # negative squared distance of the normalised query
+
+@register_classifier('power_transform')
+def power_transform(support, support_y, query,
+    power=.5, # exponent of the features, after negative ones are set to zero
+):
+    "Nearest centroid of features that are raised to a power and then normalised, as in PT-MAP (arXiv 2006.03806), but inductive"
+    return simpleshot_l2n((support.relu() + 1e-6).pow(power), support_y, (query.relu() + 1e-6).pow(power))
 
 @register_classifier('nearest_neighbour')
 def nearest_neighbour(support, support_y, query):
