@@ -96,6 +96,8 @@ class Distilled(OfEpisodes):
 def only(**weight): return dict(kl_weight=0., **weight) # another term in place of the relatedness
 
 RFS = 'logistic'
+WIDE = dict(n_way=20, n_query=5, lr=.01) # episodes of more classes than those that score, as in ProtoNet's paper
+FROM_RFS = dict(start='rfs_simple', settings=WIDE | dict(lr=.005))
 METHODS = {
     # a classifier of the base classes
     'baseline':      Transfer(title='Baseline', source='1904.04232', classifier='logistic(normalize=False)'),
@@ -106,20 +108,20 @@ METHODS = {
                               published=dict(cifar_fs=(63.8, 79.5))),
     'skd0':          Transfer(title='SKD, generation 0', source='2006.09785', classifier=RFS, settings=dict(rotation=True)),
     'skd1':          Transfer(title='SKD, generation 1', source='2006.09785', classifier=RFS, start='skd0', teacher='skd0',
-                              terms={RotationInvariance:{}}),
+                              terms={RotationInvariance:{}}, settings=dict(lr=.002)),
     's2m2':          Transfer(title='S2M2', source='1907.12087', classifier=RFS, start='skd0', terms={ManifoldMixup:{}},
                               settings=dict(head='cosine')),
     'ier':           Transfer(title='IER, with rotations', source='2103.01315', classifier=RFS, terms={InvariantEquivariant:{}}),
     'cl':            Transfer(title='CL, with a cosine head and label smoothing', settings=dict(head='cosine', smoothing=.1)),
     'cl_twice':      Transfer(title='CL, twice as long', settings=dict(head='cosine', smoothing=.1), length=2.),
     # episodes
-    'protonet':      Episodic(title='ProtoNet', source='1703.05175', make=ProtoNet, published=dict(cifar_fs=(55.5, 72.0))),
-    'matchingnet':   Episodic(title='MatchingNet', source='1606.04080', make=MatchingNet),
+    'protonet':      Episodic(title='ProtoNet', source='1703.05175', make=ProtoNet, settings=WIDE, published=dict(cifar_fs=(55.5, 72.0))),
+    'matchingnet':   Episodic(title='MatchingNet', source='1606.04080', make=MatchingNet, settings=WIDE),
     'relationnet':   Episodic(title='RelationNet', source='1711.06025', make=RelationNet, published=dict(cifar_fs=(55.0, 69.3))),
     'maml':          Episodic(title='MAML, first order', source='1703.03400', make=MAML, published=dict(cifar_fs=(58.9, 71.5))),
     'anil':          Episodic(title='ANIL', source='1909.09157', make=ANIL),
-    'meta_baseline': Episodic(title='Meta-Baseline', source='2003.04390', make=MetaBaseline, start='rfs_simple'),
-    'feat':          Episodic(title='FEAT', source='1812.03664', make=FEAT, start='rfs_simple'),
+    'meta_baseline': Episodic(title='Meta-Baseline', source='2003.04390', make=MetaBaseline, **FROM_RFS),
+    'feat':          Episodic(title='FEAT', source='1812.03664', make=FEAT, **FROM_RFS),
     # a teacher, whose features of each view of each image are known
     'labels':        Distilled(title='the labels of wide episodes alone', teacher=None),
     'grdd':          Distilled(title='GRDD, all pairs', source='2107.05583', published=dict(cifar_fs=(69.3, 84.7))),
