@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 import grdd_fastai.experiments.store as store
 from grdd_fastai.data.blocks import plain_dl
 from grdd_fastai.data.cache import few_shot_data
-from grdd_fastai.experiments.comparison import HOW, ONE, PROTOCOLS, TWO, Comparison, compare_methods
+from grdd_fastai.experiments.comparison import ONE, PROTOCOLS, TWO, Comparison, compare_methods
+from grdd_fastai.experiments.comparison_report import HOW, comparison
 from grdd_fastai.experiments.store import NetworkStore, Protocol
 from grdd_fastai.fewshot.embed import embed
 from grdd_fastai.fewshot.evaluate import evaluate
@@ -124,6 +125,28 @@ def test_what_cannot_be_is_a_sentence(words, tmp_path):
     says(lambda: compare_methods('protonet', **words, **out, seeds='a'), 'seeds')
     says(lambda: compare_methods('protonet', **words, **out, protocols='own,dirichlet'), '75 query') # of one class at most
     assert not any(tmp_path.iterdir())
+
+def test_the_report_has_a_table_for_each_protocol_and_budget(words, tmp_path):
+    "Its cells are what the records say, in the order of the accuracies; a difference is bold if each seed's interval lies on one side"
+    known = few('protonet', 'labels', 'rfs_simple')
+    how = dict(versus='labels', protocols='own,cosine', known=known, results=str(tmp_path/'results'))
+    tables = compare_methods('all', **words | dict(images=200), **how, seeds='0,1', out=str(tmp_path))
+    compare_methods('labels', **words | dict(images=100), **how, out=str(tmp_path))
+    text = '\n'.join(comparison(tmp_path))
+    heads = [line for line in text.splitlines() if line.startswith('## ')]
+    assert heads == [f'## Methods side by side, on the validation classes: {HOW[p]}' for p in ('own', 'cosine', 'own', 'cosine')]
+    first = text.split('## ')[1]
+    t = tables['own'][tables['own'].shot == 1]
+    means = t.groupby('method').accuracy.mean().sort_values(ascending=False)
+    lines = [line for line in first.splitlines() if line.startswith('| `')]
+    assert [line.split('`')[1] for line in lines] == list(means.index)
+    for line,name in zip(lines, means.index, strict=True):
+        cells = line.split(' | ')
+        assert cells[4].startswith(f'{means[name]:.2f} (sd ') and line.count('](results/compare/') == 2
+        if name == 'labels': continue
+        of = [r['versus']['labels']['1-shot'] for r in records(tmp_path/'results') if (r['method'], r['protocol']) == (name, 'own')]
+        clear = {d['clear'] for d in of} in ({1}, {-1})
+        assert f"{np.mean([d['difference'] for d in of]):+.2f}" in cells[6] and cells[6].startswith('**') == clear
 
 def test_a_method_that_fails_leaves_the_others_their_turn(words, tmp_path):
     known = few('labels', 'protonet')
