@@ -92,7 +92,8 @@ def stage_one(data:FewShotData, s:StageOne, start:nn.Module|None=None, **kwargs)
     own = {k:v for k,v in s.values().items() if k not in OF_DATA_AND_FIT}
     if start is not None:
         start = copy.deepcopy(start)
-        if start.num_classes != dls.c: start.reset_classifier(dls.c)
+        with cpu_seed(s.seed):
+            if start.num_classes != dls.c: start.reset_classifier(dls.c)
     learn = global_learner(dls, s.arch if start is None else start, opt_func=OPTIMISERS[s.opt], **own, **kwargs)
     if s.drop_ramp is not None: set_drop_steps(learn.model, max(1, round(s.drop_ramp*s.epochs*len(dls.train))))
     return learn,fit_function(s, dls.train.bs)

@@ -112,7 +112,8 @@ class ContrastiveKD(DistillationTerm):
     """L_crd: of all images of the batch, the student's vector of an image finds the teacher's vector of the same image
 
     It is the cross-entropy of the cosines, divided by the temperature `T`, of vectors of `size` numbers that linear layers make of both
-    sides' features, or the mean over several teachers. CRD (arXiv 1910.10699) draws the other images from a memory of all images instead.
+    sides' features, or the mean over several teachers. CRD (arXiv 1910.10699) draws the other images from a memory of all images, without
+    those of the same class, and tells pairs apart one by one, in both directions.
     """
     parts = ('L_crd',)
     def __init__(self, weight:float=1., T:float=0.1, size:int=128):

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import pandas as pd
+import torch
 
 from ..core.distributed import from_rank_zero, log, processes, rank_world
 from ..core.errors import UserError
-from ..core.storage import digest, user_path
+from ..core.storage import digest, read_json, user_path
 from ..data.episodes import check_episode
 from ..fewshot.stats import compare
 from ..methods.catalogue import METHODS
@@ -78,7 +79,8 @@ class Comparison:
     def chain(self, name):
         "The method, and the methods whose networks it starts from or learns from"
         m = self.methods[name]
-        return list(dict.fromkeys([name, *(k for other in (m.start, m.teacher) if other in self.methods for k in self.chain(other))]))
+        others = [other for other in (m.start, m.teacher) if other in self.methods and other != name]
+        return list(dict.fromkeys([name, *(k for other in others for k in self.chain(other))]))
     def images_with_others(self, name, shot):
         "Images that the training sees, with those of the trainings that it needs"
         return sum(self.methods[k].images(self, shot) for k in self.chain(name))
@@ -92,15 +94,15 @@ def compare_methods(
     files=None, # the given `DataOptions`
     arch:str='convnet4', # network of all methods, a timm model
     teacher:str=None, # trained network that teaches the methods that need one (demo: convnet4_256.grdd_cifarfs)
-    images:Annotated[int, 'images that each training sees, counting each view and each rotated copy (460800; demo: 6000)',
+    images:Annotated[int, 'images that each training sees, up to whole epochs, with each view and rotated copy (460800; demo: 6000)',
                      between(1, 10**10)]=None,
     seeds:str='0', # training seeds, separated by commas
     score:str='val', # classes to score: val, to choose settings, or novel, at the end
     shots:str='1,5', # shots to score, separated by commas
     # how to score, separated by commas: own (each method's classifier), cosine, prototype, logistic, views, transductive, dirichlet
     protocols:str='own',
-    versus:str='grdd', # method that all others are compared with
-    test_episodes:Annotated[int, 'number of episodes to score (10000; demo: 1000)', between(1, 10**8)]=None,
+    versus:str=None, # method that all others are compared with, which is trained, too (grdd if it is among them, else the first)
+    test_episodes:Annotated[int, 'number of episodes to score (10000; demo: 1000)', between(2, 10**8)]=None,
     out:str=None, # folder for tables, figures and networks, which are used again (runs/compare; demo: runs/compare-demo)
     results:str=None, # folder for a record of each method and protocol (in this project: results)
     follow=None, # the given `LogOptions`
@@ -117,14 +119,16 @@ def compare_methods(
     for name in names: check_choice('--methods', name, known)
     protocols = [k.strip() for k in protocols.split(',')]
     for name in protocols: check_choice('--protocols', name, PROTOCOLS)
+    if versus is None: versus = 'grdd' if 'grdd' in names else names[0]
     check_choice('--versus', versus, known)
+    if versus not in names: names.append(versus)
     check_choice('--score', score, SPLITS)
     seeds,shots = whole_numbers('seeds', seeds),whole_numbers('shots', shots)
     for seed in seeds: from_flags(ONE, dict(seed=seed)) # an error for a seed that is out of bounds
+    if '.' in arch: raise UserError(f'--arch is {arch}, which has trained weights: leave its tag out, since all begin with random ones')
     check_backbone(arch, 32)
-    teacher = teacher or (DEMO['teacher'] if demo else None)
-    needs = next((k for k in names if known[k].teacher == 'given'), None)
-    if needs and teacher is None: raise UserError(f'{needs} learns from a teacher: give --teacher a network with weights')
+    if teacher is None and demo: teacher = DEMO['teacher']
+    if teacher is not None: teacher = given(teacher)
     if out is None: out = default_out('compare', demo)
     from_rank_zero(lambda: check_writable(out, results))
     out,files = user_path(out, '--out'),from_flags(DataOptions(), files)
@@ -137,8 +141,11 @@ def compare_methods(
     default = DEMO if demo else PAPER
     store = NetworkStore(data, out, max_minutes, logs=[out, *([results] if results else [])], cache=files.cache,
                          loggers=from_flags(LogOptions(), follow).loggers)
-    lab = Comparison(store, known, arch, images or default['images'], ONE, TWO.but(**default.get('two', {})),
-                     teacher and given(teacher))
+    lab = Comparison(store, known, arch, images or default['images'], ONE, TWO.but(**default.get('two', {})), teacher)
+    chains = list(dict.fromkeys(k for name in names for k in lab.chain(name)))
+    for name in chains: known[name].check(lab)
+    for note in (known[name].warn(name, lab) for name in chains):
+        if note: log(note)
     scores,failed,stop = train_and_score(lab, names, seeds, shots, {k:PROTOCOLS[k] for k in protocols}, score,
                                          test_episodes or default['test_episodes'])
     tables,first = {},rank_world()[0] == 0
@@ -154,8 +161,9 @@ def compare_methods(
 
 
 def given(teacher):
-    "The `Trained` network with a name or path; its settings are its name and its checksum"
-    net = load_network(teacher)
+    "The `Trained` network with a name or path; its settings are its name and its checksum. UserError if there is none"
+    try: net = load_network(teacher)
+    except UserError as e: raise UserError(f'--teacher is {teacher!r}, which cannot be used: {e}') from None
     return Trained(net, Path(public_word(teacher)), dict(network=Path(public_word(teacher)).name, weights=digest(net.state_dict())[:16]))
 
 def train_and_score(lab, names, seeds, shots, protocols, split, n_episodes):
@@ -194,10 +202,10 @@ def write(lab, protocol, scores, versus, split, out, results):
     table,pairs = pd.DataFrame(table),pd.concat(pairs)
     write_tables(out, f'compare_{protocol}_{split}', table, pairs)
     title = f'{lab.data.name}, {lab.arch}, {protocol}: {HOW[protocol]}'
-    save_figure(plot_costs(table, title), out/f'compare_{protocol}_{split}.png')
+    save_figure(plot_costs(table, title), out/f'compare_{protocol}_{split}_{lab.images}.png')
     for name,seed in dict.fromkeys((name, seed) for name,seed,_ in scores) if results else ():
         r = method_record(lab, name, seed, protocol, scores, versus, split)
-        write_record(results, r)
+        write_record(results, with_other_shots(r, Path(results).expanduser()/'compare'/r['file']))
     return table
 
 def line(lab, name, seed, shot, protocol, e, split):
@@ -205,8 +213,20 @@ def line(lab, name, seed, shot, protocol, e, split):
     m,t = lab.methods[name],lab.network(name, seed, shot)
     return dict(method=name, title=m.title, seed=seed, split=split, shot=shot, classifier=classifier(m, protocol), accuracy=e.accuracy,
                 ci95=e.ci95, n=len(e.episodes), images=m.images(lab, shot), images_with_others=lab.images_with_others(name, shot),
-                minutes=round(t.read('result.json')['seconds']/60, 1), parameters=sum(p.numel() for p in (t.method or t.net).parameters()),
-                teacher=teacher_of(lab, name), published=dict(zip((1, 5), m.published.get(lab.data.name, ()))).get(shot))
+                minutes=round(t.read('result.json')['seconds']/60, 1), parameters=parameters(t), teacher=teacher_of(lab, name),
+                published=dict(zip((1, 5), published(lab, m, protocol, split))).get(shot))
+
+def parameters(trained):
+    "Number of parameters of the method without a classifier of the base classes"
+    head = trained.net.get_classifier()
+    return count(trained.method or trained.net) - (count(head) if isinstance(head, torch.nn.Module) else 0)
+
+def count(module): return sum(p.numel() for p in module.parameters())
+
+def published(lab, method, protocol, split):
+    "The published accuracies of a method, where ours are on the same classes with the same kind of network and no other classifier"
+    comparable = lab.arch == 'convnet4' and split == 'novel' and protocol in ('own', 'views')
+    return method.published.get(lab.data.name, ()) if comparable else ()
 
 def classifier(method, protocol):
     "The name of the classifier that scores a method by a protocol"
@@ -219,12 +239,23 @@ def teacher_of(lab, name):
     teacher = lab.methods[name].teacher
     return lab.teacher.settings['network'] if teacher == 'given' else teacher
 
+def of_any_shot(settings):
+    "The settings without the seed, and without what differs from shot to shot in a method that has a network for each"
+    return {k:v for k,v in no_seed(settings).items() if 'method' not in settings or k not in ('shot', 'epochs')}
+
+def with_other_shots(record, path):
+    "The record with the scores of further shots from the record of the same network that the file at `path` holds, if there is one"
+    old = read_json(path, {})
+    def both(old, new): return {k:both(old[k], v) if isinstance(v, dict) and k in old else v for k,v in (old | new).items()}
+    if old.get('same') != record['same']: return record
+    return record | {k:both(old[k], record[k]) for k in ('scores', 'versus', 'images', 'images_with_others', 'networks') if k in old}
+
 def method_record(lab, name, seed, protocol, scores, versus, split):
     "A dict for JSON with all that is needed to get the numbers of a method, a seed and a protocol again"
     m = lab.methods[name]
     mine = {shot:e for (k,s,shot),e in scores.items() if (k, s) == (name, seed)}
     networks = {shot:lab.network(name, seed, shot) for shot in mine}
-    same = key_of([no_seed(t.settings) for t in networks.values()] + [lab.data.fingerprint])
+    same = key_of([of_any_shot(t.settings) for t in networks.values()][:1] + [lab.data.fingerprint, lab.images])
     differences = {f'{shot}-shot':of_difference(e - scores[versus, seed, shot]) for shot,e in mine.items()
                    if name != versus and (versus, seed, shot) in scores}
     first = next(iter(networks.values()))
@@ -232,7 +263,7 @@ def method_record(lab, name, seed, protocol, scores, versus, split):
         file=f'{slug(name)}-{protocol}-{same}-s{seed}-{split}.json', experiment='compare', method=name, title=m.title, source=m.source,
         protocol=protocol, classifier=classifier(m, protocol), budget=lab.images,
         order=list(lab.methods).index(name), same=same, seed=seed, split=split, arch=lab.arch,
-        teacher=teacher_of(lab, name), published=m.published.get(lab.data.name),
+        teacher=teacher_of(lab, name), published=published(lab, m, protocol, split),
         scores={f'{shot}-shot':of_scores(e) for shot,e in mine.items()},
         versus={versus:differences} if differences else {},
         images={f'{shot}-shot':m.images(lab, shot) for shot in mine},

@@ -1,7 +1,9 @@
 """The tables of recipes/compare.py in RESULTS.md, from its records: one for each protocol, so that none mixes two."""
 import json
+import statistics
 from collections import defaultdict
 
+from ..core.errors import UserError
 from .markdown import accuracy, arxiv_link, differences, distinct, markdown_table
 
 __all__ = ['comparison', 'HOW', 'METHODS_SIDE_BY_SIDE']
@@ -9,7 +11,7 @@ __all__ = ['comparison', 'HOW', 'METHODS_SIDE_BY_SIDE']
 
 METHODS_SIDE_BY_SIDE = 'compare' # the experiment's folder in results/
 HOW = { # the protocols in words, for figures and the report
-    'own': 'each method by the classifier of its paper',
+    'own': 'each method by its own classifier',
     'cosine': 'mean cosine with the support images',
     'prototype': 'nearest mean of normalised features',
     'logistic': 'logistic regression on normalised features',
@@ -22,17 +24,27 @@ CLASSES = dict(val='validation', novel='novel')
 
 def comparison(root):
     "Parts of RESULTS.md with the tables of all methods; none if there are no records"
-    groups = defaultdict(lambda: defaultdict(list)) # (classes, images per training, protocol) -> method -> records by seed
+    # (classes, images per training, protocol, data, network) -> method -> records by seed
+    groups = defaultdict(lambda: defaultdict(list))
     read = [json.loads(path.read_text()) for path in (root/'results'/METHODS_SIDE_BY_SIDE).glob('*.json')]
-    for r in sorted(read, key=lambda r: (r['order'], r['seed'])): groups[r['split'], -r['budget'], r['protocol']][r['method']].append(r)
+    for r in sorted(read, key=lambda r: (r['order'], r['seed'])):
+        groups[r['split'], -r['budget'], r['protocol'], r['data']['fingerprint'], r['arch']][r['method']].append(r)
     parts = []
-    for split,budget,protocol in sorted(groups, key=lambda k: (k[0], k[1], list(HOW).index(k[2]))):
-        rows = groups[split, budget, protocol]
+    for key in sorted(groups, key=lambda k: (k[0], k[1], list(HOW).index(k[2]), k[3:])):
+        (split,budget,protocol,*_),rows = key,groups[key]
+        for seeds in rows.values(): check_seeds(seeds)
         every = [r for seeds in rows.values() for r in seeds]
         parts += [f'## Methods side by side, on the {CLASSES[split]} classes: {HOW[protocol]}\n', summary(every, -budget) + '\n',
                   table(rows) + '\n']
-        if (root/(name := f'results/figures/compare_{protocol}_{split}.png')).exists(): parts.append(f'![Accuracy and cost]({name})\n')
+        figure = f'results/figures/compare_{protocol}_{split}_{-budget}.png'
+        if (root/figure).exists(): parts.append(f'![Accuracy and cost]({figure})\n')
     return parts
+
+def check_seeds(seeds):
+    "Raise UserError if the records of a method are not of one network for each seed, trained with the same settings and teacher"
+    names = ', '.join(r['file'] for r in seeds)
+    if len({r['seed'] for r in seeds}) < len(seeds) or len({(r['same'], r['teacher']) for r in seeds}) > 1:
+        raise UserError(f'the records {names} are not seeds of one training: remove those that are out of date')
 
 def summary(records, budget):
     "A sentence on the networks, the episodes and the machines of a table"
@@ -63,4 +75,4 @@ def table(rows):
         lines.append([*cells, links])
     return markdown_table([*head, 'records'], lines)
 
-def mean(seeds, shot): return sum(r['scores'][shot]['accuracy'] for r in seeds if shot in r['scores'])/len(seeds)
+def mean(seeds, shot): return statistics.mean([r['scores'][shot]['accuracy'] for r in seeds if shot in r['scores']] or [0.])

@@ -1,6 +1,7 @@
 """The networks of an experiment: each is trained once, in a run named by its settings, and all are scored on the same episodes."""
 import copy
 import hashlib
+import inspect
 import json
 import re
 import sys
@@ -70,6 +71,16 @@ class Protocol(NamedTuple):
         return ''.join('-' + re.sub('[^a-z0-9.=]+', '-', str(v).lower()).strip('-') for v in self.recorded().values())
 
 
+def of_class(method):
+    "The arguments `own` of a class or a `partial` of one, and a checksum of its code if it does not belong to the package"
+    cls = getattr(method, 'func', method)
+    defaults = {k:p.default for k,p in inspect.signature(cls).parameters.items() if p.default is not p.empty}
+    found = dict(own=defaults | getattr(method, 'keywords', {}))
+    if not cls.__module__.startswith('grdd_fastai.'):
+        with suppress(OSError, TypeError): found['code'] = hashlib.sha256(inspect.getsource(cls).encode()).hexdigest()[:16]
+    return found
+
+
 class NetworkStore:
     """Trained networks in the folder `out`, each in its own folder named by its settings and the data
 
@@ -122,9 +133,9 @@ class NetworkStore:
 
         It starts from the `Trained` network `start`, or from random weights of `arch`.
         """
-        name,own = getattr(method, 'func', method).__name__,getattr(method, 'keywords', {})
+        name = getattr(method, 'func', method).__name__
         recorded = {k:v for k,v in s.recorded().items() if k in OF_EPISODES}
-        settings = dict(method=name) | own | recorded | dict(start=start.settings if start else dict(arch=arch))
+        settings = dict(method=name) | of_class(method) | recorded | dict(start=start.settings if start else dict(arch=arch))
         def make(run):
             net = copy.deepcopy(start.net) if start else arch
             if start and net.num_classes: net.reset_classifier(0)

@@ -187,7 +187,7 @@ def check_choice(flag, value, choices):
     "Raise UserError unless the value of the flag is one of the `choices`"
     if value in choices: return
     known = ', '.join(choices)
-    raise UserError(f'{flag} is {value}: it is one of {known}')
+    raise UserError(f'{flag} is {value!r}: it is one of {known}')
 
 def whole_numbers(name, text):
     "The whole numbers in a text that separates them by commas, each once; UserError, by the flag's `name`, for any other text"

@@ -2,11 +2,14 @@
 
 A method of your own is a file and a line in `METHODS`: docs/extending.md shows it.
 """
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from ..core.errors import UserError
+from ..fewshot.classifiers import get_classifier
 from ..stage_two import episode_size
-from .episodic import ANIL, FEAT, MAML, MatchingNet, MetaBaseline, ProtoNet, RelationNet
+from .episodic import ANIL, FEAT, MAML, EpisodicMethod, MatchingNet, MetaBaseline, ProtoNet, RelationNet
 from .transfer import BornAgain, InvariantEquivariant, ManifoldMixup, RotationInvariance, TeacherLogits
 
 __all__ = ['Method', 'Transfer', 'Episodic', 'Distilled', 'METHODS']
@@ -21,13 +24,30 @@ class Method:
     """
     title: str # the name that the field uses
     source: str = '' # arXiv number of its paper
-    classifier: str|None = 'cosine' # the classifier of its paper; None: `EpisodicMethod.classify`
+    classifier: str|None = 'cosine' # classifier that scores it; None: `EpisodicMethod.classify`
     published: dict = field(default_factory=dict) # data set -> accuracies for one shot and five that were published for ConvNet-4
     start: str|None = None # method whose network this one starts from
     teacher: str|None = None # method whose network is the teacher; 'given': the network that --teacher names
-    length: float = 1. # images that a training sees, as a multiple of --images
+    length: float = 1. # images of the training, as a multiple of --images
     settings: dict = field(default_factory=dict) # what differs from the settings of all methods of the kind
     per_shot = False # whether there is a network for each shot
+
+    def check(self, lab):
+        "Raise UserError if the line cannot be trained or scored"
+        for other in (self.start, self.teacher):
+            if other in (None, 'given'): continue
+            if other not in lab.methods: raise UserError(f'{self.title} needs {other!r}, which is no method: give it a line, too')
+            if lab.methods[other].per_shot and not self.per_shot:
+                raise UserError(f'{self.title} starts from {other!r}, which has a network for each shot: take a method with one network')
+        if self.teacher == 'given' and lab.teacher is None:
+            raise UserError(f'{self.title} learns from a teacher: give --teacher a network with weights')
+        if self.classifier: get_classifier(self.classifier)
+        elif not isinstance(self, Episodic): raise UserError(f'{self.title} has no classifier: name one')
+        self.stage(lab)
+    def warn(self, name, lab):
+        "A sentence if a training of whole epochs sees other than about the asked number of images, else None"
+        seen,asked = self.images(lab),self.length*lab.images
+        if abs(math.log(seen/asked)) > .2: return f'note: {name} sees {seen:,} images in whole epochs, in place of {asked:,.0f}'
 
     def before(self, lab, seed, shot):
         "The trained networks of `start` and `teacher`, None where the method has none"
@@ -42,8 +62,15 @@ class Transfer(Method):
         s = lab.one.but(**self.settings, seed=seed)
         return s.but(epochs=max(1, round(self.length*lab.images/(len(lab.data.train)*self.copies(s)))))
     def copies(self, s):
-        "Images that a training sees for each image of a batch"
-        return 4 if (s.rotation and s.rotations == 4) or {RotationInvariance, InvariantEquivariant} & self.terms.keys() else 1
+        "How many images count for one image of a batch: itself and its rotated copies"
+        return max([4 if s.rotation and s.rotations == 4 else 1, *(getattr(term, 'copies', 1) for term in self.terms)])
+    def check(self, lab):
+        super().check(lab)
+        for term,kw in self.terms.items():
+            try: made = term(**kw)
+            except TypeError as e: raise UserError(f'{term.__name__} of {self.title} cannot be made ({e}): mend its line') from None
+            if getattr(made, 'needs_teacher', False) and not self.teacher:
+                raise UserError(f'{term.__name__} of {self.title} needs a teacher: name one in its line')
     def images(self, lab, shot=1):
         s = self.stage(lab)
         return s.epochs*len(lab.data.train)*self.copies(s)
@@ -54,6 +81,9 @@ class Transfer(Method):
         if teacher: more['teacher'] = teacher.settings
         return lab.store.stage_one_net(self.stage(lab, seed), start, cbs, **more)
 
+
+# the settings of `StageTwo` that an episodic method has
+EPISODE_SETTINGS = ('n_way', 'n_query', 'n_episodes', 'episodes_per_step', 'schedule', 'lr', 'opt', 'jitter', 'augment')
 
 class OfEpisodes(Method):
     "What the methods have in common whose batches are episodes"
@@ -72,11 +102,23 @@ def images_per_epoch(data, s):
 
 @dataclass(frozen=True, kw_only=True)
 class Episodic(OfEpisodes):
-    "A method that trains on episodes like those that score it, with as many classes and support images"
+    """A method that trains on episodes, with a network for each shot
+
+    An episode has 5 classes and 15 queries of each, unless `settings` say otherwise.
+    """
     classifier: str|None = None
     make: Callable # `EpisodicMethod`, or a `partial` of one
     per_shot = True
-    def shots(self, shot): return dict(n_way=5, k_shot=shot, n_query=15)
+    def check(self, lab):
+        made = getattr(self.make, 'func', self.make)
+        if not (isinstance(made, type) and issubclass(made, EpisodicMethod)):
+            raise UserError(f'{self.title} is made by {self.make!r}: give a subclass of EpisodicMethod, or a partial of one')
+        if self.teacher: raise UserError(f'{self.title} trains on episodes without a teacher: leave teacher out')
+        if useless := next((k for k in self.settings if k not in EPISODE_SETTINGS), None):
+            known = ', '.join(EPISODE_SETTINGS)
+            raise UserError(f'the setting {useless} of {self.title} has no effect: those of an episodic method are {known}')
+        super().check(lab)
+    def shots(self, shot): return dict(n_way=5, k_shot=shot, n_query=15, lr=.01)
     def train(self, lab, seed, shot):
         start,_ = self.before(lab, seed, shot)
         return lab.store.episodic_net(self.make, lab.arch, self.stage(lab, seed, shot), start)
@@ -84,8 +126,12 @@ class Episodic(OfEpisodes):
 
 @dataclass(frozen=True, kw_only=True)
 class Distilled(OfEpisodes):
-    "Stage two from random weights: a teacher's relatedness, or something else that a student can learn from it"
+    "Stage two from random weights, with a teacher's relatedness or another term; without a teacher, on labels alone"
     teacher: str|None = 'given'
+    def check(self, lab):
+        if self.start: raise UserError(f'{self.title} is trained from random weights: leave start out')
+        super().check(lab)
+        if self.stage(lab).init != 'random': raise UserError(f'{self.title} is trained from random weights: leave init out')
     def train(self, lab, seed, shot):
         _,teacher = self.before(lab, seed, shot)
         return lab.store.stage_two_net(lab.arch, teacher, self.stage(lab, seed))
@@ -96,7 +142,7 @@ class Distilled(OfEpisodes):
 def only(**weight): return dict(kl_weight=0., **weight) # another term in place of the relatedness
 
 RFS = 'logistic'
-WIDE = dict(n_way=20, n_query=5, lr=.01) # episodes of more classes than those that score, as in ProtoNet's paper
+WIDE = dict(n_way=20, n_query=5) # episodes of more classes than those that score, as in ProtoNet's paper
 FROM_RFS = dict(start='rfs_simple', settings=WIDE | dict(lr=.005))
 METHODS = {
     # a classifier of the base classes
@@ -109,8 +155,8 @@ METHODS = {
     'skd0':          Transfer(title='SKD, generation 0', source='2006.09785', classifier=RFS, settings=dict(rotation=True)),
     'skd1':          Transfer(title='SKD, generation 1', source='2006.09785', classifier=RFS, start='skd0', teacher='skd0',
                               terms={RotationInvariance:{}}, settings=dict(lr=.002)),
-    's2m2':          Transfer(title='S2M2', source='1907.12087', classifier=RFS, start='skd0', terms={ManifoldMixup:{}},
-                              settings=dict(head='cosine')),
+    's2m2':          Transfer(title='S2M2, mixup after rotation', source='1907.12087', classifier=RFS, start='skd0',
+                              terms={ManifoldMixup:{}}, settings=dict(head='cosine')),
     'ier':           Transfer(title='IER, with rotations', source='2103.01315', classifier=RFS, terms={InvariantEquivariant:{}}),
     'cl':            Transfer(title='CL, with a cosine head and label smoothing', settings=dict(head='cosine', smoothing=.1)),
     'cl_twice':      Transfer(title='CL, twice as long', settings=dict(head='cosine', smoothing=.1), length=2.),
@@ -118,14 +164,15 @@ METHODS = {
     'protonet':      Episodic(title='ProtoNet', source='1703.05175', make=ProtoNet, settings=WIDE, published=dict(cifar_fs=(55.5, 72.0))),
     'matchingnet':   Episodic(title='MatchingNet', source='1606.04080', make=MatchingNet, settings=WIDE),
     'relationnet':   Episodic(title='RelationNet', source='1711.06025', make=RelationNet, published=dict(cifar_fs=(55.0, 69.3))),
-    'maml':          Episodic(title='MAML, first order', source='1703.03400', make=MAML, published=dict(cifar_fs=(58.9, 71.5))),
+    'maml':          Episodic(title='MAML, first order', source='1703.03400', make=MAML),
     'anil':          Episodic(title='ANIL', source='1909.09157', make=ANIL),
     'meta_baseline': Episodic(title='Meta-Baseline', source='2003.04390', make=MetaBaseline, **FROM_RFS),
     'feat':          Episodic(title='FEAT', source='1812.03664', make=FEAT, **FROM_RFS),
-    # a teacher, whose features of each view of each image are known
+    # they learn from a teacher, whose features of all augmented views are computed beforehand
     'labels':        Distilled(title='the labels of wide episodes alone', teacher=None),
-    'grdd':          Distilled(title='GRDD, all pairs', source='2107.05583', published=dict(cifar_fs=(69.3, 84.7))),
-    'grdd_paper':    Distilled(title='GRDD, support and queries', source='2107.05583', settings=dict(pairs='episode')),
+    'grdd':          Distilled(title='GRDD, all pairs', source='2107.05583'),
+    'grdd_paper':    Distilled(title='GRDD, support and queries', source='2107.05583', settings=dict(pairs='episode'),
+                               published=dict(cifar_fs=(69.3, 84.7))),
     'grdd_features': Distilled(title='GRDD, all pairs, and features', settings=dict(regression_weight=5.)),
     'kd':            Distilled(title='logits', source='1503.02531', settings=only(kd_weight=5.)),
     'fitnet':        Distilled(title='features', source='1412.6550', settings=only(regression_weight=5.)),

@@ -13,6 +13,7 @@ from torch import nn
 from torch.func import functional_call
 
 from ..core.device import cpu_seed
+from ..core.distributed import rank_world
 from ..core.errors import UserError
 from ..data.augment import train_augmentation
 from ..data.blocks import episodic_dls
@@ -64,7 +65,7 @@ class ProtoNet(EpisodicMethod):
 class MatchingNet(EpisodicMethod):
     """The classes of the support, by attention: the softmax of the cosines of a query with the support (arXiv 1606.04080, Eq. 1)
 
-    `scale` multiplies the cosines. The paper's full-context embeddings are left out, as in most later comparisons.
+    `scale` multiplies the cosines; the paper has no such factor. Its full-context embeddings are left out, as in most later comparisons.
     """
     def __init__(self, backbone, scale:float=10.):
         super().__init__(backbone)
@@ -77,8 +78,9 @@ class MatchingNet(EpisodicMethod):
 class RelationNet(EpisodicMethod):
     """A small network compares the feature maps of a query with the sum of those of a class (arXiv 1711.06025, Eq. 1-2)
 
-    Its score, from 0 to 1, is trained to be 1 for the query's class and 0 for the others, by the squared error. `px` is the side of the
-    images; None: that of the backbone's `pretrained_cfg`.
+    Its score, from 0 to 1, is trained to be 1 for the query's class and 0 for the others, by the squared error. The maps of small images
+    are small: the convolutions pad them, and those too small for a pool are not pooled. `px` is the side of the images; None: that of the
+    backbone's `pretrained_cfg`.
     """
     def __init__(self, backbone, px:int|None=None, hidden:int=8):
         super().__init__(backbone)
@@ -86,6 +88,9 @@ class RelationNet(EpisodicMethod):
         was_training = backbone.training
         with torch.no_grad(): self.maps = tuple(backbone.eval().forward_features(torch.zeros(1, 3, px, px)).shape[1:])
         backbone.train(was_training)
+        if len(self.maps) != 3:
+            what = type(backbone).__name__
+            raise UserError(f'RelationNet compares feature maps, and {what} gives {self.maps}: choose a convolutional network')
         D,H,W = self.maps
         def block(n_in): return [nn.Conv2d(n_in, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU()]
         pools = [nn.MaxPool2d(2) if min(H, W) >= 2**(i + 1) else nn.Identity() for i in range(2)]
@@ -114,7 +119,8 @@ class MetaBaseline(EpisodicMethod):
 class FEAT(EpisodicMethod):
     """The class means are adapted to one another by self-attention before queries are compared with them (arXiv 1812.03664, Eq. 4-6)
 
-    Logits are minus the squared distances, divided by `temperature`. The paper's contrastive term of training is left out.
+    Logits are minus the squared distances, divided by `temperature`. The paper's contrastive term of training, and the official program's
+    dropout of the attention, are left out.
     """
     def __init__(self, backbone, temperature:float=64., drop:float=.5):
         super().__init__(backbone)
@@ -125,7 +131,7 @@ class FEAT(EpisodicMethod):
         self.out,self.drop,self.norm = nn.Linear(D, D),nn.Dropout(drop),nn.LayerNorm(D)
         nn.init.xavier_normal_(self.out.weight)
     def adapted(self, means):
-        "Class means (E, C, D) -> those that know of each other"
+        "Class means (E, C, D), each changed by its attention to the others"
         attention = (self.q(means) @ self.k(means).mT / math.sqrt(means.shape[-1])).softmax(-1) # (E, C, C)
         return self.norm(means + self.drop(self.out(attention @ self.v(means))))
     def logits(self, support, support_y, query):
@@ -160,9 +166,9 @@ class ANIL(EpisodicMethod):
 class MAML(EpisodicMethod):
     """The whole network takes a few steps of gradient descent on the support from a learnt beginning (arXiv 1703.03400), to first order
 
-    What it reads of an image is the image itself. Batch normalisation uses the statistics of the support and of the queries, each by
-    themselves, so that the queries of an episode influence each other, as in the paper. The gradient of the inner steps is taken for
-    constant (the paper's first-order approximation).
+    What it reads of an image is the image itself. The support and the queries are each normalised by their own batch statistics, so the
+    queries of an episode influence each other, as in the paper. The gradients of the inner steps are treated as constants (the paper's
+    first-order approximation). UserError in a distributed run.
     """
     transductive = True
     def __init__(self, backbone, n_way:int=5, steps:int=5, lr:float=.01):
@@ -171,6 +177,7 @@ class MAML(EpisodicMethod):
     def forward(self, x): return x.flatten(1)
     def logits(self, support, support_y, query):
         check_classes(self, support_y)
+        if rank_world()[1] > 1: raise UserError('MAML trains in one process, because it normalises each episode by itself: launch one')
         px = math.isqrt(support.shape[-1]//3)
         support,query = (x.unflatten(-1, (3, px, px)) for x in (support, query))
         return torch.stack([self.of_episode(*e) for e in zip(support, support_y, query, strict=True)])
@@ -178,17 +185,20 @@ class MAML(EpisodicMethod):
         "Logits (NQ, C) of one episode, from images (NS, 3, H, W), classes (NS) and images (NQ, 3, H, W)"
         tracked = {} if self.training else {k:b.clone() for k,b in self.backbone.named_buffers()} # `classify` changes no statistics
         def outputs(x, W, b, theta): return F.linear(functional_call(self.backbone, (theta, tracked), (x,)), W, b)
-        names,was_training = [k for k,_ in self.backbone.named_parameters()],self.training
+        names = [k for k,_ in self.backbone.named_parameters()]
+        norms = [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        were = [m.training for m in norms]
         params = [*self.head.parameters(), *self.backbone.parameters()]
         def with_params(x): return outputs(x, *params[:2], dict(zip(names, params[2:], strict=True)))
-        self.train() # statistics of the batch
+        for m in norms: m.train() # statistics of the batch
         try:
             with torch.enable_grad():
                 for _ in range(self.steps):
                     grads = torch.autograd.grad(F.cross_entropy(with_params(support), support_y), params)
                     params = [p - self.lr*g for p,g in zip(params, grads, strict=True)]
             return with_params(query)
-        finally: self.train(was_training)
+        finally:
+            for m,training in zip(norms, were, strict=True): m.train(training)
 
 
 # ---- the Learner ------------------------------------------------------------------------------------------------------
@@ -197,7 +207,7 @@ class MethodLoss(EpisodicLoss):
     "The loss of a method on a batch of episodes from `EpisodicDL`"
     def __init__(self, method, n_way, k_shot, n_query):
         super().__init__(n_way, k_shot, n_query)
-        self.of_method = [method] # in a list, because the layers are the model's
+        self.of_method = [method] # in a list, so that its layers are not registered a second time
     def forward(self, h, y=None):
         method, = self.of_method
         support,query = self.split(h.float())

@@ -41,7 +41,7 @@ class BornAgain(LossTerm):
 
     L_kl is `distillation_kl`. The weights of one half each are those of the official script.
     """
-    parts = ('L_kl',)
+    parts,needs_teacher = ('L_kl',),True
     def __init__(self, weight:float=.5, label_weight:float=.5, T:float=4.): self.weight,self.label_weight,self.T = weight,label_weight,T
     def after_loss(self):
         L_kl = distillation_kl(self.pred, self.learn.teacher_logits.logits(self.xb[0]), self.T)
@@ -49,13 +49,13 @@ class BornAgain(LossTerm):
 
 
 class RotationInvariance(LossTerm):
-    """SKD's second generation: L_kl + weight * L_2, without labels (arXiv 2006.09785, section 3.2)
+    """SKD's generation 1, which learns from generation 0: L_kl + weight * L_2, without labels (arXiv 2006.09785, section 3.2)
 
     L_kl is `distillation_kl` of the upright images. L_2 is the mean distance between the logits of an image and those of its three rotated
-    copies.
+    copies; the official program has one of the three angles. Weight and T are those of its command for CIFAR-FS.
     """
-    parts = ('L_kl', 'L_2')
-    def __init__(self, weight:float=.1, T:float=4.): self.weight,self.T = weight,T
+    parts,needs_teacher,copies = ('L_kl', 'L_2'),True,4
+    def __init__(self, weight:float=.1, T:float=2.): self.weight,self.T = weight,T
     def before_batch(self):
         self.upright = self.xb
         self.learn.xb = rotate4(self.xb[0]),
@@ -72,8 +72,8 @@ class RotationInvariance(LossTerm):
 class ManifoldMixup(LossTerm):
     """Manifold mixup: the images or the feature maps after a stage are mixed with those of a shuffled batch, and so are the losses
 
-    The share of an image is drawn from Beta(alpha, alpha) for a whole batch (arXiv 1806.05236; alpha = 2 in S2M2, arXiv 1907.12087). The
-    stages are those that timm's `feature_info` of the backbone names.
+    The share of an image is drawn from Beta(alpha, alpha) for a whole batch (arXiv 1806.05236; alpha = 2 in S2M2, arXiv 1907.12087, whose
+    steps also have rotated images that are not mixed). The stages are those that timm's `feature_info` of the backbone names.
     """
     parts = ('L_mix',)
     def __init__(self, alpha:float=2.): self.alpha = alpha
@@ -107,9 +107,9 @@ class InvariantEquivariant(FeatureTerm):
 
     L_eq tells the angle from the features. L_inv brings the vectors of a rotated image and of the image itself together, against those of
     the other images of the batch: the cross-entropy of their cosines, divided by `T`. The paper has sixteen transformations, by rotation
-    and aspect ratio, and takes the other images from a memory of all images.
+    and aspect ratio, takes the other images from a memory of all images, and also compares an image with its own vector in that memory.
     """
-    parts = ('L_eq', 'L_inv')
+    parts,copies = ('L_eq', 'L_inv'),4
     def __init__(self, weight:float=1., T:float=1., size:int=64): self.weight,self.T,self.size = weight,T,size
     def make_layers(self, n_features, n_classes):
         def head(n_out):

@@ -46,6 +46,7 @@ class Layers(torch.nn.Module):
         for k,m in model.named_children():
             if k != 'backbone': self.add_module(k, m)
         for k,p in model.named_parameters(recurse=False): self.register_parameter(k, p)
+        for k,b in model.named_buffers(recurse=False): self.register_buffer(k, b)
 
 
 class Run:

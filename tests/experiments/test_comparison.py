@@ -1,6 +1,8 @@
 """Methods side by side: what each trains on, the same episodes for all, records, and one line for a method of one's own."""
 import json
+import shutil
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -14,11 +16,12 @@ from grdd_fastai.data.blocks import plain_dl
 from grdd_fastai.data.cache import few_shot_data
 from grdd_fastai.experiments.comparison import ONE, PROTOCOLS, TWO, Comparison, compare_methods
 from grdd_fastai.experiments.comparison_report import HOW, comparison
-from grdd_fastai.experiments.store import NetworkStore, Protocol
+from grdd_fastai.experiments.store import NetworkStore, Protocol, of_class
 from grdd_fastai.fewshot.embed import embed
 from grdd_fastai.fewshot.evaluate import evaluate
-from grdd_fastai.methods.catalogue import METHODS, Distilled, Episodic
-from grdd_fastai.methods.episodic import ProtoNet
+from grdd_fastai.methods.catalogue import METHODS, Distilled, Episodic, Transfer
+from grdd_fastai.methods.episodic import ANIL, ProtoNet
+from grdd_fastai.methods.transfer import BornAgain, ManifoldMixup
 from grdd_fastai.models.pretrained import load_network
 
 IMAGES = 600
@@ -40,7 +43,7 @@ def test_every_method_trains_and_is_scored(words, tmp_path):
     t = compare_methods('all', **words, out=str(tmp_path), results=str(tmp_path/'r'), known=known)['own']
     assert list(t.method) == list(METHODS) and t.accuracy.between(0, 100).all()
     assert pd.read_csv(tmp_path/'compare_own_val.csv').accuracy.tolist() == pytest.approx(t.accuracy.tolist())
-    assert (tmp_path/'compare_own_val.png').stat().st_size > 5000
+    assert (tmp_path/'compare_own_val_200.png').stat().st_size > 5000
     # one network for three methods that differ in the classifier alone
     made = {r['method']:r['networks'] for r in records(tmp_path/'r')}
     assert len({made[k]['net']['run'] for k in ('baseline', 'simpleshot', 'rfs_simple')}) == 1
@@ -48,6 +51,57 @@ def test_every_method_trains_and_is_scored(words, tmp_path):
     data = few_shot_data(words['data'], px=32, cache=words['cache'])
     lab = Comparison(NetworkStore(data, tmp_path), METHODS, 'convnet4', 100_000)
     assert all(abs(m.images(lab)/m.length - 100_000) < 20_000 for m in METHODS.values())
+
+def test_a_line_that_cannot_be_trained_is_a_sentence_before_anything_is(words, tmp_path):
+    def refused(word, name='mine', more=METHODS, **line):
+        known = {name:line.pop('line')} if 'line' in line else more
+        says(lambda: compare_methods(name, **words, out=str(tmp_path), known=METHODS | known), word)
+        assert not net_weights(tmp_path)
+    refused('subclass of EpisodicMethod', line=Episodic(title='Mine', make=lambda net: ProtoNet(net)))
+    refused('rfs_simpel', line=Episodic(title='Mine', make=ProtoNet, start='rfs_simpel'))
+    refused('ema_decay', line=Episodic(title='Mine', make=ProtoNet, settings=dict(ema_decay=.9)))
+    refused('leave teacher out', line=Episodic(title='Mine', make=ProtoNet, teacher='given'))
+    refused('network for each shot', line=Transfer(title='Mine', start='protonet'))
+    refused('needs a teacher', line=Transfer(title='Mine', terms={BornAgain:{}}))
+    refused('cannot be made', line=Transfer(title='Mine', terms={ManifoldMixup:dict(beta=1)}))
+    refused("no setting 'learning_rate'", line=Transfer(title='Mine', settings=dict(learning_rate=1)))
+    refused("unknown classifier 'nearest'", line=Transfer(title='Mine', classifier='nearest'))
+    refused('leave init out', line=Distilled(title='Mine', settings=dict(init='cl')))
+    refused('leave start out', line=Distilled(title='Mine', start='cl'))
+    words = words | dict(teacher=None)
+    refused('--teacher', line=Episodic(title='Mine', make=ProtoNet, start='grdd'))
+
+def test_settings_of_a_class_and_code_of_ones_own_make_another_network(data, tmp_path):
+    store = NetworkStore(data, tmp_path)
+    def folder(method): return of_class(method)
+    assert folder(partial(ANIL, lr=.1)) != folder(partial(ANIL, lr=.5)) and folder(ANIL)['own'] == dict(n_way=5, steps=5, lr=.5)
+    assert 'code' not in folder(ANIL) and store.data is data
+    class A(ProtoNet):
+        def logits(self, support, support_y, query): return -super().logits(support, support_y, query)
+    class B(ProtoNet):
+        def logits(self, support, support_y, query): return super().logits(support, support_y, query)
+    assert folder(A)['code'] != folder(B)['code']
+
+def test_shots_that_are_scored_one_after_the_other_share_a_record(words, tmp_path):
+    known = few('labels', 'protonet')
+    how = dict(versus='labels', known=known, out=str(tmp_path), results=str(tmp_path/'r'))
+    for shots in ('1', '2'): compare_methods('all', **words | dict(shots=shots), **how)
+    apart = {r['method']:r for r in records(tmp_path/'r')}
+    compare_methods('all', **words, **how)
+    both = {r['method']:r for r in records(tmp_path/'r')}
+    for k in known:
+        assert apart[k].keys() == both[k].keys() and len(records(tmp_path/'r')) == 2
+        for part in ('scores', 'versus', 'images'): assert apart[k][part] == both[k][part], (k, part)
+    (tmp_path/'r'/'compare'/'copy.json').write_text(json.dumps(both['labels'] | dict(file='copy.json')))
+    shutil.copytree(tmp_path/'r', tmp_path/'root'/'results')
+    says(lambda: comparison(tmp_path/'root'), 'not seeds of one training')
+
+def test_without_versus_the_first_method_is_compared_with_and_a_named_one_is_trained(words, tmp_path):
+    known = few('labels', 'protonet')
+    compare_methods('labels,protonet', **words | dict(shots='1'), known=known, out=str(tmp_path))
+    assert pd.read_csv(tmp_path/'compare_own_val_pairs.csv').versus.tolist() == ['labels']
+    t = compare_methods('labels', **words | dict(shots='1'), versus='protonet', known=known, out=str(tmp_path))['own']
+    assert list(t.method) == ['labels', 'protonet']
 
 def records(folder): return [json.loads(p.read_text()) for p in folder.glob('compare/*.json')]
 
@@ -106,8 +160,8 @@ def test_a_method_of_ones_own_is_a_class_and_a_line(words, tmp_path):
 def test_seeds_and_chains(words, tmp_path):
     known = few('skd0', 's2m2')
     t = compare_methods('s2m2', **words | dict(shots='1'), seeds='0,1', versus='skd0', out=str(tmp_path), known=known)['own']
-    assert list(t.seed) == [0, 1] and len(net_weights(tmp_path)) == 4
-    assert (t.images_with_others > t.images).all()
+    assert list(t.method) == ['s2m2', 's2m2', 'skd0', 'skd0'] and list(t.seed) == [0, 1]*2 and len(net_weights(tmp_path)) == 4
+    assert list(t.images_with_others > t.images) == [True, True, False, False]
     started = [json.loads((f/'settings.json').read_text())['settings'] for f in tmp_path.iterdir() if (f/'settings.json').exists()]
     assert sorted(s['start']['seed'] for s in started if 'start' in s) == [0, 1]
 
@@ -120,6 +174,9 @@ def test_what_cannot_be_is_a_sentence(words, tmp_path):
     out = dict(out=str(tmp_path))
     says(lambda: compare_methods('protonets', **words, **out), 'protonets')
     says(lambda: compare_methods('grdd', **words | dict(teacher=None), **out), '--teacher')
+    says(lambda: compare_methods('grdd', **words | dict(teacher='/no/net'), **out), "--teacher is '/no/net'")
+    says(lambda: compare_methods('protonet', **words, **out, arch='convnet4.grdd_cifarfs'), 'leave its tag out')
+    says(lambda: compare_methods('', **words, **out), "--methods is ''")
     says(lambda: compare_methods('protonet', **words, **out, protocols='best'), 'best')
     says(lambda: compare_methods('protonet', **words, **out, versus='best'), '--versus')
     says(lambda: compare_methods('protonet', **words, **out, seeds='a'), 'seeds')
@@ -150,6 +207,6 @@ def test_the_report_has_a_table_for_each_protocol_and_budget(words, tmp_path):
 
 def test_a_method_that_fails_leaves_the_others_their_turn(words, tmp_path):
     known = few('labels', 'protonet')
-    known['anil'] = replace(METHODS['anil'], settings=dict(n_way=6, n_episodes=2))
+    known['anil'] = replace(METHODS['anil'], settings=dict(n_way=6, n_episodes=2)) # validation is 5-way, and so is its head
     says(lambda: compare_methods('anil,labels', **words, out=str(tmp_path), versus='labels', known=known), '1 of the methods failed')
     assert np.isfinite(pd.read_csv(tmp_path/'compare_own_val.csv').accuracy).all()

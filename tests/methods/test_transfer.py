@@ -42,7 +42,7 @@ def test_a_born_again_step_by_hand(data, teacher):
     assert all(p.requires_grad for p in teacher.parameters())
 
 def test_a_step_of_the_second_generation_by_hand(data, teacher):
-    "The labels are not used; the distance of the logits is that of the official code, over all three angles"
+    "The labels are not used; the distance of the logits is that of the official code, which has it for one of the three angles"
     def same(pred, y): return float(len(pred) == len(y) == 60)
     cbs = [TeacherLogits(teacher), RotationInvariance(.3, T=2.), Grab()]
     learn = stage_one_learner(data, rotation=False, keep_best=False, cbs=cbs, metrics=same)
