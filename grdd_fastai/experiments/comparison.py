@@ -45,7 +45,7 @@ from .table import (
 __all__ = ['compare_methods', 'Comparison', 'PROTOCOLS']
 
 
-PROTOCOLS = { # name -> how the networks of all methods are scored; own: each method by the classifier of its paper
+PROTOCOLS = { # name -> how the networks of all methods are scored; own: each method by its own classifier
     'own': None,
     'cosine': Protocol(),
     'prototype': Protocol('simpleshot_l2n'),
@@ -93,6 +93,7 @@ def compare_methods(
     methods:str='protonet,rfs_simple,skd0,grdd', # methods, separated by commas, or all
     files=None, # the given `DataOptions`
     arch:str='convnet4', # network of all methods, a timm model
+    px:int=32, # side of the images in pixels
     teacher:str=None, # trained network that teaches the methods that need one (demo: convnet4_256.grdd_cifarfs)
     images:Annotated[int, 'images that each training sees, up to whole epochs, with each view and rotated copy (460800; demo: 6000)',
                      between(1, 10**10)]=None,
@@ -126,14 +127,14 @@ def compare_methods(
     seeds,shots = whole_numbers('seeds', seeds),whole_numbers('shots', shots)
     for seed in seeds: from_flags(ONE, dict(seed=seed)) # an error for a seed that is out of bounds
     if '.' in arch: raise UserError(f'--arch is {arch}, which has trained weights: leave its tag out, since all begin with random ones')
-    check_backbone(arch, 32)
+    check_backbone(arch, px)
     if teacher is None and demo: teacher = DEMO['teacher']
     if teacher is not None: teacher = given(teacher)
     if out is None: out = default_out('compare', demo)
     from_rank_zero(lambda: check_writable(out, results))
     out,files = user_path(out, '--out'),from_flags(DataOptions(), files)
     files.warn_of_demo(demo)
-    data = files.load(32, demo)
+    data = files.load(px, demo)
     most = EPISODE['n_query']*(EPISODE['n_way'] if any((p := PROTOCOLS[k]) and p.queries != 'balanced' for k in protocols) else 1)
     for split in (data.val, data.test):
         for shot in shots: check_episode(split, EPISODE['n_way'], shot, most)
@@ -161,7 +162,7 @@ def compare_methods(
 
 
 def given(teacher):
-    "The `Trained` network with a name or path; its settings are its name and its checksum. UserError if there is none"
+    "The `Trained` network with this name or path, whose settings are its name and its checksum. UserError if there is none"
     try: net = load_network(teacher)
     except UserError as e: raise UserError(f'--teacher is {teacher!r}, which cannot be used: {e}') from None
     return Trained(net, Path(public_word(teacher)), dict(network=Path(public_word(teacher)).name, weights=digest(net.state_dict())[:16]))

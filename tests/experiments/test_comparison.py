@@ -30,7 +30,7 @@ IMAGES = 600
 def words(faint, cache, monkeypatch):
     "Few images, few episodes, also of those that choose the epoch"
     monkeypatch.setattr(store, 'EPISODE', store.EPISODE | dict(n_episodes=20))
-    return dict(data=str(faint), cache=str(cache), images=IMAGES, test_episodes=40, shots='1,2', teacher='convnet4.grdd_cifarfs')
+    return dict(data=str(faint), cache=str(cache), px=16, images=IMAGES, test_episodes=40, shots='1,2', teacher='convnet4.grdd_cifarfs')
 
 def few(*names, **more):
     "Some of the methods, with short epochs"
@@ -48,7 +48,7 @@ def test_every_method_trains_and_is_scored(words, tmp_path):
     made = {r['method']:r['networks'] for r in records(tmp_path/'r')}
     assert len({made[k]['net']['run'] for k in ('baseline', 'simpleshot', 'rfs_simple')}) == 1
     # equal cost, up to whole epochs
-    data = few_shot_data(words['data'], px=32, cache=words['cache'])
+    data = few_shot_data(words['data'], px=16, cache=words['cache'])
     lab = Comparison(NetworkStore(data, tmp_path), METHODS, 'convnet4', 100_000)
     assert all(abs(m.images(lab)/m.length - 100_000) < 20_000 for m in METHODS.values())
 
@@ -109,7 +109,7 @@ def test_scores_are_those_of_the_saved_networks_on_the_same_episodes(words, tmp_
     known = few('protonet', 'labels', 'rfs_simple')
     tables = compare_methods('all', **words, versus='labels', protocols='own,logistic,views,transductive', out=str(tmp_path), known=known,
                              results=str(tmp_path/'r'))
-    data = few_shot_data(words['data'], px=32, cache=words['cache'])
+    data = few_shot_data(words['data'], px=16, cache=words['cache'])
     lab = Comparison(NetworkStore(data, tmp_path), known, 'convnet4', IMAGES, ONE, TWO)
     net = lab.network('rfs_simple', 0, 1).net
     h,y = embed(net, plain_dl(data, 'val'))
@@ -129,7 +129,7 @@ def test_scores_are_those_of_the_saved_networks_on_the_same_episodes(words, tmp_
 def test_the_whole_method_comes_back_from_the_disk(words, tmp_path):
     "Also the layers beside the backbone; the backbone alone is a network that loads by its folder"
     known = few('relationnet')
-    data = few_shot_data(words['data'], px=32, cache=words['cache'])
+    data = few_shot_data(words['data'], px=16, cache=words['cache'])
     a,b = (Comparison(NetworkStore(data, tmp_path), known, 'convnet4', 100).network('relationnet', 0, 1) for _ in range(2))
     assert a.folder == b.folder and all(torch.equal(v, b.method.state_dict()[k]) for k,v in a.method.state_dict().items())
     assert any(k.startswith('relation.') for k in load_file(b.folder/'net_layers.safetensors'))

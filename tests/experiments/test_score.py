@@ -35,9 +35,9 @@ def test_the_table_is_what_evaluate_gives(two_nets, faint, faint_data, cache, tm
             and len(list((tmp_path/'results').glob('inference-*.json'))) == 1)
 
 @pytest.mark.parametrize('wrong, sentence', [
-    (dict(score='test'), '--score is test'), (dict(seed=-1), '--seed is -1'),
+    (dict(score='test'), "--score is 'test'"), (dict(seed=-1), '--seed is -1'),
     (dict(out=NO_FOLDER), 'cannot be written'), (dict(classifiers='cosine,magic'), "unknown classifier 'magic'"),
-    (dict(query_distribution='odd'), '--query-distribution is odd'), (dict(ways='7'), 'too few for 7-way'),
+    (dict(query_distribution='odd'), "--query-distribution is 'odd'"), (dict(ways='7'), 'too few for 7-way'),
     (dict(shots='x'), "--shots is 'x'"), (dict(support_views=-1), '--support-views is -1')])
 def test_wrong_settings_get_a_sentence(two_nets, faint, cache, tmp_path, wrong, sentence):
     with pytest.raises(UserError, match=sentence):

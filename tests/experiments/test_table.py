@@ -85,7 +85,7 @@ def test_a_row_that_diverges_leaves_the_others_their_turn(small, tmp_path, capsy
     assert json.loads(capsys.readouterr().out)['failed'] == made.failed
 
 @pytest.mark.parametrize('wrong, says', [
-    (dict(rows='CL,ELL'), "no row 'ELL': the rows are CL, CL"), (dict(score='test'), '--score is test'),
+    (dict(rows='CL,ELL'), "no row 'ELL': the rows are CL, CL"), (dict(score='test'), "--score is 'test'"),
     (dict(seeds='0;1'), "--seeds is '0;1'"), (dict(preset='worst'), "unknown preset 'worst'"),
     (dict(schedule='cosine'), "--schedule is 'cosine'"),
     (dict(student='convnet5'), "unknown backbone 'convnet5'"), (dict(shots='10'), 'too few for 10 support'),
