@@ -12,8 +12,10 @@ from ..core.distributed import from_rank_zero, log, processes, rank_world
 from ..core.errors import UserError
 from ..core.storage import digest, read_json, user_path
 from ..data.episodes import check_episode
+from ..fewshot.classifiers import module_of
 from ..fewshot.stats import compare
-from ..methods.catalogue import METHODS
+from ..methods.catalogue import METHODS, Episodic, Method
+from ..methods.episodic import EpisodicMethod
 from ..models.create import check_backbone
 from ..models.pretrained import load_network
 from ..plots import plot_costs, save_figure
@@ -90,7 +92,7 @@ class Comparison:
 @checked
 @with_flags(files=DataOptions, follow=LogOptions)
 def compare_methods(
-    methods:str='protonet,rfs_simple,skd0,grdd', # methods, separated by commas, or all
+    methods:str='protonet,rfs_simple,skd0,grdd', # methods, separated by commas, or all; one's own by its file, as in my_file.py:MyMethod
     files=None, # the given `DataOptions`
     arch:str='convnet4', # network of all methods, a timm model
     px:int=32, # side of the images in pixels
@@ -117,6 +119,7 @@ def compare_methods(
     cannot be used.
     """
     names = list(known) if methods == 'all' else list(dict.fromkeys(k.strip() for k in methods.split(',')))
+    names,known = with_files(names, known)
     for name in names: check_choice('--methods', name, known)
     protocols = [k.strip() for k in protocols.split(',')]
     for name in protocols: check_choice('--protocols', name, PROTOCOLS)
@@ -160,6 +163,23 @@ def compare_methods(
     if failed: raise UserError(f'{len(failed)} of the methods failed, {failed[0]}')
     return tables
 
+
+def with_files(names, known):
+    """The names of the methods, and `known` with those that a name such as 'my_file.py:MyMethod' gives by its file
+
+    It is a subclass of `EpisodicMethod`, or a line such as those of `METHODS`. UserError for anything else.
+    """
+    found,known = [],dict(known)
+    for text in names:
+        file,dot,name = text.rpartition('.py:')
+        if dot:
+            made = getattr(module_of(file + '.py'), name, None)
+            if isinstance(made, type) and issubclass(made, EpisodicMethod): made = Episodic(title=name, make=made)
+            if not isinstance(made, Method): raise UserError(f'{file}.py has no EpisodicMethod or method {name!r}: write it there')
+            if name in METHODS: raise UserError(f'there is a method {name!r} already: give the one in {file}.py another name')
+            known[name] = made
+        found.append(name if dot else text)
+    return found,known
 
 def given(teacher):
     "The `Trained` network with this name or path, whose settings are its name and its checksum. UserError if there is none"

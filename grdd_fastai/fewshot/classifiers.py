@@ -9,6 +9,7 @@ import ast
 import importlib.util
 import inspect
 import re
+import sys
 from collections.abc import Callable
 from functools import partial, wraps
 
@@ -141,24 +142,29 @@ def split_names(classifiers):
 
 LOADED = {} # path of a file -> its module; a file is run only once
 
+def module_of(file):
+    "The module in a file of one's own; UserError if the file cannot be run"
+    path = user_path(file).resolve()
+    if path not in LOADED:
+        before = dict(CLASSIFIERS)
+        try:
+            spec = importlib.util.spec_from_file_location(f'file_{path.stem}', path)
+            module = sys.modules[spec.name] = importlib.util.module_from_spec(spec) # `inspect` finds its code there
+            spec.loader.exec_module(module)
+        except Exception as e:
+            sys.modules.pop(f'file_{path.stem}', None)
+            CLASSIFIERS.clear()
+            CLASSIFIERS.update(before)
+            raise UserError(f'{file} cannot be used ({type(e).__name__}: {first_line(e)}): mend it, or give another file') from None
+        LOADED[path] = module
+    return LOADED[path]
+
 def from_file(name):
     "Register the function that a text such as 'my_file.py:my_function(scale=2)' names, and return its name with the settings"
     found = re.fullmatch(r'(.+\.py):([A-Za-z_]\w*)(\(.*\))?', name)
     if not found: return name
     file,function,settings = found.groups()
-    path = user_path(file).resolve()
-    if path not in LOADED:
-        before = dict(CLASSIFIERS)
-        try:
-            spec = importlib.util.spec_from_file_location(f'classifiers_of_{path.stem}', path)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        except Exception as e:
-            CLASSIFIERS.clear()
-            CLASSIFIERS.update(before)
-            raise UserError(f'{file} cannot be used ({type(e).__name__}: {first_line(e)}): mend it, or give another file') from None
-        LOADED[path] = module
-    f = getattr(LOADED[path], function, None)
+    f = getattr(module_of(file), function, None)
     if not callable(f): raise UserError(f'{file} has no function {function!r}: give one that takes (support, support_y, query)')
     if CLASSIFIERS.get(function) is not f and getattr(CLASSIFIERS.get(function), '__wrapped__', None) is not f:
         if function in CLASSIFIERS: raise UserError(f'there is a classifier {function!r} already: give the function in {file} another name')

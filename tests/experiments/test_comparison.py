@@ -157,6 +157,26 @@ def test_a_method_of_ones_own_is_a_class_and_a_line(words, tmp_path):
     t = compare_methods('farthest,nearest', **words, out=str(tmp_path), versus='nearest', known=known)['own'].set_index(['method', 'shot'])
     assert t.accuracy['farthest', 1] < 20 < t.accuracy['nearest', 1] # the same random network, read in two ways
 
+def test_a_method_may_be_in_a_file_of_ones_own(words, tmp_path, monkeypatch):
+    "A class, or a line; changed code is another network"
+    monkeypatch.setattr('grdd_fastai.experiments.comparison.TWO', TWO.but(n_episodes=2))
+    def write(sign): (tmp_path/f'mine{sign}.py').write_text(f'''
+from grdd_fastai.methods.catalogue import Episodic
+from grdd_fastai.methods.episodic import ProtoNet
+class Mine(ProtoNet):
+    def logits(self, support, support_y, query): return {sign}1*super().logits(support, support_y, query)
+line = Episodic(title='a line', make=Mine, settings=dict(lr=1e-9, opt='sgd'))
+broken = 1
+''')
+    out,one = tmp_path/'out',words | dict(shots='1')
+    for sign in '+-': write(sign)
+    t = compare_methods(f'{tmp_path}/mine+.py:Mine,labels', **one, out=str(out), known=few('labels'))['own']
+    assert list(t.method) == ['Mine', 'labels'] and t.title.iloc[0] == 'Mine'
+    accuracies = [compare_methods(f'{tmp_path}/mine{s}.py:line', **one, out=str(out))['own'].accuracy.iloc[0] for s in '+-']
+    assert accuracies[1] < 20 < accuracies[0] # the same random network, read in two ways
+    for name in ('broken', 'nothing'): says(lambda name=name: compare_methods(f'{tmp_path}/mine+.py:{name}', **one, out=str(out)), name)
+    says(lambda: compare_methods(f'{tmp_path}/none.py:Mine', **one, out=str(out)), 'none.py')
+
 def test_seeds_and_chains(words, tmp_path):
     known = few('skd0', 's2m2')
     t = compare_methods('s2m2', **words | dict(shots='1'), seeds='0,1', versus='skd0', out=str(tmp_path), known=known)['own']
