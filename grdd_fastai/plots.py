@@ -85,7 +85,7 @@ def plot_costs(
         ax.set(xlabel='million images seen in training\n(with those of its start and of a teacher trained for it)',
                ylabel=f'{shot}-shot accuracy on the {classes} classes, %')
         plain(ax)
-    fig.suptitle(title, fontsize=10)
+    fig.suptitle(f'{title}\nfilled marks learn from a trained teacher', fontsize=10)
     return fig
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from grdd_fastai.plots import plot_relatedness, plot_rows, plot_sweep, plot_tsne
+from grdd_fastai.plots import plot_costs, plot_relatedness, plot_rows, plot_sweep, plot_tsne
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +27,24 @@ def test_rows_show_means_seeds_and_the_papers_value():
     assert {61, 62, 71, 72, 65, 66, 75, 76} <= set(seeds)
     assert [line.get_xdata()[0] for line in ax.lines if line.get_marker() == 'D'] == [64.6]
     assert texts(fig) == ['1-shot', '5-shot', 'the paper']
+
+def test_costs_show_each_method_at_its_images_and_the_mean_of_its_seeds():
+    "Names do not overlap, and the mark of a method with a teacher is filled"
+    rows = dict(a=(4e5, 60., None), b=(4e5, 60.01, 't'), c=(9e5, 55., None))
+    table = pd.DataFrame([dict(method=k, shot=shot, seed=seed, split='val', accuracy=y + shot + seed, images_with_others=x, teacher=teacher)
+                          for k,(x,y,teacher) in rows.items() for shot in (1, 5) for seed in (0, 1)])
+    fig = plot_costs(table, 'a title')
+    assert len(fig.axes) == 2
+    for ax,shot in zip(fig.axes, (1, 5), strict=True):
+        marks = [(line.get_xdata()[0], line.get_ydata()[0], line.get_markerfacecolor() != 'none')
+                 for line in ax.lines if line.get_marker() == 'o']
+        want = ((.4, 60.5, False), (.4, 60.51, True), (.9, 55.5, False))
+        assert marks == [(x, pytest.approx(y + shot), filled) for x,y,filled in want]
+        seeds = [sorted(line.get_ydata()) for line in ax.lines if line.get_marker() == '_']
+        assert seeds[0] == [60 + shot, 61 + shot] and len(seeds) == 3
+        assert [t.get_text() for t in ax.texts] == ['c', 'a', 'b'] # from below
+        heights = [t.xyann[1] for t in ax.texts]
+        assert heights[2] - heights[1] > .1 and heights == sorted(heights)
 
 @pytest.mark.parametrize('split, paper', [('val', (64.6, None)), ('novel', (None, None))])
 def test_the_papers_value_stands_beside_novel_classes_only(split, paper):
