@@ -139,7 +139,9 @@ class NetworkStore:
         def make(run):
             net = copy.deepcopy(start.net) if start else arch
             if start and net.num_classes: net.reset_classifier(0)
-            return episodic(self.data, s, method, net, valid=EPISODE | dict(k_shot=s.k_shot), compile=self.compile)
+            valid = EPISODE | dict(k_shot=s.k_shot)
+            if getattr(method, 'func', method).transductive: valid['n_episodes'] = 100 # it trains a network for each
+            return episodic(self.data, s, method, net, valid=valid, compile=self.compile)
         return self.train(name.lower(), arch, settings, make)
 
     def embed(self, net, split, view=None, seed=0):
