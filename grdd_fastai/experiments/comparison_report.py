@@ -60,7 +60,8 @@ def table(rows):
     shots = sorted({shot for seeds in rows.values() for r in seeds for shot in r['scores']}, key=lambda k: int(k.partition('-')[0]))
     versus = next((other for seeds in rows.values() for r in seeds for other in r['versus']), None)
     head = ['method', 'classifier', 'million images, with those of its start and teacher', 'teacher']
-    for shot in shots: head += [shot, 'published', *([f'minus `{versus}`'] if versus else [])]
+    known = ['published'] if any(r['published'] for seeds in rows.values() for r in seeds) else []
+    for shot in shots: head += [shot, *known, *([f'minus `{versus}`'] if versus else [])]
     lines = []
     for name,seeds in sorted(rows.items(), key=lambda o: -mean(o[1], shots[0])):
         r = seeds[0]
@@ -70,7 +71,7 @@ def table(rows):
                  seen[0] if seen[0] == seen[1] else f'{seen[0]}, {seen[1]}', r['teacher'] or '']
         for shot in shots:
             published = dict(zip(('1-shot', '5-shot'), r['published'] or ())).get(shot, '')
-            cells += [accuracy(seeds, shot), str(published), *([differences(seeds, versus, shot)] if versus else [])]
+            cells += [accuracy(seeds, shot), *([str(published)] if known else []), *([differences(seeds, versus, shot)] if versus else [])]
         links = ' '.join(f"[{r['seed']}](results/{METHODS_SIDE_BY_SIDE}/{r['file']})" for r in seeds)
         lines.append([*cells, links])
     return markdown_table([*head, 'records'], lines)
