@@ -26,7 +26,8 @@ from grdd_fastai.settings import (
 from grdd_fastai.stage_one import StageOne
 from grdd_fastai.stage_two import PRESETS, StageTwo, get_preset
 
-RECORDS = sorted((ROOT/'results').glob('*/*.json'))
+COMPARED = sorted((ROOT/'results'/'compare').glob('*.json')) # records of methods side by side
+RECORDS = sorted({*(ROOT/'results').glob('*/*.json')} - {*COMPARED})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +123,21 @@ def settings_of(record): return StageOne.from_record(record) if 'arch' in record
 
 def test_there_are_records(): assert len(RECORDS) > 50
 
+def run_of(settings, fingerprint):
+    "How the name of the run with these settings ends"
+    return '-' + hashlib.sha256(json.dumps([settings, fingerprint], sort_keys=True).encode()).hexdigest()[:8]
+
+@pytest.mark.parametrize('path', COMPARED, ids=lambda p: p.stem)
+def test_every_record_of_a_method_keeps_its_identity(path):
+    "As the next test; a method that trains on episodes has a network for each shot, and settings of its class"
+    r = json.loads(path.read_text())
+    for k,network in r['networks'].items():
+        settings = r['settings'] if k == 'net' else r['settings'][k]
+        assert network['run'].endswith(run_of(settings, r['data']['fingerprint']))
+        if 'method' in settings: continue
+        own = {k:v for k,v in settings.items() if k not in ('terms', 'start', 'teacher', 'student')}
+        assert settings_of(own).recorded() == own
+
 @pytest.mark.parametrize('path', RECORDS, ids=lambda p: p.stem)
 def test_every_record_keeps_its_identity(path):
     "Read as settings and recorded again it is the same, and names the folder of the run that made it"
@@ -131,8 +147,7 @@ def test_every_record_keeps_its_identity(path):
         parts = {k:v and again(v) for k,v in record.items() if k in ('student', 'teacher')}
         return settings_of(record).recorded() | parts
     assert again(r['settings']) == r['settings']
-    key = json.dumps([again(r['settings']), r['data']['fingerprint']], sort_keys=True)
-    assert r['networks']['net']['run'].endswith('-' + hashlib.sha256(key.encode()).hexdigest()[:8])
+    assert r['networks']['net']['run'].endswith(run_of(again(r['settings']), r['data']['fingerprint']))
     supervision = 'CL' if 'arch' in r['settings'] else 'CL+GR' if settings_of(r['settings']).distill else 'CL+EL'
     if r['settings'].get('init') == 'random': supervision = supervision.removeprefix('CL+') # without stage one
     assert r['supervision'] == supervision
