@@ -59,7 +59,7 @@ PROTOCOLS = { # name -> how the networks of all methods are scored; own: each me
 ONE = StageOne(schedule='one_cycle', opt='muon', lr=.02, bs=128, rotation=False)
 TWO = PRESETS['patient']
 PAPER = dict(images=460_800, test_episodes=10_000)
-DEMO = dict(images=6000, test_episodes=1000, teacher='convnet4_256.grdd_cifarfs', two=dict(views=2, n_episodes=20))
+DEMO = dict(images=20_480, test_episodes=1000, teacher='convnet4_256.grdd_cifarfs', two=dict(views=2, n_episodes=20))
 
 
 class Comparison:
@@ -97,7 +97,7 @@ def compare_methods(
     arch:str='convnet4', # network of all methods, a timm model
     px:int=32, # side of the images in pixels
     teacher:str=None, # trained network that teaches the methods that need one (demo: convnet4_256.grdd_cifarfs)
-    images:Annotated[int, 'images that each training sees, up to whole epochs, with each view and rotated copy (460800; demo: 6000)',
+    images:Annotated[int, 'images that each training sees, up to whole epochs, with each view and rotated copy (460800; demo: 20480)',
                      between(1, 10**10)]=None,
     seeds:str='0', # training seeds, separated by commas
     score:str='val', # classes to score: val, to choose settings, or novel, at the end
