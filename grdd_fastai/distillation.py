@@ -26,7 +26,7 @@ from .terms import (
     RelationalKD,
     SimilarityPreserving,
 )
-from .training.callbacks import LossTerm, UndoAfterFit, amp_dtype
+from .training.callbacks import Frozen, LossTerm, amp_dtype
 from .training.learner import normalisation
 
 __all__ = ['Distill', 'Teacher', 'RelatednessKL']
@@ -93,13 +93,12 @@ def distillation(teacher, s, teacher_features=None):
 
 # ---- the teachers -----------------------------------------------------------------------------------------------------
 
-class Teacher(UndoAfterFit):
+class Teacher(Frozen):
     """One or several frozen networks, and the features they have of the batch
 
-    The networks are in eval mode, get no gradient, are outside the optimiser and on the batch's device; after the fit their mode and flags
-    are as before. Each sees images of the size and normalisation that its `pretrained_cfg` asks for.
+    The networks are outside the optimiser. Each sees images of the size and normalisation that its `pretrained_cfg` asks for.
     """
-    order,run_valid = LossTerm.order - 1,False
+    order = LossTerm.order - 1
     def __init__(self,
         networks:torch.nn.Module|list, # a timm model or module, or a list of them
         view:str='same', # 'same', 'clean' or 'views' (see `Distill`)
@@ -136,8 +135,7 @@ class Teacher(UndoAfterFit):
             raise UserError(f'{len(self.known)} sets of features for {len(self.networks)} teachers: give one for each')
 
     def before_fit(self):
-        self.were = [(net, net.training, [(p, p.requires_grad) for p in net.parameters()]) for net in self.networks]
-        for net in self.networks: net.eval().requires_grad_(False).to(self.dls.device)
+        super().before_fit()
         side = backbone_of(self.learn).pretrained_cfg['input_size'][-1]
         norm = normalisation(self.dls)
         stats = norm and [v.flatten().tolist() for v in (norm.mean, norm.std)]
@@ -235,10 +233,8 @@ class Teacher(UndoAfterFit):
         return self.rows[self.iter*self.dl.bs:][:len(self.xb[0])]
 
     def after_fit(self):
-        for net,training,grads in self.were:
-            net.train(training)
-            for p,grad in grads: p.requires_grad_(grad)
-        self.were,self.seeing = [],[]
+        super().after_fit()
+        self.seeing = []
     def __getstate__(self): # an exported Learner brings no features
         return self.__dict__ | dict(known=[], known_for=None, to_come=None, means=None)
 

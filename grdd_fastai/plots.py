@@ -59,10 +59,10 @@ def plot_rows(
 
 
 def plot_costs(
-    table:pd.DataFrame, # DataFrame of `compare_methods` with the columns method, shot, seed, split, n, accuracy, images_with_others
+    table:pd.DataFrame, # DataFrame of `compare_methods` with the columns method, shot, split, accuracy, images_with_others, teacher
     title:str='', # title of the figure
 ) -> Figure:
-    """A panel per shot: accuracy against the images that a training and those that it needs see, a mark per method and a dot per seed
+    """A panel per shot: accuracy against the images of a training and of those that it needs; a mark per method, a dash per seed
 
     A filled mark learns from a trained teacher, whose own training is not counted.
     """

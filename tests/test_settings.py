@@ -129,7 +129,7 @@ def run_of(settings, fingerprint):
 
 @pytest.mark.parametrize('path', COMPARED, ids=lambda p: p.stem)
 def test_every_record_of_a_method_keeps_its_identity(path):
-    "As the next test; a method that trains on episodes has a network for each shot, and settings of its class"
+    "The name of each run follows from the recorded settings, which are the same when they are read and recorded again"
     r = json.loads(path.read_text())
     for k,network in r['networks'].items():
         settings = r['settings'] if k == 'net' else r['settings'][k]

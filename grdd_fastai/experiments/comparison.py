@@ -27,8 +27,8 @@ from ..runs.run import default_out
 from ..settings import between, checked, from_flags, positive, with_flags
 from ..stage_one import StageOne
 from ..stage_two import PRESETS
-from .comparison_report import HOW
-from .store import EPISODE, SPLITS, NetworkStore, Protocol, Trained
+from .comparison_report import HOW, METHODS_SIDE_BY_SIDE
+from .store import EPISODE, SPLITS, NetworkStore, Protocol, Trained, slug
 from .table import (
     check_choice,
     check_writable,
@@ -38,7 +38,6 @@ from .table import (
     of_scores,
     of_scoring,
     of_training,
-    slug,
     whole_numbers,
     write_record,
     write_tables,
@@ -79,7 +78,7 @@ class Comparison:
         if key not in self.made: self.made[key] = method.train(self, seed, shot)
         return self.made[key]
     def chain(self, name):
-        "The method, and the methods whose networks it starts from or learns from"
+        "Names of the method and of all methods whose networks it starts from or learns from"
         m = self.methods[name]
         others = [other for other in (m.start, m.teacher) if other in self.methods and other != name]
         return list(dict.fromkeys([name, *(k for other in others for k in self.chain(other))]))
@@ -92,7 +91,8 @@ class Comparison:
 @checked
 @with_flags(files=DataOptions, follow=LogOptions)
 def compare_methods(
-    methods:str='protonet,rfs_simple,skd0,grdd', # methods, separated by commas, or all; one's own by its file, as in my_file.py:MyMethod
+    # methods, separated by commas, or all; your own is given by its file, as in my_file.py:MyMethod
+    methods:str='protonet,rfs_simple,skd0,grdd',
     files=None, # the given `DataOptions`
     arch:str='convnet4', # network of all methods, a timm model
     px:int=32, # side of the images in pixels
@@ -115,7 +115,7 @@ def compare_methods(
 ) -> dict:
     """Train the networks of the methods that do not exist yet, score them on the same episodes, and write CSVs and records
 
-    Returns protocol -> DataFrame of the scores. A method that fails leaves the others their turn. UserError for flags, data or folders that
+    Returns protocol -> DataFrame of the scores. If a method fails, the others go on. UserError for flags, data or folders that
     cannot be used.
     """
     names = list(known) if methods == 'all' else list(dict.fromkeys(k.strip() for k in methods.split(',')))
@@ -203,7 +203,7 @@ def train_and_score(lab, names, seeds, shots, protocols, split, n_episodes):
         except Stopped as stop:
             stop.where = f' at {name}, seed {seed}{stop.where}'
             return scores,failed,stop
-        except UserError as e: # a method that fails leaves the others their turn
+        except UserError as e: # the other methods go on
             failed.append(f'{name}, seed {seed}: {e}')
             log(f'failed: {failed[-1]}')
     return scores,failed,None
@@ -226,7 +226,7 @@ def write(lab, protocol, scores, versus, split, out, results):
     save_figure(plot_costs(table, title), out/f'compare_{protocol}_{split}_{lab.images}.png')
     for name,seed in dict.fromkeys((name, seed) for name,seed,_ in scores) if results else ():
         r = method_record(lab, name, seed, protocol, scores, versus, split)
-        write_record(results, with_other_shots(r, Path(results).expanduser()/'compare'/r['file']))
+        write_record(results, with_other_shots(r, Path(results).expanduser()/METHODS_SIDE_BY_SIDE/r['file']))
     return table
 
 def line(lab, name, seed, shot, protocol, e, split):
@@ -261,7 +261,7 @@ def teacher_of(lab, name):
     return lab.teacher.settings['network'] if teacher == 'given' else teacher
 
 def of_any_shot(settings):
-    "The settings without the seed, and without what differs from shot to shot in a method that has a network for each"
+    "The settings without the seed; those of an episodic method also without its shot and epochs"
     return {k:v for k,v in no_seed(settings).items() if 'method' not in settings or k not in ('shot', 'epochs')}
 
 def with_other_shots(record, path):
@@ -272,7 +272,7 @@ def with_other_shots(record, path):
     return record | {k:both(old[k], record[k]) for k in ('scores', 'versus', 'images', 'images_with_others', 'networks') if k in old}
 
 def method_record(lab, name, seed, protocol, scores, versus, split):
-    "A dict for JSON with all that is needed to get the numbers of a method, a seed and a protocol again"
+    "The record of a method, a seed and a protocol: a dict for JSON with all that is needed to measure its numbers again"
     m = lab.methods[name]
     mine = {shot:e for (k,s,shot),e in scores.items() if (k, s) == (name, seed)}
     networks = {shot:lab.network(name, seed, shot) for shot in mine}
@@ -281,8 +281,8 @@ def method_record(lab, name, seed, protocol, scores, versus, split):
                    if name != versus and (versus, seed, shot) in scores}
     first = next(iter(networks.values()))
     return dict(
-        file=f'{slug(name)}-{protocol}-{same}-s{seed}-{split}.json', experiment='compare', method=name, title=m.title, source=m.source,
-        protocol=protocol, classifier=classifier(m, protocol), budget=lab.images,
+        file=f'{slug(name)}-{protocol}-{same}-s{seed}-{split}.json', experiment=METHODS_SIDE_BY_SIDE, method=name, title=m.title,
+        source=m.source, protocol=protocol, classifier=classifier(m, protocol), budget=lab.images,
         order=list(lab.methods).index(name), same=same, seed=seed, split=split, arch=lab.arch,
         teacher=teacher_of(lab, name), published=published(lab, m, protocol, split),
         scores={f'{shot}-shot':of_scores(e) for shot,e in mine.items()},

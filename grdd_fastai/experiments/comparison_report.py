@@ -1,10 +1,10 @@
-"""The tables of recipes/compare.py in RESULTS.md, from its records: one for each protocol, so that none mixes two."""
+"""The tables of recipes/compare.py in RESULTS.md: each has the records of one protocol alone."""
 import json
 import statistics
 from collections import defaultdict
 
 from ..core.errors import UserError
-from .markdown import accuracy, arxiv_link, differences, distinct, markdown_table
+from .markdown import CLASSES, accuracy, arxiv_link, differences, distinct, markdown_table
 
 __all__ = ['comparison', 'HOW', 'METHODS_SIDE_BY_SIDE']
 
@@ -19,7 +19,6 @@ HOW = { # the protocols in words, for figures and the report
     'transductive': 'TIM-ADM, all queries together, equally many of each class',
     'dirichlet': 'alpha-TIM, all queries together, unevenly many of each class',
 }
-CLASSES = dict(val='validation', novel='novel')
 
 
 def comparison(root):
@@ -41,7 +40,7 @@ def comparison(root):
     return parts
 
 def check_seeds(seeds):
-    "Raise UserError if the records of a method are not of one network for each seed, trained with the same settings and teacher"
+    "Raise UserError unless the records of a method are different seeds of the same training"
     names = ', '.join(r['file'] for r in seeds)
     if len({r['seed'] for r in seeds}) < len(seeds) or len({(r['same'], r['teacher']) for r in seeds}) > 1:
         raise UserError(f'the records {names} are not seeds of one training: remove those that are out of date')

@@ -1,7 +1,11 @@
 """Markdown tables, and numbers as the report writes them."""
 import statistics
 
-__all__ = ['markdown_table', 'accuracy_text', 'difference_text', 'over_seeds', 'accuracy', 'differences', 'distinct', 'arxiv_link']
+__all__ = ['markdown_table', 'accuracy_text', 'difference_text', 'over_seeds', 'accuracy', 'differences', 'distinct', 'arxiv_link',
+           'CLASSES']
+
+
+CLASSES = dict(val='validation', novel='novel') # the words for the classes that are scored
 
 
 def markdown_table(head, rows):

@@ -12,7 +12,7 @@ from ..photos.trust import AUTO
 from ..runs.report import PAPER_ACCURACY
 from ..stage_one import StageOne
 from .comparison_report import METHODS_SIDE_BY_SIDE, comparison
-from .markdown import accuracy, accuracy_text, arxiv_link, difference_text, differences, distinct, markdown_table
+from .markdown import CLASSES, accuracy, accuracy_text, arxiv_link, difference_text, differences, distinct, markdown_table
 
 __all__ = ['write_report']
 
@@ -23,7 +23,6 @@ TITLES = dict(table2='Table 2: category labels, episodic labels, global relatedn
               readings='Readings of what the paper leaves open')
 FIGURES = dict(figure3='Figure 3: t-SNE of five novel classes', figure5="Figure 5: the teacher's relatedness over T")
 WEIGHTS = 'grdd_fastai/weights'
-CLASSES = dict(val='validation', novel='novel')
 MARKS = '<!-- measured: written by recipes/report.py -->','<!-- /measured -->'
 NETWORKS = dict(convnet4='ConvNet-4, 64-64-64-64', convnet4_256='ConvNet-4, 64-96-128-256',
                 resnet12='ResNet-12', resnet12_320='ResNet-12, half as wide')

@@ -22,18 +22,19 @@ from ..fewshot.classifiers import with_base_mean
 from ..fewshot.embed import embed
 from ..fewshot.evaluate import evaluate
 from ..fewshot.stats import Evaluation
-from ..methods.episodic import EpisodicMethod, episodic
+from ..methods.episodic import EPISODE_SETTINGS, EpisodicMethod, episodic
 from ..runs.provenance import device_name, git_commit, log_line, now
 from ..runs.run import Run
+from ..settings import declared
 from ..stage_one import stage_one
-from ..stage_two import known_features, stage_two
+from ..stage_two import StageTwo, known_features, stage_two
 
 __all__ = ['NetworkStore', 'Trained', 'Protocol', 'supervision']
 
 
 EPISODE = dict(n_way=5, k_shot=1, n_query=15) # validation episodes, which choose the epoch whose weights are kept
 SPLITS = dict(val='val', novel='test') # name of the classes -> attribute of `FewShotData`
-OF_EPISODES = ('way', 'shot', 'query', 'episodes', 'per_step', 'epochs', 'schedule', 'lr', 'opt', 'jitter', 'augment', 'seed')
+OF_EPISODES = {declared(StageTwo)[k].recorded for k in ('k_shot', 'epochs', 'seed', *EPISODE_SETTINGS)} # as records name them
 EPISODES_SEED = dict(val=1, novel=0) # val: other episodes than those that choose the epoch; novel: the same as in other recipes
 
 
@@ -56,6 +57,11 @@ def supervision(settings):
     return ('' if settings.get('init') == 'random' else 'CL+') + ('GR' if settings['teacher'] else 'EL')
 
 
+def slug(name):
+    "The name in small letters, with hyphens in place of other signs, for a file"
+    return re.sub('[^a-z0-9.=]+', '-', name.lower()).strip('-')
+
+
 class Protocol(NamedTuple):
     "How networks are scored: a classifier, None for a method's own, augmented views of the support images, and how the queries are drawn"
     classifier: str|None = 'cosine'
@@ -68,7 +74,7 @@ class Protocol(NamedTuple):
         return changed | (dict(classifier='own') if self.classifier is None else {})
     def slug(self):
         "Part of a file name"
-        return ''.join('-' + re.sub('[^a-z0-9.=]+', '-', str(v).lower()).strip('-') for v in self.recorded().values())
+        return ''.join(f'-{slug(str(v))}' for v in self.recorded().values())
 
 
 def of_class(method):
@@ -95,7 +101,7 @@ class NetworkStore:
         self.out = Path(out).expanduser()
         self.compile,self.loggers = compile,loggers
         self.end = None if max_minutes is None else time.monotonic() + 60*max_minutes
-        self.embedded = None,None # what was embedded last, and its features and classes
+        self.embedded = None,{} # checksum of the network that was embedded last, and its features and classes by what was embedded
         if logs is None: logs = [self.out]
         self.logs = [] if rank_world()[0] else [Path(f).expanduser() for f in logs] # only the first process writes
 
@@ -192,9 +198,10 @@ class NetworkStore:
         net = trained.net if protocol.classifier else trained.method
         seed = EPISODES_SEED[split]
         def features(split, **kwargs):
-            key = weights,protocol.classifier is None,split,*kwargs.items()
-            if self.embedded[0] != key: self.embedded = key,self.embed(net, SPLITS.get(split, split), **kwargs)
-            return self.embedded[1] # the next shot uses the features again
+            if self.embedded[0] != weights: self.embedded = weights,{}
+            known,key = self.embedded[1],(protocol.classifier is None, split, *kwargs.items())
+            if key not in known: known[key] = self.embed(net, SPLITS.get(split, split), **kwargs)
+            return known[key] # other shots and protocols use the features again
         if isinstance(how, str): how = with_base_mean([how], lambda: features('train')[0])[how]
         views = protocol.support_views and torch.stack([features(split, view=v, seed=seed)[0] for v in range(protocol.support_views)])
         scored = evaluate(*features(split), EPISODE['n_way'], shot, EPISODE['n_query'], n, seed, how, protocol.queries,

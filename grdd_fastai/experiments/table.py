@@ -3,7 +3,6 @@ import datetime
 import hashlib
 import itertools
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -24,7 +23,7 @@ from ..runs.run import default_out
 from ..settings import between, checked, from_flags, positive, with_flags
 from ..stage_one import StageOne, TeacherEpochs
 from ..stage_two import PRESETS, Preset, check_teacher, get_preset
-from .store import EPISODE, SPLITS, NetworkStore, supervision
+from .store import EPISODE, SPLITS, NetworkStore, slug, supervision
 
 __all__ = ['CL', 'EL', 'GR', 'Table', 'table']
 
@@ -211,7 +210,7 @@ def selected_rows(rows, names):
 # ---- records and tables -----------------------------------------------------------------------------------------------
 
 def of_training(t):
-    "Where the `Trained` network comes from, as a dict for JSON"
+    "How the `Trained` network was trained: a dict for JSON"
     began,card = t.read('settings.json'),t.read('net.json')
     return {k:began.get(k) for k in ('commit','device','torch_threads','versions')} | dict(
         run=t.folder.name, arch=card['arch'], initial_weights=pretrained_tag(card['arch'], t.settings.get('pretrained', False)) or 'random',
@@ -222,7 +221,7 @@ def of_scores(e): return dict(accuracy=round(e.accuracy, 3), ci95=round(e.ci95, 
 def of_difference(d): return dict(difference=round(d.mean, 3), ci95=round(d.ci95, 3), p=float(f'{d.p:.3g}'), clear=d.clear)
 
 def of_scoring():
-    "Where and when a scoring was made, as a dict for JSON"
+    "How and when the scores were measured: a dict for JSON"
     return dict(commit=git_commit(), device=device_name(), versions=versions(), date=datetime.date.today().isoformat())
 
 def record(name, key, row, seed, start, split, shots, made, scores, data):
@@ -242,8 +241,6 @@ def record(name, key, row, seed, start, split, shots, made, scores, data):
         scores={f'{shot}-shot':of_scores(scores[key, seed, shot]) for shot in shots},
         versus=versus, settings=net.settings, networks=networks, data=dict(name=data.name, fingerprint=data.fingerprint),
         command=f'OMP_NUM_THREADS={networks["net"]["torch_threads"]} {command()}', scored=of_scoring())
-
-def slug(name): return re.sub('[^a-z0-9.=]+', '-', name.lower()).strip('-')
 
 def key_of(settings):
     "Six characters that stand for the settings"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from ..core.errors import UserError
 from ..fewshot.classifiers import get_classifier
 from ..stage_two import episode_size
-from .episodic import ANIL, FEAT, MAML, EpisodicMethod, MatchingNet, MetaBaseline, ProtoNet, RelationNet
+from .episodic import ANIL, EPISODE_SETTINGS, FEAT, MAML, EpisodicMethod, MatchingNet, MetaBaseline, ProtoNet, RelationNet
 from .transfer import BornAgain, InvariantEquivariant, ManifoldMixup, RotationInvariance, TeacherLogits
 
 __all__ = ['Method', 'Transfer', 'Episodic', 'Distilled', 'METHODS']
@@ -29,8 +29,9 @@ class Method:
     start: str|None = None # method whose network this one starts from
     teacher: str|None = None # method whose network is the teacher; 'given': the network that --teacher names
     length: float = 1. # images of the training, as a multiple of --images
-    settings: dict = field(default_factory=dict) # what differs from the settings of all methods of the kind
+    settings: dict = field(default_factory=dict) # settings that differ from those of the other methods of its kind
     per_shot = False # whether there is a network for each shot
+    classifies = False # whether the trained network has a classifier of its own for episodes
 
     def check(self, lab):
         "Raise UserError if the line cannot be trained or scored"
@@ -42,7 +43,7 @@ class Method:
         if self.teacher == 'given' and lab.teacher is None:
             raise UserError(f'{self.title} learns from a teacher: give --teacher a network with weights')
         if self.classifier: get_classifier(self.classifier)
-        elif not isinstance(self, Episodic): raise UserError(f'{self.title} has no classifier: name one')
+        elif not self.classifies: raise UserError(f'{self.title} has no classifier: name one')
         self.stage(lab)
     def warn(self, name, lab):
         "A sentence if a training of whole epochs sees other than about the asked number of images, else None"
@@ -50,7 +51,7 @@ class Method:
         if abs(math.log(seen/asked)) > .2: return f'note: {name} sees {seen:,} images in whole epochs, in place of {asked:,.0f}'
 
     def before(self, lab, seed, shot):
-        "The trained networks of `start` and `teacher`, None where the method has none"
+        "The trained networks of `start` and `teacher`, each None if the method has none"
         return [name and (lab.teacher if name == 'given' else lab.network(name, seed, shot)) for name in (self.start, self.teacher)]
 
 
@@ -82,11 +83,8 @@ class Transfer(Method):
         return lab.store.stage_one_net(self.stage(lab, seed), start, cbs, **more)
 
 
-# the settings of `StageTwo` that an episodic method has
-EPISODE_SETTINGS = ('n_way', 'n_query', 'n_episodes', 'episodes_per_step', 'schedule', 'lr', 'opt', 'jitter', 'augment')
-
 class OfEpisodes(Method):
-    "What the methods have in common whose batches are episodes"
+    "What is common to methods whose batches are episodes"
     def images(self, lab, shot=1):
         s = self.stage(lab, shot=shot)
         return s.epochs*images_per_epoch(lab.data, s)
@@ -108,7 +106,7 @@ class Episodic(OfEpisodes):
     """
     classifier: str|None = None
     make: Callable # `EpisodicMethod`, or a `partial` of one
-    per_shot = True
+    per_shot = classifies = True
     def check(self, lab):
         made = getattr(self.make, 'func', self.make)
         if not (isinstance(made, type) and issubclass(made, EpisodicMethod)):
@@ -142,7 +140,7 @@ class Distilled(OfEpisodes):
 def only(**weight): return dict(kl_weight=0., **weight) # another term in place of the relatedness
 
 RFS = 'logistic'
-WIDE = dict(n_way=20, n_query=5) # episodes of more classes than those that score, as in ProtoNet's paper
+WIDE = dict(n_way=20, n_query=5) # training episodes with more classes than test episodes have, as in ProtoNet's paper
 FROM_RFS = dict(start='rfs_simple', settings=WIDE | dict(lr=.005))
 METHODS = {
     # a classifier of the base classes

@@ -27,8 +27,12 @@ from ..training.learner import check_dls, few_shot_learner, image_config
 from ..training.optim import OPTIMISERS
 from ..training.schedules import fit_function
 
-__all__ = ['EpisodicMethod', 'ProtoNet', 'MatchingNet', 'RelationNet', 'MetaBaseline', 'FEAT', 'ANIL', 'MAML', 'episodic',
-           'episodic_learner']
+__all__ = ['EpisodicMethod', 'ProtoNet', 'MatchingNet', 'RelationNet', 'MetaBaseline', 'FEAT', 'ANIL', 'MAML', 'EPISODE_SETTINGS',
+           'episodic', 'episodic_learner']
+
+
+# the settings of `StageTwo` that an episodic method has, beside k_shot, epochs and seed
+EPISODE_SETTINGS = ('n_way', 'n_query', 'n_episodes', 'episodes_per_step', 'schedule', 'lr', 'opt', 'jitter', 'augment')
 
 
 class EpisodicMethod(nn.Module):
@@ -217,7 +221,7 @@ class MethodLoss(EpisodicLoss):
 
 def episodic(
     data:FewShotData,
-    s:StageTwo, # the settings, of which those of episodes, rate, optimiser, augmentation and seed count
+    s:StageTwo, # the settings; only k_shot, epochs, seed and those in `EPISODE_SETTINGS` are used
     make:Callable, # `EpisodicMethod`, or a function of a backbone that makes one
     backbone:str|nn.Module, # name of a timm model with random weights, or a network to start from, which is not copied
     **kwargs # of `episodic_learner`

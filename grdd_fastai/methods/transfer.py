@@ -8,23 +8,17 @@ from ..core.distributed import unwrapped
 from ..core.errors import UserError
 from ..losses import relatedness
 from ..stage_one import FeatureTerm, rotate4
-from ..training.callbacks import LossTerm, UndoAfterFit, amp_dtype
+from ..terms import kl
+from ..training.callbacks import Frozen, LossTerm, amp_dtype
 
 __all__ = ['TeacherLogits', 'BornAgain', 'RotationInvariance', 'ManifoldMixup', 'InvariantEquivariant']
 
 
-class TeacherLogits(UndoAfterFit):
+class TeacherLogits(Frozen):
     "A frozen network with a classifier of the base classes; `logits(x)` are its logits (B, C) of images (B, 3, H, W), in float32"
-    run_valid = False
     def __init__(self, net:nn.Module):
         if not getattr(net, 'num_classes', 0): raise UserError("the teacher has no classifier: train it with head='linear'")
-        self.net = net
-    def before_fit(self):
-        self.were = self.net.training,[(p, p.requires_grad) for p in self.net.parameters()]
-        self.net.eval().requires_grad_(False).to(self.dls.device)
-    def after_fit(self):
-        self.net.train(self.were[0])
-        for p,grad in self.were[1]: p.requires_grad_(grad)
+        self.net,self.networks = net,[net]
     @torch.no_grad()
     def logits(self, x:torch.Tensor) -> torch.Tensor:
         with amp(self.dls.device, amp_dtype(self.learn)): return self.net(x).float()
@@ -32,8 +26,7 @@ class TeacherLogits(UndoAfterFit):
 
 def distillation_kl(student:torch.Tensor, teacher:torch.Tensor, T:float) -> torch.Tensor:
     "T squared times the mean over images of KL(teacher || student), from logits (B, C) that are divided by T (arXiv 1503.02531)"
-    student,teacher = ((z.float()/T).log_softmax(1) for z in (student, teacher))
-    return T*T*F.kl_div(student, teacher, reduction='batchmean', log_target=True)
+    return T*T*kl(*((z.float()/T).log_softmax(1) for z in (student, teacher)))
 
 
 class BornAgain(LossTerm):

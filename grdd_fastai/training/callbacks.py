@@ -8,7 +8,7 @@ from fastai.learner import AvgSmoothLoss, Recorder, ValueMetric
 from ..core.device import LateNumber, amp, autocast_dtype, seed_generators
 from ..core.distributed import rank_world
 
-__all__ = ['UndoAfterFit', 'Autocast', 'amp_dtype', 'Seeded', 'SmoothLoss', 'LightRecorder', 'ShowsMetrics', 'LossTerm']
+__all__ = ['UndoAfterFit', 'Frozen', 'Autocast', 'amp_dtype', 'Seeded', 'SmoothLoss', 'LightRecorder', 'ShowsMetrics', 'LossTerm']
 
 
 class UndoAfterFit(Callback):
@@ -16,6 +16,20 @@ class UndoAfterFit(Callback):
 
     A `FewShotLearner` calls `after_fit` whatever ends the fit, also an error or Ctrl-C. fastai calls it for its own Cancel exceptions only.
     """
+
+
+class Frozen(UndoAfterFit):
+    "`networks` in eval mode, without gradients, on the device of the batches; after the fit their mode and flags are as before"
+    run_valid = False
+    networks = ()
+    def before_fit(self):
+        self.were = [(net, net.training, [(p, p.requires_grad) for p in net.parameters()]) for net in self.networks]
+        for net in self.networks: net.eval().requires_grad_(False).to(self.dls.device)
+    def after_fit(self):
+        for net,training,grads in self.were:
+            net.train(training)
+            for p,grad in grads: p.requires_grad_(grad)
+        self.were = []
 
 
 class Autocast(MixedPrecision, UndoAfterFit):

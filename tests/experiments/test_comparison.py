@@ -204,7 +204,7 @@ def test_what_cannot_be_is_a_sentence(words, tmp_path):
     assert not any(tmp_path.iterdir())
 
 def test_the_report_has_a_table_for_each_protocol_and_budget(words, tmp_path):
-    "Its cells are what the records say, in the order of the accuracies; a difference is bold if each seed's interval lies on one side"
+    "Cells repeat the records, rows are sorted by accuracy, and a difference is bold if the intervals of all seeds agree in sign"
     known = few('protonet', 'labels', 'rfs_simple')
     how = dict(versus='labels', protocols='own,cosine', known=known, results=str(tmp_path/'results'))
     tables = compare_methods('all', **words | dict(images=200), **how, seeds='0,1', out=str(tmp_path))

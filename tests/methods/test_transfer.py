@@ -42,7 +42,7 @@ def test_a_born_again_step_by_hand(data, teacher):
     assert all(p.requires_grad for p in teacher.parameters())
 
 def test_a_step_of_the_second_generation_by_hand(data, teacher):
-    "The labels are not used; the distance of the logits is that of the official code, which has it for one of the three angles"
+    "No label is used; the distance of the logits is that of the official code, as a mean over three angles in place of one"
     def same(pred, y): return float(len(pred) == len(y) == 60)
     cbs = [TeacherLogits(teacher), RotationInvariance(.3, T=2.), Grab()]
     learn = stage_one_learner(data, rotation=False, keep_best=False, cbs=cbs, metrics=same)
@@ -84,7 +84,7 @@ def test_a_step_of_manifold_mixup_by_hand(data, place, monkeypatch):
     assert not any(m._forward_hooks for m in learn.model.modules())
 
 def test_a_step_of_ier_by_hand(data):
-    "The angle from the features, and the official contrast of each rotated image with its own, against the upright images of the batch"
+    "The loss image by image: the class, the angle, and the official contrast of each rotated image with the upright ones"
     def same(pred, y): return float(len(pred) == len(y) == 60)
     learn = stage_one_learner(data, rotation=False, keep_best=False, cbs=[InvariantEquivariant(.7, T=.5), Grab()], metrics=same)
     ref = copy.deepcopy(learn.model).train()
