@@ -4,7 +4,7 @@
 """
 from fastcore.script import call_parse
 
-from grdd_fastai.experiments.report import write_report
+from grdd_fastai.experiments.report.files import write_report
 from grdd_fastai.settings import exact_flags
 
 

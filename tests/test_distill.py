@@ -11,7 +11,8 @@ from helpers import recipe, same_state, says
 from grdd_fastai.data.blocks import plain_dl
 from grdd_fastai.data.cache import few_shot_data
 from grdd_fastai.distill import without_classes
-from grdd_fastai.experiments.report import accuracy_text, distill_table
+from grdd_fastai.experiments.report.markdown import accuracy_text
+from grdd_fastai.experiments.report.photos import distill_table
 from grdd_fastai.fewshot.embed import embed
 from grdd_fastai.fewshot.evaluate import evaluate
 from grdd_fastai.models.create import create_backbone, seeing

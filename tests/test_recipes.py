@@ -11,7 +11,8 @@ import pytest
 from fastcore.script import anno_parser
 from helpers import ROOT, recipe
 
-from grdd_fastai.experiments.report import chosen_on_validation, trust_table
+from grdd_fastai.experiments.report.classifiers import chosen_on_validation
+from grdd_fastai.experiments.report.photos import trust_table
 
 
 def test_prepare_data_recipe(csv_set, tmp_path, capsys):

@@ -27,7 +27,7 @@ from ..runs.run import default_out
 from ..settings import between, checked, from_flags, positive, with_flags
 from ..stage_one import StageOne
 from ..stage_two import PRESETS
-from .comparison_report import HOW, METHODS_SIDE_BY_SIDE
+from .report.methods import HOW, METHODS_SIDE_BY_SIDE, figure_name
 from .store import EPISODE, SPLITS, NetworkStore, Protocol, Trained, slug
 from .table import (
     check_choice,
@@ -71,6 +71,10 @@ class Comparison:
         self.store,self.data,self.methods,self.arch,self.images,self.teacher = store,store.data,methods,arch,images,teacher
         self.one,self.two = one.but(arch=arch),two
         self.made = {}
+    @property
+    def given(self):
+        "Name of the network that teaches the methods whose teacher is 'given', or None"
+        return self.teacher and self.teacher.settings['network']
     def network(self, name, seed, shot):
         "The `Trained` network of a method, for its `shot` if the method has one for each"
         method = self.methods[name]
@@ -223,7 +227,7 @@ def write(lab, protocol, scores, versus, split, out, results):
     table,pairs = pd.DataFrame(table),pd.concat(pairs)
     write_tables(out, f'compare_{protocol}_{split}', table, pairs)
     title = f'{lab.data.name}, {lab.arch}, {protocol}: {HOW[protocol]}'
-    save_figure(plot_costs(table, title), out/f'compare_{protocol}_{split}_{lab.images}.png')
+    save_figure(plot_costs(table, title), out/f'{figure_name(protocol, split, lab.images, lab.given)}.png')
     for name,seed in dict.fromkeys((name, seed) for name,seed,_ in scores) if results else ():
         r = method_record(lab, name, seed, protocol, scores, versus, split)
         write_record(results, with_other_shots(r, Path(results).expanduser()/METHODS_SIDE_BY_SIDE/r['file']))
@@ -258,7 +262,7 @@ def classifier(method, protocol):
 
 def teacher_of(lab, name):
     teacher = lab.methods[name].teacher
-    return lab.teacher.settings['network'] if teacher == 'given' else teacher
+    return lab.given if teacher == 'given' else teacher
 
 def of_any_shot(settings):
     "The settings without the seed; those of an episodic method also without its shot and epochs"
@@ -276,7 +280,7 @@ def method_record(lab, name, seed, protocol, scores, versus, split):
     m = lab.methods[name]
     mine = {shot:e for (k,s,shot),e in scores.items() if (k, s) == (name, seed)}
     networks = {shot:lab.network(name, seed, shot) for shot in mine}
-    same = key_of([of_any_shot(t.settings) for t in networks.values()][:1] + [lab.data.fingerprint, lab.images])
+    same = key_of([of_any_shot(t.settings) for t in networks.values()][:1] + [lab.data.fingerprint, lab.images, lab.given])
     differences = {f'{shot}-shot':of_difference(e - scores[versus, seed, shot]) for shot,e in mine.items()
                    if name != versus and (versus, seed, shot) in scores}
     first = next(iter(networks.values()))
@@ -284,7 +288,7 @@ def method_record(lab, name, seed, protocol, scores, versus, split):
         file=f'{slug(name)}-{protocol}-{same}-s{seed}-{split}.json', experiment=METHODS_SIDE_BY_SIDE, method=name, title=m.title,
         source=m.source, protocol=protocol, classifier=classifier(m, protocol), budget=lab.images,
         order=list(lab.methods).index(name), same=same, seed=seed, split=split, arch=lab.arch,
-        teacher=teacher_of(lab, name), published=published(lab, m, protocol, split),
+        teacher=teacher_of(lab, name), given=lab.given, published=published(lab, m, protocol, split),
         scores={f'{shot}-shot':of_scores(e) for shot,e in mine.items()},
         versus={versus:differences} if differences else {},
         images={f'{shot}-shot':m.images(lab, shot) for shot in mine},

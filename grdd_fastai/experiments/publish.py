@@ -15,7 +15,7 @@ from ..runs.provenance import command, public_word
 from ..settings import absent
 from ..stage_one import StageOne
 from ..stage_two import StageTwo
-from .markdown import accuracy_text, markdown_table
+from .report.markdown import accuracy_text, markdown_table
 from .store import Trained, supervision
 
 __all__ = ['load_trained', 'publish']

@@ -1,5 +1,6 @@
 """Methods side by side: what each trains on, the same episodes for all, records, and one line for a method of one's own."""
 import json
+import re
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -15,7 +16,7 @@ import grdd_fastai.experiments.store as store
 from grdd_fastai.data.blocks import plain_dl
 from grdd_fastai.data.cache import few_shot_data
 from grdd_fastai.experiments.comparison import ONE, PROTOCOLS, TWO, Comparison, compare_methods
-from grdd_fastai.experiments.comparison_report import HOW, comparison
+from grdd_fastai.experiments.report.methods import HOW, comparison
 from grdd_fastai.experiments.store import NetworkStore, Protocol, of_class
 from grdd_fastai.fewshot.embed import embed
 from grdd_fastai.fewshot.evaluate import evaluate
@@ -43,7 +44,7 @@ def test_every_method_trains_and_is_scored(words, tmp_path):
     t = compare_methods('all', **words, out=str(tmp_path), results=str(tmp_path/'r'), known=known)['own']
     assert list(t.method) == list(METHODS) and t.accuracy.between(0, 100).all()
     assert pd.read_csv(tmp_path/'compare_own_val.csv').accuracy.tolist() == pytest.approx(t.accuracy.tolist())
-    assert (tmp_path/'compare_own_val_200.png').stat().st_size > 5000
+    assert (tmp_path/'compare_own_val_200_convnet4.grdd-cifarfs.png').stat().st_size > 5000
     # one network for three methods that differ in the classifier alone
     made = {r['method']:r['networks'] for r in records(tmp_path/'r')}
     assert len({made[k]['net']['run'] for k in ('baseline', 'simpleshot', 'rfs_simple')}) == 1
@@ -211,11 +212,12 @@ def test_the_report_has_a_table_for_each_protocol_and_budget(words, tmp_path):
     compare_methods('labels', **words | dict(images=100), **how, out=str(tmp_path))
     text = '\n'.join(comparison(tmp_path))
     heads = [line for line in text.splitlines() if line.startswith('## ')]
-    assert heads == [f'## Methods side by side, on the validation classes: {HOW[p]}' for p in ('own', 'cosine', 'own', 'cosine')]
+    assert [re.search('[0-9]+ images', line)[0] for line in heads] == ['200 images', '100 images']
+    assert text.count(f'<summary>{HOW["cosine"].capitalize()}</summary>') == 2 and text.count(f'{HOW["own"].capitalize()}.') == 2
     first = text.split('## ')[1]
     t = tables['own'][tables['own'].shot == 1]
     means = t.groupby('method').accuracy.mean().sort_values(ascending=False)
-    lines = [line for line in first.splitlines() if line.startswith('| `')]
+    lines = [line for line in first.split('<details')[0].splitlines() if line.startswith('| `')]
     assert [line.split('`')[1] for line in lines] == list(means.index)
     for line,name in zip(lines, means.index, strict=True):
         cells = line.split(' | ')

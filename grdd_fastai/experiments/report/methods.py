@@ -1,0 +1,78 @@
+"""The tables of recipes/compare.py in RESULTS.md: each has the records of one protocol, one teacher and one number of images alone."""
+import json
+import statistics
+from collections import defaultdict
+
+from ...core.errors import UserError
+from ..store import slug
+from .markdown import CLASSES, accuracy, arxiv_link, differences, distinct, folded, markdown_table, networks_text, picture
+
+__all__ = ['comparison', 'figure_name', 'HOW', 'METHODS_SIDE_BY_SIDE']
+
+
+METHODS_SIDE_BY_SIDE = 'compare' # the experiment's folder in results/
+HOW = { # the protocols in words, for figures and the report
+    'own': 'each method by its own classifier',
+    'cosine': 'mean cosine with the support images',
+    'prototype': 'nearest mean of normalised features',
+    'logistic': 'logistic regression on normalised features',
+    'views': 'logistic regression, five augmented views in place of each support image',
+    'transductive': 'TIM-ADM, all queries together, equally many of each class',
+    'dirichlet': 'alpha-TIM, all queries together, unevenly many of each class',
+}
+
+
+def figure_name(protocol, split, images, given=None):
+    "Name of the figure of a protocol, for trainings of so many `images` and the teacher `given`"
+    return '_'.join(['compare', protocol, split, str(images), *([slug(given)] if given else [])])
+
+def comparison(root):
+    "Parts of RESULTS.md with the tables of all methods; none if there are no records"
+    # (classes, data, network, images per training, --teacher) -> protocol -> method -> records by seed
+    groups = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    read = [json.loads(path.read_text()) for path in (root/'results'/METHODS_SIDE_BY_SIDE).glob('*.json')]
+    for r in sorted(read, key=lambda r: (r['order'], r['seed'])):
+        groups[r['split'], r['data']['name'], r['arch'], -r['budget'], r['given'] or ''][r['protocol']][r['method']].append(r)
+    parts = []
+    for key in sorted(groups):
+        (split,name,arch,budget,given),protocols = key,groups[key]
+        teacher = f', teacher {given}' if given else ''
+        parts.append(f'## Methods side by side: {arch}, {-budget:,} images{teacher}, {CLASSES[split]} classes of {name}\n')
+        for protocol in sorted(protocols, key=list(HOW).index):
+            rows = protocols[protocol]
+            for seeds in rows.values(): check_seeds(seeds)
+            every = [r for seeds in rows.values() for r in seeds]
+            figure = picture(root, figure_name(protocol, split, -budget, given), 'Accuracy and cost')
+            shown = [f"Seeds {distinct(r['seed'] for r in every)}; {networks_text(every)}\n", table(rows) + '\n', *figure]
+            title = f'{HOW[protocol][0].upper()}{HOW[protocol][1:]}'
+            parts += folded(title, shown) if protocol != 'own' else [f'{title}.', *shown]
+    return parts
+
+def check_seeds(seeds):
+    "Raise UserError unless the records of a method are different seeds of the same training"
+    names = ', '.join(r['file'] for r in seeds)
+    if len({r['seed'] for r in seeds}) < len(seeds) or len({(r['same'], r['teacher']) for r in seeds}) > 1:
+        raise UserError(f'the records {names} are not seeds of one training: remove those that are out of date')
+
+def table(rows):
+    "Table of the methods, method -> records by seed, in the order of their accuracy for the fewest shots"
+    shots = sorted({shot for seeds in rows.values() for r in seeds for shot in r['scores']}, key=lambda k: int(k.partition('-')[0]))
+    versus = next((other for seeds in rows.values() for r in seeds for other in r['versus']), None)
+    head = ['method', 'classifier', 'million images, with those of its start and teacher', 'teacher']
+    known = ['published'] if any(r['published'] for seeds in rows.values() for r in seeds) else []
+    for shot in shots: head += [shot, *known, *([f'minus `{versus}`'] if versus else [])]
+    lines = []
+    for name,seeds in sorted(rows.items(), key=lambda o: -mean(o[1], shots[0])):
+        r = seeds[0]
+        paper = f" ({arxiv_link(r['source'])})" if r['source'] else ''
+        seen = [f"{max(r[k].values())/1e6:.2f}" for k in ('images', 'images_with_others')]
+        cells = [f"`{name}`: {r['title']}{paper}", f"`{r['classifier']}`" if "'" not in r['classifier'] else r['classifier'],
+                 seen[0] if seen[0] == seen[1] else f'{seen[0]}, {seen[1]}', r['teacher'] or '']
+        for shot in shots:
+            published = dict(zip(('1-shot', '5-shot'), r['published'] or ())).get(shot, '')
+            cells += [accuracy(seeds, shot), *([str(published)] if known else []), *([differences(seeds, versus, shot)] if versus else [])]
+        links = ' '.join(f"[{r['seed']}](results/{METHODS_SIDE_BY_SIDE}/{r['file']})" for r in seeds)
+        lines.append([*cells, links])
+    return markdown_table([*head, 'records'], lines)
+
+def mean(seeds, shot): return statistics.mean([r['scores'][shot]['accuracy'] for r in seeds if shot in r['scores']] or [0.])
