@@ -9,6 +9,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections import Counter
+from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from pathlib import Path
 from threading import Lock
@@ -107,7 +108,12 @@ class Zip:
     def has(self, f): return f in self.infos
     def read(self, f):
         self._check_size(f)
-        try: return self.zip.read(self.infos[f])
+        with self._damage(f): return self.zip.read(self.infos[f])
+    @contextmanager
+    def _damage(self, f):
+        "Turn any error of reading the member `f` into a UserError"
+        try: yield
+        except UserError: raise
         except Exception as e: raise UserError(f'{self.path}: {f} cannot be read from the archive ({e}): fetch it again') from None
     def _check_size(self, f):
         size = self.infos[f].file_size
@@ -116,14 +122,11 @@ class Zip:
     def lines(self, f):
         "Open a member as text and unpack it while it is read"
         self._check_size(f)
-        try: return io.TextIOWrapper(self.zip.open(self.infos[f]), 'utf-8-sig', newline='')
-        except Exception as e: raise UserError(f'{self.path}: {f} cannot be read from the archive ({e}): fetch it again') from None
+        with self._damage(f): return io.TextIOWrapper(self.zip.open(self.infos[f]), 'utf-8-sig', newline='')
     def opened(self, f):
         "A temporary file with the unpacked member, open for reading and seeking"
-        try:
-            with self.zip.open(self.infos[f]) as member: return unpacked(member, self.infos[f].compress_size, f'{self.path}: {f}')
-        except UserError: raise
-        except Exception as e: raise UserError(f'{self.path}: {f} cannot be read from the archive ({e}): fetch it again') from None
+        with self._damage(f), self.zip.open(self.infos[f]) as member:
+            return unpacked(member, self.infos[f].compress_size, f'{self.path}: {f}')
     def stamp(self, f): return self.infos[f].file_size,self.infos[f].CRC
 
 

@@ -32,6 +32,14 @@ def has_own_lists(tree, asked=None):
     if all(_own_lists(tree, ending) is None for ending in ('.csv', '.json')): return False
     return any(IMAGES.search(f) for f in tree.files) or not any(f.lower().endswith(ARRAYS) for f in tree.files)
 
+def _one_of_each_split(tree, base, ending):
+    "Yield each split and the name of its file, such as train.csv, in the folder `base`; UserError if one is missing"
+    every = [f'{split}{ending}' for split in SPLITS]
+    for split,name in zip(SPLITS, every):
+        if not tree.has(base + name):
+            raise UserError(f'{tree.path}: {base}{every[0]} is there but {base}{name} is not: give all of {", ".join(every)}')
+        yield split,base + name
+
 def _split_csvs(tree, seed, asked):
     "Layout: train.csv, val.csv and test.csv with a file and a class in each row; the images lie beside them or in images/ beside them"
     if asked and (not asked.lower().endswith('.csv') or posixpath.basename(asked).lower()[:-4] in ALIASES): asked = None
@@ -42,10 +50,7 @@ def _split_csvs(tree, seed, asked):
     base = _own_lists(tree, '.csv')
     if base is None: return
     frames = []
-    for split in SPLITS:
-        name = f'{base}{split}.csv'
-        if not tree.has(name):
-            raise UserError(f'{tree.path}: {base}train.csv is there but {name} is not: give all of train.csv, val.csv and test.csv')
+    for split,name in _one_of_each_split(tree, base, '.csv'):
         frames.append(_with_paths(tree, name, read_table(tree, name)).assign(split=split))
     return pd.concat(frames, ignore_index=True)
 
@@ -77,11 +82,8 @@ def _split_jsons(tree, seed, asked):
     folders = {}
     for i,f in enumerate(all_images.path): folders.setdefault(f.rpartition('/')[0], []).append(i)
     frames = []
-    for split in SPLITS:
-        name = f'{base}{split}.json'
+    for split,name in _one_of_each_split(tree, base, '.json'):
         where = f'{tree.path}, {name}'
-        if not tree.has(name):
-            raise UserError(f'{tree.path}: {base}train.json is there but {name} is not: give all of train.json, val.json and test.json')
         try: about = json.loads(tree.read(name))
         except (ValueError, RecursionError) as e: raise UserError(f'{where} is no JSON ({first_line(e)}): mend it') from None
         names,roots = (about.get(k) if isinstance(about, dict) else None for k in ('class_names', 'class_roots'))

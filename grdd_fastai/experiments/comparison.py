@@ -1,7 +1,5 @@
 """Methods side by side, trained for equally many images and scored on the same episodes: the program behind recipes/compare.py."""
 import itertools
-import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -38,6 +36,7 @@ from .table import (
     of_scores,
     of_scoring,
     of_training,
+    print_end,
     whole_numbers,
     write_record,
     write_tables,
@@ -159,11 +158,7 @@ def compare_methods(
     tables,first = {},rank_world()[0] == 0
     for protocol,found in scores.items() if first else ():
         if found: tables[protocol] = write(lab, protocol, found, versus, score, out, results)
-    if stop: log(f'stopped ({stop}){stop.where}: the same command goes on')
-    status = 'stopped' if stop else 'failed' if failed else 'finished'
-    if first: print(json.dumps(dict(experiment='compare', out=str(out), rows=sum(map(len, tables.values())), failed=failed, demo=demo,
-                                    status=status)))
-    if stop and stop.code: sys.exit(stop.code)
+    print_end(stop, failed, experiment='compare', out=str(out), rows=sum(map(len, tables.values())), demo=demo)
     if failed: raise UserError(f'{len(failed)} of the methods failed, {failed[0]}')
     return tables
 

@@ -130,12 +130,7 @@ def table(
     if records and first: write_tables(out, f'{name}_{score}', scored, pairs)
     if results and first:
         for r in records: write_record(results, r)
-    if stop: log(f'stopped ({stop}){stop.where}: the same command goes on')
-    status = 'stopped' if stop else 'failed' if failed else 'finished'
-    if first:
-        csv = str(out/f'{name}_{score}.csv')
-        print(json.dumps(dict(experiment=name, csv=csv, rows=len(scored), failed=failed, demo=demo, status=status)))
-    if stop and stop.code: sys.exit(stop.code)
+    print_end(stop, failed, experiment=name, csv=str(out/f'{name}_{score}.csv'), rows=len(scored), demo=demo)
     return Table(scored, pairs, nets, store, failed)
 
 
@@ -253,6 +248,16 @@ def no_seed(settings):
 def write_record(folder, r):
     "Write the record `r` as a JSON file in the experiment's folder in `folder`"
     with output_folder(Path(folder).expanduser()/r['experiment'], '--results') as folder: write_json(folder/r['file'], r)
+
+def print_end(stop, failed, **about):
+    """Print the JSON line that ends an experiment, `about` it and with its status, and exit if a signal stopped it
+
+    `stop` is the `Stopped` that ended it early, or None; `failed` holds a sentence for each failure.
+    """
+    if stop: log(f'stopped ({stop}){stop.where}: the same command goes on')
+    status = 'stopped' if stop else 'failed' if failed else 'finished'
+    if rank_world()[0] == 0: print(json.dumps(about | dict(failed=failed, status=status)))
+    if stop and stop.code: sys.exit(stop.code)
 
 def check_writable(out, results):
     "Raise UserError before any work is done if one of the folders cannot be written; `results` may be None"
