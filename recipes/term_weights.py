@@ -1,29 +1,35 @@
-"""Compare weights of each term that a student learns from a teacher by, so that no term is behind for its weight alone
+"""Compare weights of each term by which a student learns from a teacher, so that no term is behind for its weight alone
 
     python recipes/term_weights.py --data cifar-fs.zip --teacher weights/resnet12_320.grdd_cifarfs --images 115200
-    python recipes/term_weights.py --demo --methods kd,kd_x4    # three networks, two minutes on two cores, no download
+    python recipes/term_weights.py --demo --methods kd_5,kd_20 --versus kd_5        # two networks, one minute on two cores, no download
 
-A row is a method of recipes/compare.py with its weight, or with a multiple of it: kd_x4 has four times the weight of kd.
+A row is a method of recipes/compare.py with another weight: kd_20 is `kd` with a weight of 20.
 """
 from dataclasses import replace
 
 from fastcore.meta import delegates
 from fastcore.script import call_parse
 
-from grdd_fastai.experiments.comparison import TWO, compare_methods
+from grdd_fastai.experiments.comparison import compare_methods
 from grdd_fastai.methods.catalogue import METHODS
 from grdd_fastai.settings import exact_flags
 
-TERMS = dict(grdd='kl_weight', kd='kd_weight', fitnet='regression_weight', crd='crd_weight', rkd='rkd_weight',
-             similarity='similarity_weight', dkd='dkd_weight', dist='dist_weight') # method -> the setting that is its weight
-FACTORS = (1/16, 1/4, 1, 4, 16)
+WEIGHTS = { # method -> the setting that is its weight, and the weights that are compared
+    'grdd':       ('kl_weight', (1.25, 5., 20.)),
+    'kd':         ('kd_weight', (1.25, 5., 20.)),
+    'fitnet':     ('regression_weight', (1.25, 5., 20.)),
+    'crd':        ('crd_weight', (.25, 1., 4.)),
+    'rkd':        ('rkd_weight', (.78125, 3.125, 12.5, 50.)),
+    'similarity': ('similarity_weight', (750., 3000., 12000.)),
+    'dkd':        ('dkd_weight', (.25, 1., 4.)),
+    'dist':       ('dist_weight', (1.25, 5., 20.)),
+}
 
-def row(name, setting, factor):
+def row(name, setting, weight):
     method = METHODS[name]
-    usual = method.settings.get(setting, TWO.distill.kl_weight)
-    return replace(method, title=f'{method.title}, weight {usual*factor:g}', settings=dict(method.settings) | {setting:usual*factor})
+    return replace(method, title=f'{method.title}, weight {weight:g}', settings=dict(method.settings) | {setting:weight})
 
-ROWS = {name + ('' if factor == 1 else f'_x{factor:g}'):row(name, setting, factor) for name,setting in TERMS.items() for factor in FACTORS}
+ROWS = {f'{name}_{weight:g}':row(name, setting, weight) for name,(setting,weights) in WEIGHTS.items() for weight in weights}
 
 @call_parse
 @exact_flags

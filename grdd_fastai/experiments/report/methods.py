@@ -67,12 +67,16 @@ def table(rows):
         paper = f" ({arxiv_link(r['source'])})" if r['source'] else ''
         seen = [f"{max(r[k].values())/1e6:.2f}" for k in ('images', 'images_with_others')]
         cells = [f"`{name}`: {r['title']}{paper}", f"`{r['classifier']}`" if "'" not in r['classifier'] else r['classifier'],
-                 seen[0] if seen[0] == seen[1] else f'{seen[0]}, {seen[1]}', r['teacher'] or '']
+                 seen[0] if seen[0] == seen[1] else f'{seen[0]}, {seen[1]}', taught(r)]
         for shot in shots:
             published = dict(zip(('1-shot', '5-shot'), r['published'] or ())).get(shot, '')
             cells += [accuracy(seeds, shot), *([str(published)] if known else []), *([differences(seeds, versus, shot)] if versus else [])]
         links = ' '.join(f"[{r['seed']}](results/{METHODS_SIDE_BY_SIDE}/{r['file']})" for r in seeds)
         lines.append([*cells, links])
     return markdown_table([*head, 'records'], lines)
+
+def taught(r):
+    "Cell of a method's teacher: 'yes' for the network that --teacher names, or the method whose network it is"
+    return '' if r['teacher'] is None else 'yes' if r['teacher'] == r['given'] else f"`{r['teacher']}`"
 
 def mean(seeds, shot): return statistics.mean([r['scores'][shot]['accuracy'] for r in seeds if shot in r['scores']] or [0.])
