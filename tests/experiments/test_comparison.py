@@ -212,7 +212,8 @@ def test_the_report_has_a_table_for_each_protocol_and_budget(words, tmp_path):
     compare_methods('labels', **words | dict(images=100), **how, out=str(tmp_path))
     text = '\n'.join(comparison(tmp_path))
     heads = [line for line in text.splitlines() if line.startswith('## ')]
-    assert [re.search('[0-9]+ images', line)[0] for line in heads] == ['200 images', '100 images']
+    assert [re.search('[0-9]+ images|length', line)[0] for line in heads] == ['200 images', '100 images', 'length']
+    assert [line.split('`')[1] for line in text.split(heads[2])[1].splitlines() if line.startswith('| `')] == ['labels'] # alone has both
     assert text.count(f'<summary>{HOW["cosine"].capitalize()}</summary>') == 2 and text.count(f'{HOW["own"].capitalize()}.') == 2
     first = text.split('## ')[1]
     t = tables['own'][tables['own'].shot == 1]

@@ -5,7 +5,7 @@ from collections import defaultdict
 
 from ...core.errors import UserError
 from ..store import slug
-from .markdown import CLASSES, accuracy, arxiv_link, differences, distinct, folded, markdown_table, networks_text, picture
+from .markdown import CLASSES, SHOTS, accuracy, arxiv_link, differences, distinct, folded, markdown_table, networks_text, picture
 
 __all__ = ['comparison', 'figure_name', 'HOW', 'METHODS_SIDE_BY_SIDE']
 
@@ -28,24 +28,33 @@ def figure_name(protocol, split, images, given=None):
 
 def comparison(root):
     "Parts of RESULTS.md with the tables of all methods; none if there are no records"
-    # (classes, data, network, images per training, --teacher) -> protocol -> method -> records by seed
-    groups = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    # (classes, data, network, --teacher) -> images per training -> protocol -> method -> records by seed
+    groups = defaultdict(lambda: defaultdict(lambda: defaultdict(lambda: defaultdict(list))))
     read = [json.loads(path.read_text()) for path in (root/'results'/METHODS_SIDE_BY_SIDE).glob('*.json')]
     for r in sorted(read, key=lambda r: (r['order'], r['seed'])):
-        groups[r['split'], r['data']['name'], r['arch'], -r['budget'], r['given'] or ''][r['protocol']][r['method']].append(r)
+        key = r['split'], r['data']['name'], r['arch'], r['given'] or ''
+        groups[key][r['budget']][r['protocol']][r['method']].append(r)
     parts = []
-    for key in sorted(groups):
-        (split,name,arch,budget,given),protocols = key,groups[key]
-        teacher = f', teacher {given}' if given else ''
-        parts.append(f'## Methods side by side: {arch}, {-budget:,} images{teacher}, {CLASSES[split]} classes of {name}\n')
-        for protocol in sorted(protocols, key=list(HOW).index):
-            rows = protocols[protocol]
-            for seeds in rows.values(): check_seeds(seeds)
-            every = [r for seeds in rows.values() for r in seeds]
-            figure = picture(root, figure_name(protocol, split, -budget, given), 'Accuracy and cost')
-            shown = [f"Seeds {distinct(r['seed'] for r in every)}; {networks_text(every)}\n", table(rows) + '\n', *figure]
-            title = f'{HOW[protocol][0].upper()}{HOW[protocol][1:]}'
-            parts += folded(title, shown) if protocol != 'own' else [f'{title}.', *shown]
+    for (split,data,arch,given),lengths in sorted(groups.items()):
+        where = f'{arch}{given and ", teacher "}{given}, {CLASSES[split]} classes of {data}'
+        for budget in sorted(lengths, reverse=True):
+            parts.append(f'## Methods side by side: {budget:,} images, {where}\n')
+            parts += protocol_tables(root, split, budget, given, lengths[budget])
+        if compared := lengths_table({budget:protocols.get('own', {}) for budget,protocols in lengths.items()}):
+            parts += [f'## Methods and the length of their training: {where}\n', compared + '\n']
+    return parts
+
+def protocol_tables(root, split, budget, given, protocols):
+    "The tables and figures of protocol -> method -> records by seed; those of the methods' own classifiers are shown, the others folded"
+    parts = []
+    for protocol in sorted(protocols, key=list(HOW).index):
+        rows = protocols[protocol]
+        for seeds in rows.values(): check_seeds(seeds)
+        every = [r for seeds in rows.values() for r in seeds]
+        figure = picture(root, figure_name(protocol, split, budget, given), 'Accuracy and cost')
+        shown = [f"Seeds {distinct(r['seed'] for r in every)}; {networks_text(every)}\n", table(rows) + '\n', *figure]
+        title = f'{HOW[protocol][0].upper()}{HOW[protocol][1:]}'
+        parts += folded(title, shown) if protocol != 'own' else [f'{title}.', *shown]
     return parts
 
 def check_seeds(seeds):
@@ -74,6 +83,17 @@ def table(rows):
         links = ' '.join(f"[{r['seed']}](results/{METHODS_SIDE_BY_SIDE}/{r['file']})" for r in seeds)
         lines.append([*cells, links])
     return markdown_table([*head, 'records'], lines)
+
+def lengths_table(lengths):
+    """Table of the methods that were trained for several numbers of images, from images -> method -> records by seed
+
+    Empty if no method was.
+    """
+    names = dict.fromkeys(name for rows in lengths.values() for name in rows)
+    several = [name for name in names if sum(name in rows for rows in lengths.values()) > 1]
+    def cell(seeds): return ', '.join(accuracy(seeds, shot) for shot in SHOTS) + f' ({len(seeds)})' if seeds else ''
+    lines = [[f'`{name}`', *(cell(rows.get(name)) for _,rows in sorted(lengths.items()))] for name in several]
+    return several and markdown_table(['method', *(f'{n:,} images: 1-shot, 5-shot (seeds)' for n in sorted(lengths))], lines)
 
 def taught(r):
     "Cell of a method's teacher: 'yes' for the network that --teacher names, or the method whose network it is"
