@@ -15,9 +15,9 @@ from grdd_fastai.methods.catalogue import METHODS
 from grdd_fastai.settings import exact_flags
 
 WEIGHTS = { # method -> the setting that is its weight, and the weights that are compared
-    'grdd':       ('kl_weight', (1.25, 5., 20.)),
+    'grdd':       ('kl_weight', (1.25, 5., 20., 80.)),
     'kd':         ('kd_weight', (1.25, 5., 20.)),
-    'fitnet':     ('regression_weight', (1.25, 5., 20.)),
+    'fitnet':     ('regression_weight', (1.25, 5., 20., 80.)),
     'crd':        ('crd_weight', (.25, 1., 4.)),
     'rkd':        ('rkd_weight', (.78125, 3.125, 12.5, 50.)),
     'similarity': ('similarity_weight', (750., 3000., 12000.)),
