@@ -1,4 +1,4 @@
-"""Equations 10-15 of GRDD (arXiv 2107.05583) as pure functions of tensors
+"""Equations 10-15 of GRDD (arXiv 2107.05583) as functions of tensors, and the loss of a batch of episodes
 
 Shapes: E episodes, NS = way*shot support images, NQ query images, D features, C = way classes. Half precision is computed in float32,
 also under autocast.

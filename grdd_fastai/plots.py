@@ -59,12 +59,12 @@ def plot_rows(
 
 
 def plot_costs(
-    table:pd.DataFrame, # DataFrame of `compare_methods` with the columns method, shot, split, accuracy, images_with_others, teacher
+    table:pd.DataFrame, # DataFrame of `compare_methods` with the columns method, shot, split, accuracy, images_with_others, taught
     title:str='', # title of the figure
 ) -> Figure:
     """A panel per shot: accuracy against the images of a training and of those that it needs; a mark per method, a dash per seed
 
-    A filled mark learns from a trained teacher, whose own training is not counted.
+    A filled mark is `taught` by a network from elsewhere, whose own training is not counted.
     """
     shots = sorted(table.shot.unique())
     fig,axes = plt.subplots(1, len(shots), figsize=(5.4*len(shots), 4.6), layout='constrained', squeeze=False)
@@ -73,8 +73,7 @@ def plot_costs(
         labels = sorted((runs.accuracy.mean(), name, x) for name,x,runs in rows)
         gap = .035*max(1., labels[-1][0] - labels[0][0])
         for i,(_,x,runs) in enumerate(rows):
-            taught = 'teacher' in runs and runs.teacher.notna().all()
-            ax.plot(x, runs.accuracy.mean(), 'o', color=COLORS[i % 8], mfc=COLORS[i % 8] if taught else 'none', ms=7)
+            ax.plot(x, runs.accuracy.mean(), 'o', color=COLORS[i % 8], mfc=COLORS[i % 8] if runs.taught.all() else 'none', ms=7)
             if len(runs) > 1: ax.plot([x]*len(runs), runs.accuracy, '_', color='black', ms=9, mew=1)
         at = -float('inf')
         for y,name,x in labels: # names stand to the right, moved up where they would overlap
@@ -85,7 +84,7 @@ def plot_costs(
         ax.set(xlabel='million images seen in training\n(with those of its start and of a teacher trained for it)',
                ylabel=f'{shot}-shot accuracy on the {classes} classes, %')
         plain(ax)
-    fig.suptitle(f'{title}\nfilled marks learn from a trained teacher', fontsize=10)
+    fig.suptitle(f'{title}\nfilled marks learn from the teacher, whose training is not counted', fontsize=10)
     return fig
 
 

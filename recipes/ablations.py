@@ -18,7 +18,7 @@ from grdd_fastai.stage_two import Preset, get_preset
 
 def ablations(two, n_classes):
     "The rows around the settings `two` of stage two, for data of `n_classes` base classes"
-    n = min(two.n_way, n_classes) * two.k_shot # N_S, the number of support images in an episode
+    n = min(two.n_way, n_classes) * (two.k_shot + (two.n_query if two.distill.pairs == 'all' else 0)) # groups in an episode, N_S in Eq. 12
     weight = two.distill.kl_weight / (n if two.distill.reduction == 'mean' else 1) # weight of each group in the sum of Eq. 12
     whole = dict(decouple=False, reduction='sum')
     return {

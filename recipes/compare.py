@@ -16,7 +16,7 @@ from grdd_fastai.settings import exact_flags
 
 @call_parse
 @exact_flags
-@delegates(compare_methods, but=['known'])
+@delegates(compare_methods, but=['known', 'name'])
 def main(**kwargs):
     "Compare methods of few-shot learning"
     compare_methods(**kwargs)

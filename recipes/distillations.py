@@ -10,29 +10,29 @@ image are computed once, before the training of the first row.
 from fastcore.meta import delegates
 from fastcore.script import call_parse
 
-from grdd_fastai.distillation import TERMS
+from grdd_fastai.distillation import TERMS, WEIGHTS
 from grdd_fastai.experiments.table import GR, table
 from grdd_fastai.plots import plot_rows, save_figure
 from grdd_fastai.settings import exact_flags
 
 START = dict(init='random', teacher_view='views', pairs='all')
 RELATEDNESS = ('labels', 'relatedness')
-def only(*versus, **weights): return GR | dict(versus=versus, stage_two=START | dict(kl_weight=0.) | weights)
-def also(**weights): return GR | dict(versus=('relatedness',), stage_two=START | weights)
+def instead(weight): return GR | dict(versus=RELATEDNESS, stage_two=START | {'kl_weight':0., weight:WEIGHTS[weight]})
+def also(weight): return GR | dict(versus=('relatedness',), stage_two=START | {weight:WEIGHTS[weight]})
 
 ROWS = {
-    'labels':                             only(),
+    'labels':                             GR | dict(stage_two=START | dict(kl_weight=0.)),
     'relatedness':                        GR | dict(versus=('labels',), stage_two=START), # of all pairs
     'relatedness of support and queries': GR | dict(versus=RELATEDNESS, stage_two=START | dict(pairs='episode')), # as in the paper
-    'logits':                             only(*RELATEDNESS, kd_weight=5.),
-    'DKD':                                only(*RELATEDNESS, dkd_weight=1.),
-    'DIST':                               only(*RELATEDNESS, dist_weight=5.),
-    'features':                           only(*RELATEDNESS, regression_weight=5.),
-    'CRD':                                only(*RELATEDNESS, crd_weight=1.),
-    'RKD':                                only(*RELATEDNESS, rkd_weight=50.),
-    'similarity':                         only(*RELATEDNESS, similarity_weight=3000.),
-    'relatedness and logits':             also(kd_weight=5.),
-    'relatedness and features':           also(regression_weight=5.),
+    'logits':                             instead('kd_weight'),
+    'DKD':                                instead('dkd_weight'),
+    'DIST':                               instead('dist_weight'),
+    'features':                           instead('regression_weight'),
+    'CRD':                                instead('crd_weight'),
+    'RKD':                                instead('rkd_weight'),
+    'similarity':                         instead('similarity_weight'),
+    'relatedness and logits':             also('kd_weight'),
+    'relatedness and features':           also('regression_weight'),
 }
 
 @call_parse

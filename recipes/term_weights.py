@@ -33,10 +33,10 @@ ROWS = {f'{name}_{weight:g}':row(name, setting, weight) for name,(setting,weight
 
 @call_parse
 @exact_flags
-@delegates(compare_methods, but=['known'])
+@delegates(compare_methods, but=['known', 'name'])
 def main(
     methods:str='all', # rows, separated by commas, or all
     **kwargs
 ):
     "Which weight suits each term"
-    compare_methods(methods, known=ROWS, **kwargs)
+    compare_methods(methods, known=ROWS, name='term_weights', **kwargs)

@@ -29,10 +29,10 @@ def test_rows_show_means_seeds_and_the_papers_value():
     assert texts(fig) == ['1-shot', '5-shot', 'the paper']
 
 def test_costs_show_each_method_at_its_images_and_the_mean_of_its_seeds():
-    "Names do not overlap, and the mark of a method with a teacher is filled"
-    rows = dict(a=(4e5, 60., None), b=(4e5, 60.01, 't'), c=(9e5, 55., None))
-    table = pd.DataFrame([dict(method=k, shot=shot, seed=seed, split='val', accuracy=y + shot + seed, images_with_others=x, teacher=teacher)
-                          for k,(x,y,teacher) in rows.items() for shot in (1, 5) for seed in (0, 1)])
+    "Names do not overlap, and the mark of a method that a network from elsewhere teaches is filled"
+    rows = dict(a=(4e5, 60., False), b=(4e5, 60.01, True), c=(9e5, 55., False))
+    table = pd.DataFrame([dict(method=k, shot=shot, seed=seed, split='val', accuracy=y + shot + seed, images_with_others=x, taught=taught)
+                          for k,(x,y,taught) in rows.items() for shot in (1, 5) for seed in (0, 1)])
     fig = plot_costs(table, 'a title')
     assert len(fig.axes) == 2
     for ax,shot in zip(fig.axes, (1, 5), strict=True):

@@ -132,24 +132,27 @@ def test_classifiers_of_a_record_by_hand(checkout, tmp_path):
     assert 'GRDD-TIM, ConvNet-4, the paper | tim | all, taken to be balanced | 79.9' in text
 
 def test_the_classifier_that_did_best_on_the_validation_classes_stands_beside_the_card(tmp_path):
-    "By the mean over both shots, of inductive ones, on these very weights; without its novel accuracies it cannot"
+    "By the mean over both shots, of inductive ones, on these very weights, which are not those of the record's other network"
     n = iter(range(100))
     def record(split, mirror=False, weights='mine', **accuracies): # classifier -> accuracies of 1 and 5 shots
-        scores = [dict(classifier=k, way=5, query=15, shot=shot, accuracy=acc, ci95=.2, n=10_000, transductive=k.startswith('tim'))
-                  for k,both in accuracies.items() for shot,acc in zip((1, 5), both, strict=True)]
+        scores = [dict(network=network, classifier=k, way=5, query=15, shot=shot, accuracy=acc, ci95=.2, n=10_000,
+                       transductive=k.startswith('tim'))
+                  for network,more in (('net', 0.), ('another', 9.)) for k,both in accuracies.items()
+                  for shot,acc in zip((1, 5), (v + more for v in both), strict=True)]
         (tmp_path/f'inference-{next(n)}.json').write_text(json.dumps(dict(split=split, queries='balanced', support_views=0, mirror=mirror,
-                                                                           weights=dict(net=weights), scores=scores)))
+                                                                           weights=dict(net=weights, another='x'), scores=scores)))
     record('val', cosine=(60., 70.), ridge=(59., 73.), tim_adm=(70., 80.))
     record('val', mirror=True, cosine=(61., 70.5))
     record('val', weights='others', ridge=(90., 90.))
     assert chosen_on_validation(tmp_path, 'net', 'mine') is None
     record('novel', cosine=(65., 75.), ridge=(64., 78.), tim_adm=(75., 85.))
-    assert chosen_on_validation(tmp_path, 'net', 'mine') == ('`ridge`', ['64.00 ± 0.20', '78.00 ± 0.20'], 'inference-3.json')
+    record = '[record](results/inference-3.json)'
+    assert chosen_on_validation(tmp_path, 'net', 'mine') == ('`ridge`', ['64.00 ± 0.20', '78.00 ± 0.20'], record)
     record('val', mirror=True, logistic=(62., 75.))
     record('novel', mirror=True, logistic=(66., 79.))
     assert chosen_on_validation(tmp_path, 'net', 'mine')[0] == '`logistic`, features averaged with those of the mirror image'
     assert chosen_on_validation(tmp_path, 'net', 'unknown') is None
-    assert chosen_on_validation(tmp_path, 'net', 'mine', (5,), transductive=True) == ('`tim_adm`', ['85.00 ± 0.20'], 'inference-3.json')
+    assert chosen_on_validation(tmp_path, 'net', 'mine', (5,), transductive=True) == ('`tim_adm`', ['85.00 ± 0.20'], record)
 
 def test_the_table_of_trust_has_the_default_classifier_and_the_others_for_five_photos(tmp_path):
     rows = [dict(classifier=k, way=5, shot=shot, accuracy=80.12, expected=79., covered=95., width=20., ece=2., ece_before=50.)
@@ -204,15 +207,17 @@ FORMER_FLAGS = {'--classifier':'--head', '--reading':'--preset', '--per-step':'-
 @pytest.mark.parametrize('path', RECORDS, ids=lambda p: f'{p.parent.name}/{p.stem}')
 def test_a_record_names_a_clean_commit_and_a_command_that_parses(path):
     r = json.loads(path.read_text())
-    for commit in (r['scored']['commit'], *(n['commit'] for n in r['networks'].values())): assert re.fullmatch('[0-9a-f]{40}', commit)
+    scored = [r['scored']] if 'commit' in r['scored'] else r['scored'].values() # by shot
+    for o in (*scored, *r['networks'].values()): assert re.fullmatch('[0-9a-f]{40}', o['commit'])
     assert path.name == r['file'] and len(r['data']['fingerprint']) == 64
     assert all(n['device'] and n['minutes'] > 0 and len(n['weights']) == 64 for n in r['networks'].values())
-    assert 'demo' not in r['command']
-    words = [FORMER_FLAGS.get(w, w) for w in shlex.split(r['command']) if not re.fullmatch(r'[A-Z_]+=\d+', w)]
-    assert words[0] == 'python' and words[1] == f'recipes/{r["experiment"]}.py'
-    args = vars(anno_parser(runpy.run_path(str(ROOT/words[1]))['main'].__wrapped__).parse_args(words[2:]))
-    seeds = [*args['seeds'].split(','), str(args.get('stage_one_seed'))] # a row without stage two has the seed of stage one
-    assert args['score'] == r['split'] and str(r['seed']) in seeds
+    for shot,command in (r['command'] if isinstance(r['command'], dict) else dict.fromkeys(r['scores'], r['command'])).items():
+        assert 'demo' not in command
+        words = [FORMER_FLAGS.get(w, w) for w in shlex.split(command) if not re.fullmatch(r'[A-Z_]+=\d+', w)]
+        assert words[0] == 'python' and words[1] == f'recipes/{r["experiment"]}.py'
+        args = vars(anno_parser(runpy.run_path(str(ROOT/words[1]))['main'].__wrapped__).parse_args(words[2:]))
+        seeds = [*args['seeds'].split(','), str(args.get('stage_one_seed'))] # a row without stage two has the seed of stage one
+        assert args['score'] == r['split'] and str(r['seed']) in seeds and shot in r['scores']
     for scores in r['scores'].values(): assert scores['n'] >= 10_000 and 20 < scores['accuracy'] < 100 and 0 < scores['ci95'] < 1
 
 def test_every_novel_record_is_in_the_log():

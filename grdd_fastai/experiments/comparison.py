@@ -25,7 +25,7 @@ from ..runs.run import default_out
 from ..settings import between, checked, from_flags, positive, with_flags
 from ..stage_one import StageOne
 from ..stage_two import PRESETS
-from .report.methods import HOW, METHODS_SIDE_BY_SIDE, figure_name
+from .report.methods import HOW, file_name
 from .store import EPISODE, SPLITS, NetworkStore, Protocol, Trained, slug
 from .table import (
     check_choice,
@@ -71,7 +71,7 @@ class Comparison:
         self.one,self.two = one.but(arch=arch),two
         self.made = {}
     @property
-    def given(self):
+    def teacher_name(self):
         "Name of the network that teaches the methods whose teacher is 'given', or None"
         return self.teacher and self.teacher.settings['network']
     def network(self, name, seed, shot):
@@ -115,6 +115,7 @@ def compare_methods(
     max_minutes:Annotated[float, 'minutes after which the program stops with everything saved; the same command goes on', positive]=None,
     demo:bool=False, # small settings, on the embedded data set unless --data is given
     known=METHODS, # name -> method; not a flag
+    name:str='compare', # name of the experiment, which its files and records have; not a flag
 ) -> dict:
     """Train the networks of the methods that do not exist yet, score them on the same episodes, and write CSVs and records
 
@@ -123,9 +124,9 @@ def compare_methods(
     """
     names = list(known) if methods == 'all' else list(dict.fromkeys(k.strip() for k in methods.split(',')))
     names,known = with_files(names, known)
-    for name in names: check_choice('--methods', name, known)
+    for method in names: check_choice('--methods', method, known)
     protocols = [k.strip() for k in protocols.split(',')]
-    for name in protocols: check_choice('--protocols', name, PROTOCOLS)
+    for protocol in protocols: check_choice('--protocols', protocol, PROTOCOLS)
     if versus is None: versus = 'grdd' if 'grdd' in names else names[0]
     check_choice('--versus', versus, known)
     if versus not in names: names.append(versus)
@@ -135,7 +136,7 @@ def compare_methods(
     if '.' in arch: raise UserError(f'--arch is {arch}, which has trained weights: leave its tag out, since all begin with random ones')
     check_backbone(arch, px)
     if teacher is None and demo: teacher = DEMO['teacher']
-    if teacher is not None: teacher = given(teacher)
+    if teacher is not None: teacher = named_teacher(teacher)
     if out is None: out = default_out('compare', demo)
     from_rank_zero(lambda: check_writable(out, results))
     out,files = user_path(out, '--out'),from_flags(DataOptions(), files)
@@ -149,16 +150,16 @@ def compare_methods(
     store = NetworkStore(data, out, max_minutes, logs=[out, *([results] if results else [])], cache=files.cache,
                          loggers=from_flags(LogOptions(), follow).loggers)
     lab = Comparison(store, known, arch, images or default['images'], ONE, TWO.but(**default.get('two', {})), teacher)
-    chains = list(dict.fromkeys(k for name in names for k in lab.chain(name)))
-    for name in chains: known[name].check(lab)
-    for note in (known[name].warn(name, lab) for name in chains):
+    chains = list(dict.fromkeys(k for method in names for k in lab.chain(method)))
+    for method in chains: known[method].check(lab)
+    for note in (known[method].warn(method, lab) for method in chains):
         if note: log(note)
     scores,failed,stop = train_and_score(lab, names, seeds, shots, {k:PROTOCOLS[k] for k in protocols}, score,
                                          test_episodes or default['test_episodes'])
     tables,first = {},rank_world()[0] == 0
     for protocol,found in scores.items() if first else ():
-        if found: tables[protocol] = write(lab, protocol, found, versus, score, out, results)
-    print_end(stop, failed, experiment='compare', out=str(out), rows=sum(map(len, tables.values())), demo=demo)
+        if found: tables[protocol] = write(lab, name, protocol, found, versus, score, out, results)
+    print_end(stop, failed, experiment=name, out=str(out), rows=sum(map(len, tables.values())), demo=demo)
     if failed: raise UserError(f'{len(failed)} of the methods failed, {failed[0]}')
     return tables
 
@@ -175,12 +176,12 @@ def with_files(names, known):
             made = getattr(module_of(file + '.py'), name, None)
             if isinstance(made, type) and issubclass(made, EpisodicMethod): made = Episodic(title=name, make=made)
             if not isinstance(made, Method): raise UserError(f'{file}.py has no EpisodicMethod or method {name!r}: write it there')
-            if name in METHODS: raise UserError(f'there is a method {name!r} already: give the one in {file}.py another name')
+            if name in known: raise UserError(f'there is a method {name!r} already: give the one in {file}.py another name')
             known[name] = made
         found.append(name if dot else text)
     return found,known
 
-def given(teacher):
+def named_teacher(teacher):
     "The `Trained` network with this name or path, whose settings are its name and its checksum. UserError if there is none"
     try: net = load_network(teacher)
     except UserError as e: raise UserError(f'--teacher is {teacher!r}, which cannot be used: {e}') from None
@@ -196,7 +197,7 @@ def train_and_score(lab, names, seeds, shots, protocols, split, n_episodes):
     for seed,name in itertools.product(seeds, names):
         try:
             for shot,(k,p) in itertools.product(shots, protocols.items()):
-                p = p or Protocol(lab.methods[name].classifier)
+                p = p or Protocol(lab.methods[name].classifier, lab.methods[name].support_views)
                 e = scores[k][name, seed, shot] = lab.store.score(lab.network(name, seed, shot), split, shot, n_episodes, p)
                 log(f'{name}, seed {seed}, {shot}-shot, {k}: {e}')
         except Stopped as stop:
@@ -210,7 +211,7 @@ def train_and_score(lab, names, seeds, shots, protocols, split, n_episodes):
 
 # ---- records and tables -----------------------------------------------------------------------------------------------
 
-def write(lab, protocol, scores, versus, split, out, results):
+def write(lab, experiment, protocol, scores, versus, split, out, results):
     "Write the table, the paired differences, the figure and the records of one protocol; return the table as a DataFrame"
     shots = sorted({shot for *_,shot in scores})
     names = list(dict.fromkeys(name for name,*_ in scores))
@@ -220,12 +221,13 @@ def write(lab, protocol, scores, versus, split, out, results):
         pairs.append(compare(by_method, {k:[versus] for k in names if k != versus and versus in by_method}).assign(shot=shot))
         table += [line(lab, name, seed, shot, protocol, e, split) for name,by_seed in by_method.items() for seed,e in by_seed.items()]
     table,pairs = pd.DataFrame(table),pd.concat(pairs)
-    write_tables(out, f'compare_{protocol}_{split}', table, pairs)
+    file = file_name(experiment, protocol, split, lab.images, lab.teacher_name)
+    write_tables(out, file, table, pairs)
     title = f'{lab.data.name}, {lab.arch}, {protocol}: {HOW[protocol]}'
-    save_figure(plot_costs(table, title), out/f'{figure_name(protocol, split, lab.images, lab.given)}.png')
+    save_figure(plot_costs(table, title), out/f'{file}.png')
     for name,seed in dict.fromkeys((name, seed) for name,seed,_ in scores) if results else ():
-        r = method_record(lab, name, seed, protocol, scores, versus, split)
-        write_record(results, with_other_shots(r, Path(results).expanduser()/METHODS_SIDE_BY_SIDE/r['file']))
+        r = method_record(lab, experiment, name, seed, protocol, scores, versus, split)
+        write_record(results, with_other_shots(r, Path(results).expanduser()/experiment/r['file']))
     return table
 
 def line(lab, name, seed, shot, protocol, e, split):
@@ -234,6 +236,7 @@ def line(lab, name, seed, shot, protocol, e, split):
     return dict(method=name, title=m.title, seed=seed, split=split, shot=shot, classifier=classifier(m, protocol), accuracy=e.accuracy,
                 ci95=e.ci95, n=len(e.episodes), images=m.images(lab, shot), images_with_others=lab.images_with_others(name, shot),
                 minutes=round(t.read('result.json')['seconds']/60, 1), parameters=parameters(t), teacher=teacher_of(lab, name),
+                taught=m.teacher == 'given',
                 published=dict(zip((1, 5), published(lab, m, protocol, split))).get(shot))
 
 def parameters(trained):
@@ -244,20 +247,19 @@ def parameters(trained):
 def count(module): return sum(p.numel() for p in module.parameters())
 
 def published(lab, method, protocol, split):
-    "The published accuracies of a method, where ours are on the same classes with the same kind of network and no other classifier"
-    comparable = lab.arch == 'convnet4' and split == 'novel' and protocol in ('own', 'views')
+    "The published accuracies of a method, where ours are on the same classes, with the same network and by the method's own classifier"
+    comparable = lab.arch == method.published_of and split == 'novel' and protocol == 'own'
     return method.published.get(lab.data.name, ()) if comparable else ()
 
 def classifier(method, protocol):
     "The name of the classifier that scores a method by a protocol"
-    p = PROTOCOLS[protocol]
-    name = p.classifier if p else method.classifier
-    if name: return name
+    p = PROTOCOLS[protocol] or Protocol(method.classifier, method.support_views)
+    if p.classifier: return p.classifier + (f', {p.support_views} views' if p.support_views else '')
     return "the method's own" + (', all queries together' if getattr(method.make, 'func', method.make).transductive else '')
 
 def teacher_of(lab, name):
     teacher = lab.methods[name].teacher
-    return lab.given if teacher == 'given' else teacher
+    return lab.teacher_name if teacher == 'given' else teacher
 
 def of_any_shot(settings):
     "The settings without the seed; those of an episodic method also without its shot and epochs"
@@ -268,22 +270,27 @@ def with_other_shots(record, path):
     old = read_json(path, {})
     def both(old, new): return {k:both(old[k], v) if isinstance(v, dict) and k in old else v for k,v in (old | new).items()}
     if old.get('same') != record['same']: return record
-    return record | {k:both(old[k], record[k]) for k in ('scores', 'versus', 'images', 'images_with_others', 'networks') if k in old}
+    by_shot = ('scores', 'versus', 'images', 'images_with_others', 'networks', 'settings', 'command', 'scored')
+    return record | {k:both(old[k], record[k]) for k in by_shot if k in old}
 
-def method_record(lab, name, seed, protocol, scores, versus, split):
+def method_record(lab, experiment, name, seed, protocol, scores, versus, split):
     "The record of a method, a seed and a protocol: a dict for JSON with all that is needed to measure its numbers again"
     m = lab.methods[name]
     mine = {shot:e for (k,s,shot),e in scores.items() if (k, s) == (name, seed)}
     networks = {shot:lab.network(name, seed, shot) for shot in mine}
-    same = key_of([of_any_shot(t.settings) for t in networks.values()][:1] + [lab.data.fingerprint, lab.images, lab.given])
-    differences = {f'{shot}-shot':of_difference(e - scores[versus, seed, shot]) for shot,e in mine.items()
-                   if name != versus and (versus, seed, shot) in scores}
     first = next(iter(networks.values()))
+    length = [m.length] if m.length != 1 else []
+    same = key_of([of_any_shot(first.settings), lab.data.fingerprint, lab.images, lab.teacher_name, *length])
+    def difference(shot):
+        other = of_training(lab.network(versus, seed, shot))
+        return of_difference(mine[shot] - scores[versus, seed, shot]) | dict(weights=other['weights'][:16])
+    differences = {f'{shot}-shot':difference(shot) for shot in mine if name != versus and (versus, seed, shot) in scores}
+    def by_shot(value): return {f'{shot}-shot':value for shot in mine}
     return dict(
-        file=f'{slug(name)}-{protocol}-{same}-s{seed}-{split}.json', experiment=METHODS_SIDE_BY_SIDE, method=name, title=m.title,
+        file=f'{slug(name)}-{protocol}-{same}-s{seed}-{split}.json', experiment=experiment, method=name, title=m.title,
         source=m.source, protocol=protocol, classifier=classifier(m, protocol), budget=lab.images,
         order=list(lab.methods).index(name), same=same, seed=seed, split=split, arch=lab.arch,
-        teacher=teacher_of(lab, name), given=lab.given, published=published(lab, m, protocol, split),
+        teacher=teacher_of(lab, name), given=lab.teacher and lab.teacher.settings, published=published(lab, m, protocol, split),
         scores={f'{shot}-shot':of_scores(e) for shot,e in mine.items()},
         versus={versus:differences} if differences else {},
         images={f'{shot}-shot':m.images(lab, shot) for shot in mine},
@@ -291,4 +298,4 @@ def method_record(lab, name, seed, protocol, scores, versus, split):
         settings={f'{shot}-shot':t.settings for shot,t in networks.items()} if m.per_shot else first.settings,
         networks={f'{shot}-shot':of_training(t) for shot,t in networks.items()} if m.per_shot else dict(net=of_training(first)),
         data=dict(name=lab.data.name, fingerprint=lab.data.fingerprint),
-        command=f'OMP_NUM_THREADS={of_training(first)["torch_threads"]} {command()}', scored=of_scoring())
+        command=by_shot(f'OMP_NUM_THREADS={of_training(first)["torch_threads"]} {command()}'), scored=by_shot(of_scoring()))

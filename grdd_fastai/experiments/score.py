@@ -102,7 +102,7 @@ def score_networks(
     if mirror: asked.append('mirror')
     slug = re.sub('[^a-z0-9.]+', '-', '-'.join([*(Path(n).name for n in weights), score, query_distribution]).lower())[:100]
     name = f'inference-{slug}-{hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:6]}'
-    write_tables(out, results, name, table, pairs, record)
+    write_scores(out, results, name, table, pairs, record)
     print(json.dumps(dict(csv=str(out/f'{name}.csv'), record=str(out/f'{name}.json'), rows=len(table))))
     return table,pairs
 
@@ -122,7 +122,7 @@ def differences(scores, first):
         pairs.append(compare(by_network, versus).assign(way=way, shot=shot, query=query, classifier=name))
     return pd.concat(pairs, ignore_index=True) if pairs else pd.DataFrame()
 
-def write_tables(out, results, name, table, pairs, record):
+def write_scores(out, results, name, table, pairs, record):
     "Write the table, the paired differences and the record to `out`, and the record to `results` too if that folder is given"
     with output_folder(out) as folder:
         atomic_write(folder/f'{name}.csv', table.to_csv(index=False))

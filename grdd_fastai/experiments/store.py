@@ -1,7 +1,6 @@
 """The networks of an experiment: each is trained once, in a run named by its settings, and all are scored on the same episodes."""
 import copy
 import hashlib
-import inspect
 import json
 import re
 import sys
@@ -18,12 +17,13 @@ from ..core.errors import UserError
 from ..core.storage import load_tensors, locked, read_json, save_tensors
 from ..data.augment import train_augmentation
 from ..data.blocks import default_bs, plain_dl
+from ..distillation import TERMS
 from ..fewshot.classifiers import with_base_mean
 from ..fewshot.embed import embed
 from ..fewshot.evaluate import evaluate
 from ..fewshot.stats import Evaluation
 from ..methods.episodic import EPISODE_SETTINGS, EpisodicMethod, episodic
-from ..runs.provenance import device_name, git_commit, log_line, now
+from ..runs.provenance import device_name, git_commit, log_line, now, of_class
 from ..runs.run import Run
 from ..settings import declared
 from ..stage_one import stage_one
@@ -50,11 +50,13 @@ class Trained(NamedTuple):
 def supervision(settings):
     """What the recorded `settings` of a network train on, in the words of Table 2: CL, CL+EL or CL+GR; EL or GR from random weights
 
-    For another method it is the method's name.
+    Other terms of stage two have the names of their classes. For an episodic method it is the method's name.
     """
     if 'method' in settings: return settings['method']
     if 'student' not in settings: return 'CL'
-    return ('' if settings.get('init') == 'random' else 'CL+') + ('GR' if settings['teacher'] else 'EL')
+    terms = ['GR'] if settings['teacher'] and settings['kl_weight'] else []
+    terms += [term.__name__ for weight,term in TERMS.items() if settings.get(weight)]
+    return '+'.join([*([] if settings.get('init') == 'random' else ['CL']), *(terms or ['EL'])])
 
 
 def slug(name):
@@ -75,16 +77,6 @@ class Protocol(NamedTuple):
     def slug(self):
         "Part of a file name"
         return ''.join(f'-{slug(str(v))}' for v in self.recorded().values())
-
-
-def of_class(method):
-    "The arguments `own` of a class or a `partial` of one, and a checksum of its code if it does not belong to the package"
-    cls = getattr(method, 'func', method)
-    defaults = {k:p.default for k,p in inspect.signature(cls).parameters.items() if p.default is not p.empty}
-    found = dict(own=defaults | getattr(method, 'keywords', {}))
-    if not cls.__module__.startswith('grdd_fastai.'):
-        with suppress(OSError, TypeError): found['code'] = hashlib.sha256(inspect.getsource(cls).encode()).hexdigest()[:16]
-    return found
 
 
 class NetworkStore:

@@ -18,7 +18,7 @@ from ..models.pretrained import load_network
 from ..runs.options import DataOptions
 from ..runs.provenance import command, device_name, git_commit, now, versions
 from ..settings import between, checked, flag_name, from_flags, with_flags
-from .score import write_tables
+from .score import write_scores
 from .table import check_choice, check_writable, whole_numbers
 
 __all__ = ['tune_classifiers']
@@ -74,7 +74,7 @@ def tune_classifiers(
                   command=command(), commit=git_commit(), device=device_name(), versions=versions(), time=now())
     asked = [record[k] for k in ('weights', 'queries', 'mirror', 'seed', 'episodes', 'px')] + [names, shots, rounds, data.fingerprint]
     name = f'tuned-{record["network"]}-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:6]}'
-    write_tables(out, results, name, tables, pd.DataFrame(), record)
+    write_scores(out, results, name, tables, pd.DataFrame(), record)
     for shot in shots:
         texts = ','.join(text for (_,k),text in found.items() if k == shot)
         flags = dict(**files.identity(), cache=files.cache, px=px, score='novel', shots=shot, classifiers=texts,

@@ -1,13 +1,17 @@
-"""The methods that recipes/compare.py trains: how each is trained, the classifier of its paper, and what its paper reports
+"""The methods that recipes/compare.py trains: how each is trained, a classifier like that of its paper, and what was published for it
 
 A method of your own is a file and a line in `METHODS`: docs/extending.md shows it.
 """
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from ..core.errors import UserError
+from ..distillation import WEIGHTS, Distill
 from ..fewshot.classifiers import get_classifier
+from ..runs.provenance import of_class
+from ..settings import declared
 from ..stage_two import episode_size
 from .episodic import ANIL, EPISODE_SETTINGS, FEAT, MAML, EpisodicMethod, MatchingNet, MetaBaseline, ProtoNet, RelationNet
 from .transfer import BornAgain, InvariantEquivariant, ManifoldMixup, RotationInvariance, TeacherLogits
@@ -19,13 +23,15 @@ __all__ = ['Method', 'Transfer', 'Episodic', 'Distilled', 'METHODS']
 class Method:
     """What is common to all methods
 
-    A subclass trains the network of a method by `train(lab, seed, shot)`, where `lab` is a `Comparison`, and says by `images(lab)` how many
-    images such a training sees.
+    A subclass trains the network of a method by `train(lab, seed, shot)`, where `lab` is a `Comparison`. It gives the settings of such a
+    training by `stage(lab)` and the number of images that it sees by `images(lab)`.
     """
     title: str # the name that the field uses
     source: str = '' # arXiv number of its paper
     classifier: str|None = 'cosine' # classifier that scores it; None: `EpisodicMethod.classify`
-    published: dict = field(default_factory=dict) # data set -> accuracies for one shot and five that were published for ConvNet-4
+    support_views: int = 0 # number of augmented views in place of each support image, for this classifier
+    published: dict = field(default_factory=dict) # data set -> published accuracies for one shot and five
+    published_of: str = 'convnet4' # network that they belong to
     start: str|None = None # method whose network this one starts from
     teacher: str|None = None # method whose network is the teacher; 'given': the network that --teacher names
     length: float = 1. # images of the training, as a multiple of --images
@@ -44,6 +50,7 @@ class Method:
             raise UserError(f'{self.title} learns from a teacher: give --teacher a network with weights')
         if self.classifier: get_classifier(self.classifier)
         elif not self.classifies: raise UserError(f'{self.title} has no classifier: name one')
+        if 'epochs' in self.settings: raise UserError(f'{self.title} sets epochs, which follow from --images: give it a length')
         self.stage(lab)
     def warn(self, name, lab):
         "A sentence if a training of whole epochs sees other than about the asked number of images, else None"
@@ -78,10 +85,15 @@ class Transfer(Method):
     def train(self, lab, seed, shot):
         start,teacher = self.before(lab, seed, shot)
         def cbs(): return [*([TeacherLogits(teacher.net)] if teacher else []), *(term(**kw) for term,kw in self.terms.items())]
-        more = dict(terms={term.__name__:vars(term(**kw)) for term,kw in self.terms.items()}) if self.terms else {}
+        more = dict(terms={term.__name__:described(term, kw) for term,kw in self.terms.items()}) if self.terms else {}
         if teacher: more['teacher'] = teacher.settings
         return lab.store.stage_one_net(self.stage(lab, seed), start, cbs, **more)
 
+
+def described(term, kw):
+    "The settings of a term, and a checksum of its code if it is not the package's"
+    own,*code = of_class(partial(term, **kw)).items()
+    return own[1] | dict(code)
 
 class OfEpisodes(Method):
     "What is common to methods whose batches are episodes"
@@ -89,9 +101,9 @@ class OfEpisodes(Method):
         s = self.stage(lab, shot=shot)
         return s.epochs*images_per_epoch(lab.data, s)
     def stage(self, lab, seed=0, shot=1):
-        s = lab.two.but(seed=seed, **self.shots(shot) | self.settings)
+        s = lab.two.but(seed=seed, **self.of_shot(shot) | self.settings)
         return s.but(epochs=max(1, round(self.length*lab.images/images_per_epoch(lab.data, s))))
-    def shots(self, shot): return {}
+    def of_shot(self, shot): return {}
 
 def images_per_epoch(data, s):
     n_way,n_query = episode_size(data, s)
@@ -102,7 +114,7 @@ def images_per_epoch(data, s):
 class Episodic(OfEpisodes):
     """A method that trains on episodes, with a network for each shot
 
-    An episode has 5 classes and 15 queries of each, unless `settings` say otherwise.
+    An episode has 5 classes and 15 queries of each, and the learning rate is 0.01, unless `settings` say otherwise.
     """
     classifier: str|None = None
     make: Callable # `EpisodicMethod`, or a `partial` of one
@@ -116,7 +128,7 @@ class Episodic(OfEpisodes):
             known = ', '.join(EPISODE_SETTINGS)
             raise UserError(f'the setting {useless} of {self.title} has no effect: those of an episodic method are {known}')
         super().check(lab)
-    def shots(self, shot): return dict(n_way=5, k_shot=shot, n_query=15, lr=.01)
+    def of_shot(self, shot): return EPISODES | dict(k_shot=shot)
     def train(self, lab, seed, shot):
         start,_ = self.before(lab, seed, shot)
         return lab.store.episodic_net(self.make, lab.arch, self.stage(lab, seed, shot), start)
@@ -128,6 +140,8 @@ class Distilled(OfEpisodes):
     teacher: str|None = 'given'
     def check(self, lab):
         if self.start: raise UserError(f'{self.title} is trained from random weights: leave start out')
+        if self.teacher is None and (useless := next((k for k in self.settings if k in declared(Distill)), None)):
+            raise UserError(f'the setting {useless} of {self.title} has no effect without a teacher: leave it out')
         super().check(lab)
         if self.stage(lab).init != 'random': raise UserError(f'{self.title} is trained from random weights: leave init out')
     def train(self, lab, seed, shot):
@@ -137,31 +151,38 @@ class Distilled(OfEpisodes):
 
 # ---- the methods ------------------------------------------------------------------------------------------------------
 
-def only(**weight): return dict(kl_weight=0., **weight) # another term in place of the relatedness
+# Another term in the place of L_kl in GRDD's stage two, with its episodes, optimiser, views and L_rt. None of them has the cross-entropy of
+# the base classes that its paper has beside it.
+def only(weight): return dict(kl_weight=0., **{weight:WEIGHTS[weight]})
 
-RFS = 'logistic'
-WIDE = dict(n_way=20, n_query=5) # training episodes with more classes than test episodes have, as in ProtoNet's paper
+RFS = dict(classifier='logistic', support_views=5) # the test of RFS, SKD and IER
+EPISODES = dict(n_way=5, n_query=15, lr=.01)
+WIDE = dict(n_way=20, n_query=5) # chosen on the validation classes; the programs of Meta-Baseline and FEAT have 5 classes
+SKD = RFS | dict(source='2006.09785') # its angle has weight 1 and a cross-entropy here, and weight 2 and a binary one in its program
 FROM_RFS = dict(start='rfs_simple', settings=WIDE | dict(lr=.005))
 METHODS = {
     # a classifier of the base classes
     'baseline':      Transfer(title='Baseline', source='1904.04232', classifier='logistic(normalize=False)'),
     'baseline++':    Transfer(title='Baseline++', source='1904.04232', settings=dict(head='cosine')),
     'simpleshot':    Transfer(title='SimpleShot', source='1911.04623', classifier='simpleshot_cl2n'),
-    'rfs_simple':    Transfer(title='RFS-simple', source='2003.11539', classifier=RFS, published=dict(cifar_fs=(62.7, 78.7))),
-    'rfs_distill':   Transfer(title='RFS-distill', source='2003.11539', classifier=RFS, teacher='rfs_simple', terms={BornAgain:{}},
+    'rfs_simple':    Transfer(title='RFS-simple', source='2003.11539', **RFS, published=dict(cifar_fs=(62.7, 78.7))),
+    'rfs_distill':   Transfer(title='RFS-distill', source='2003.11539', **RFS, teacher='rfs_simple', terms={BornAgain:{}},
                               published=dict(cifar_fs=(63.8, 79.5))),
-    'skd0':          Transfer(title='SKD, generation 0', source='2006.09785', classifier=RFS, settings=dict(rotation=True)),
-    'skd1':          Transfer(title='SKD, generation 1', source='2006.09785', classifier=RFS, start='skd0', teacher='skd0',
-                              terms={RotationInvariance:{}}, settings=dict(lr=.002)),
-    's2m2':          Transfer(title='S2M2, mixup after rotation', source='1907.12087', classifier=RFS, start='skd0',
+    # 32 images at four angles are as many as the others have in a step
+    'skd0':          Transfer(title='SKD, generation 0', **SKD, settings=dict(rotation=True, bs=32)),
+    'skd1':          Transfer(title='SKD, generation 1', **SKD, start='skd0', teacher='skd0', terms={RotationInvariance:{}},
+                              settings=dict(lr=.002, bs=32)),
+    # its paper trains a cosine classifier on the support, and reads the angle from the features
+    's2m2':          Transfer(title='S2M2, mixup after rotation', source='1907.12087', classifier='logistic', start='skd0',
                               terms={ManifoldMixup:{}}, settings=dict(head='cosine')),
-    'ier':           Transfer(title='IER, with rotations', source='2103.01315', classifier=RFS, terms={InvariantEquivariant:{}}),
+    'ier':           Transfer(title='IER, with rotations', source='2103.01315', **RFS, terms={InvariantEquivariant:{}}),
     'cl':            Transfer(title='CL, with a cosine head and label smoothing', settings=dict(head='cosine', smoothing=.1)),
     'cl_twice':      Transfer(title='CL, twice as long', settings=dict(head='cosine', smoothing=.1), length=2.),
     # episodes
     'protonet':      Episodic(title='ProtoNet', source='1703.05175', make=ProtoNet, settings=WIDE, published=dict(cifar_fs=(55.5, 72.0))),
     'matchingnet':   Episodic(title='MatchingNet', source='1606.04080', make=MatchingNet, settings=WIDE),
-    'relationnet':   Episodic(title='RelationNet', source='1711.06025', make=RelationNet, published=dict(cifar_fs=(55.0, 69.3))),
+    'relationnet':   Episodic(title='RelationNet', source='1711.06025', make=RelationNet, published=dict(cifar_fs=(55.0, 69.3)),
+                              published_of='convnet4_256'),
     'maml':          Episodic(title='MAML, first order', source='1703.03400', make=MAML),
     'anil':          Episodic(title='ANIL', source='1909.09157', make=ANIL),
     'meta_baseline': Episodic(title='Meta-Baseline', source='2003.04390', make=MetaBaseline, **FROM_RFS),
@@ -169,14 +190,13 @@ METHODS = {
     # they learn from a teacher, whose features of all augmented views are computed beforehand
     'labels':        Distilled(title='episodic labels alone', teacher=None),
     'grdd':          Distilled(title='GRDD, all pairs', source='2107.05583'),
-    'grdd_paper':    Distilled(title='GRDD, support and queries', source='2107.05583', settings=dict(pairs='episode'),
-                               published=dict(cifar_fs=(69.3, 84.7))),
-    'grdd_features': Distilled(title='GRDD, all pairs, and features', settings=dict(regression_weight=5.)),
-    'kd':            Distilled(title='logit distillation', source='1503.02531', settings=only(kd_weight=5.)),
-    'fitnet':        Distilled(title='feature regression, as in FitNets', source='1412.6550', settings=only(regression_weight=5.)),
-    'crd':           Distilled(title='contrast, as in CRD', source='1910.10699', settings=only(crd_weight=1.)),
-    'rkd':           Distilled(title='RKD', source='1904.05068', settings=only(rkd_weight=50.)),
-    'similarity':    Distilled(title='similarity-preserving distillation', source='1907.09682', settings=only(similarity_weight=3000.)),
-    'dkd':           Distilled(title='DKD', source='2203.08679', settings=only(dkd_weight=1.)),
-    'dist':          Distilled(title='DIST', source='2205.10536', settings=only(dist_weight=5.)),
+    'grdd_paper':    Distilled(title='GRDD, support and queries', source='2107.05583', settings=dict(pairs='episode')),
+    'grdd_features': Distilled(title='GRDD, all pairs, and features', settings=dict(regression_weight=WEIGHTS['regression_weight'])),
+    'kd':            Distilled(title='logit distillation, from means of classes', source='1503.02531', settings=only('kd_weight')),
+    'fitnet':        Distilled(title='feature regression, as in FitNets', source='1412.6550', settings=only('regression_weight')),
+    'crd':           Distilled(title='contrast, as in CRD', source='1910.10699', settings=only('crd_weight')),
+    'rkd':           Distilled(title='RKD', source='1904.05068', settings=only('rkd_weight')),
+    'similarity':    Distilled(title='similarity-preserving distillation', source='1907.09682', settings=only('similarity_weight')),
+    'dkd':           Distilled(title='DKD', source='2203.08679', settings=only('dkd_weight')),
+    'dist':          Distilled(title='DIST', source='2205.10536', settings=only('dist_weight')),
 }

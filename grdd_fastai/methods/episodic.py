@@ -170,14 +170,15 @@ class ANIL(EpisodicMethod):
 class MAML(EpisodicMethod):
     """The whole network takes a few steps of gradient descent on the support from a learnt beginning (arXiv 1703.03400), to first order
 
-    What it reads of an image is the image itself. The support and the queries are each normalised by their own batch statistics, so the
-    queries of an episode influence each other, as in the paper. The gradients of the inner steps are treated as constants (the paper's
-    first-order approximation). UserError in a distributed run.
+    It takes `steps` in training and `test_steps` in a test. What it reads of an image is the image itself. The support and the queries are
+    each normalised by their own batch statistics, so the queries of an episode influence each other, as in the paper. The gradients of the
+    inner steps are treated as constants (the paper's first-order approximation). UserError in a distributed run.
     """
     transductive = True
-    def __init__(self, backbone, n_way:int=5, steps:int=5, lr:float=.01):
+    def __init__(self, backbone, n_way:int=5, steps:int=5, test_steps:int=10, lr:float=.01):
         super().__init__(backbone)
-        self.head,self.steps,self.lr = nn.Linear(feature_size(backbone), n_way),steps,lr
+        self.head,self.lr = nn.Linear(feature_size(backbone), n_way),lr
+        self.steps,self.test_steps = steps,test_steps
     def forward(self, x): return x.flatten(1)
     def logits(self, support, support_y, query):
         check_classes(self, support_y)
@@ -197,7 +198,7 @@ class MAML(EpisodicMethod):
         for m in norms: m.train() # statistics of the batch
         try:
             with torch.enable_grad():
-                for _ in range(self.steps):
+                for _ in range(self.steps if self.training else self.test_steps):
                     grads = torch.autograd.grad(F.cross_entropy(with_params(support), support_y), params)
                     params = [p - self.lr*g for p,g in zip(params, grads, strict=True)]
             return with_params(query)

@@ -17,13 +17,14 @@ from grdd_fastai.data.blocks import plain_dl
 from grdd_fastai.data.cache import few_shot_data
 from grdd_fastai.experiments.comparison import ONE, PROTOCOLS, TWO, Comparison, compare_methods
 from grdd_fastai.experiments.report.methods import HOW, comparison
-from grdd_fastai.experiments.store import NetworkStore, Protocol, of_class
+from grdd_fastai.experiments.store import NetworkStore, Protocol
 from grdd_fastai.fewshot.embed import embed
 from grdd_fastai.fewshot.evaluate import evaluate
 from grdd_fastai.methods.catalogue import METHODS, Distilled, Episodic, Transfer
 from grdd_fastai.methods.episodic import ANIL, ProtoNet
 from grdd_fastai.methods.transfer import BornAgain, ManifoldMixup
 from grdd_fastai.models.pretrained import load_network
+from grdd_fastai.runs.provenance import of_class
 
 IMAGES = 600
 
@@ -35,7 +36,9 @@ def words(faint, cache, monkeypatch):
 
 def few(*names, **more):
     "Some of the methods, with short epochs"
-    def short(m): return replace(m, settings=dict(m.settings) | dict(n_episodes=2) | (dict(views=2) if isinstance(m, Distilled) else {}))
+    def short(m):
+        taught = isinstance(m, Distilled) and m.teacher
+        return replace(m, settings=dict(m.settings) | dict(n_episodes=2) | (dict(views=2) if taught else {}))
     return {k:m if not hasattr(m, 'shots') else short(m) for k,m in (METHODS | more).items() if k in names or k in more}
 
 def test_every_method_trains_and_is_scored(words, tmp_path):
@@ -43,7 +46,7 @@ def test_every_method_trains_and_is_scored(words, tmp_path):
     words |= dict(images=200, shots='1')
     t = compare_methods('all', **words, out=str(tmp_path), results=str(tmp_path/'r'), known=known)['own']
     assert list(t.method) == list(METHODS) and t.accuracy.between(0, 100).all()
-    assert pd.read_csv(tmp_path/'compare_own_val.csv').accuracy.tolist() == pytest.approx(t.accuracy.tolist())
+    assert pd.read_csv(tmp_path/'compare_own_val_200_convnet4.grdd-cifarfs.csv').accuracy.tolist() == pytest.approx(t.accuracy.tolist())
     assert (tmp_path/'compare_own_val_200_convnet4.grdd-cifarfs.png').stat().st_size > 5000
     # one network for three methods that differ in the classifier alone
     made = {r['method']:r['networks'] for r in records(tmp_path/'r')}
@@ -100,7 +103,7 @@ def test_shots_that_are_scored_one_after_the_other_share_a_record(words, tmp_pat
 def test_without_versus_the_first_method_is_compared_with_and_a_named_one_is_trained(words, tmp_path):
     known = few('labels', 'protonet')
     compare_methods('labels,protonet', **words | dict(shots='1'), known=known, out=str(tmp_path))
-    assert pd.read_csv(tmp_path/'compare_own_val_pairs.csv').versus.tolist() == ['labels']
+    assert pd.read_csv(tmp_path/'compare_own_val_200_convnet4.grdd-cifarfs_pairs.csv').versus.tolist() == ['labels']
     t = compare_methods('labels', **words | dict(shots='1'), versus='protonet', known=known, out=str(tmp_path))['own']
     assert list(t.method) == ['labels', 'protonet']
 
@@ -162,6 +165,7 @@ def test_a_method_may_be_in_a_file_of_ones_own(words, tmp_path, monkeypatch):
     "A class, or a line; changed code is another network"
     monkeypatch.setattr('grdd_fastai.experiments.comparison.TWO', TWO.but(n_episodes=2))
     def write(sign): (tmp_path/f'mine{sign}.py').write_text(f'''
+from grdd_fastai.runs.provenance import of_class
 from grdd_fastai.methods.catalogue import Episodic
 from grdd_fastai.methods.episodic import ProtoNet
 class Mine(ProtoNet):
@@ -238,4 +242,4 @@ def test_a_method_that_fails_leaves_the_others_their_turn(words, tmp_path):
     known = few('labels', 'protonet')
     known['anil'] = replace(METHODS['anil'], settings=dict(n_way=6, n_episodes=2)) # validation is 5-way, and so is its head
     says(lambda: compare_methods('anil,labels', **words, out=str(tmp_path), versus='labels', known=known), '1 of the methods failed')
-    assert np.isfinite(pd.read_csv(tmp_path/'compare_own_val.csv').accuracy).all()
+    assert np.isfinite(pd.read_csv(tmp_path/'compare_own_val_200_convnet4.grdd-cifarfs.csv').accuracy).all()

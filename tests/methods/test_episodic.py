@@ -27,7 +27,7 @@ from grdd_fastai.methods.episodic import (
 from grdd_fastai.models.create import create_backbone
 
 METHODS = dict(protonet=ProtoNet, matching=MatchingNet, relation=lambda net: RelationNet(net, px=16), meta_baseline=MetaBaseline, feat=FEAT,
-               anil=lambda net: ANIL(net, n_way=3), maml=lambda net: MAML(net, n_way=3, steps=2, lr=.3))
+               anil=lambda net: ANIL(net, n_way=3), maml=lambda net: MAML(net, n_way=3, steps=2, test_steps=2, lr=.3))
 WORDS = dict(n_way=3, k_shot=2, n_query=4)
 
 def made(name, seed=0):
@@ -108,10 +108,11 @@ def test_maml_is_sgd_on_the_support_and_its_gradient_that_of_the_last_step():
     assert torch.allclose(found, logits, rtol=1e-4, atol=1e-4)
     method.loss(logits, q_y).backward()
     total = {}
+    assert method.steps == method.test_steps
     for e in range(2):
         net = nn.Sequential(copy.deepcopy(method.backbone), copy.deepcopy(method.head)).train()
         opt = torch.optim.SGD(net.parameters(), lr=method.lr)
-        for _ in range(method.steps):
+        for _ in range(method.test_steps):
             opt.zero_grad()
             F.cross_entropy(net(s[e].view(-1, 3, 16, 16)), y[e]).backward()
             opt.step()

@@ -11,28 +11,30 @@ __all__ = ['chosen_on_validation', 'inference', 'novel_log', 'GRDD_TIM']
 GRDD_TIM = {'ConvNet-4':('79.9 ± 0.2', '87.9 ± 0.2'), 'ResNet-12':('85.4 ± 0.2', '91.1 ± 0.2')} # the paper's accuracies, 1-shot and 5-shot
 
 def chosen_on_validation(results, name, sha256, shots=(1, 5), transductive=False):
-    """Words, accuracies on the novel classes and record of the classifier with the best mean accuracy of `shots` on the validation classes
+    """Words, novel accuracies and links to the records of the classifier with the best mean accuracy of `shots` on the validation classes
 
     The records are those of recipes/evaluate_weights.py on the weights with this checksum; None without such records. The classifier is an
     inductive one, or a transductive one.
     """
-    found = {} # (classifier, mirror, support views, split) -> accuracies by shot, and the record's name
+    found = {} # (classifier, mirror, support views, split) -> accuracies by shot, each with the name of its record
     for path in sorted(results.glob('inference-*.json')):
         r = json.loads(path.read_text())
         if r.get('weights', {}).get(name) != sha256 or r['queries'] != 'balanced': continue
         for s in r['scores']:
-            if s['transductive'] != transductive or (s['way'], s['query']) != (5, 15) or s['shot'] not in shots: continue
-            by_shot,_ = found.setdefault((s['classifier'], r.get('mirror', False), r['support_views'], r['split']), ({}, path.name))
-            by_shot[s['shot']] = s
-    whole = {k:by_shot for k,(by_shot,_) in found.items() if {*shots} <= by_shot.keys()}
+            if s['network'] != name or s['transductive'] != transductive: continue
+            if (s['way'], s['query']) != (5, 15) or s['shot'] not in shots: continue
+            by_shot = found.setdefault((s['classifier'], r.get('mirror', False), r['support_views'], r['split']), {})
+            by_shot[s['shot']] = s | dict(source=path.name)
+    whole = {k:by_shot for k,by_shot in found.items() if {*shots} <= by_shot.keys()}
     on_both = [how for *how,split in whole if split == 'val' and (*how, 'novel') in whole]
     if not on_both: return None
     best = max(on_both, key=lambda how: sum(whole[(*how, 'val')][shot]['accuracy'] for shot in shots))
     classifier,mirror,views = best
     words = [f'`{classifier}`', *(['features averaged with those of the mirror image'] if mirror else []),
              *([f'{views} views of each support image'] if views else [])]
-    by_shot,source = found[(*best, 'novel')]
-    return ', '.join(words),[accuracy_text(by_shot[shot]) for shot in shots],source
+    scores = [whole[(*best, 'novel')][shot] for shot in shots]
+    sources = dict.fromkeys(score['source'] for score in scores)
+    return ', '.join(words),[accuracy_text(score) for score in scores],' '.join(f'[record](results/{source})' for source in sources)
 
 def inference(folder):
     "Words on networks and episodes -> Markdown of the sources and the tables of their records by recipes/evaluate_weights.py"

@@ -25,9 +25,10 @@ FIGURES = dict(figure3='Figure 3: t-SNE of five novel classes', figure5="Figure 
 MARKS = '<!-- measured: written by recipes/report.py -->','<!-- /measured -->'
 HEAD = '''# Results
 
-`python recipes/report.py` writes this file from the [records](results/). Accuracies are in percent, on 5-way episodes of the novel classes
-of CIFAR-FS with 15 queries per class. ± is the 95% interval, ours over 10,000 episodes, that of others as they published it. Networks and
-classifiers differ from row to row: their columns say what is compared with what.
+`python recipes/report.py` writes this file from the [records](results/). Accuracies are in percent, on 5-way episodes of CIFAR-FS with 15
+queries per class. The title of a table says whether its classes are the novel ones or the validation classes. ± is the 95% interval, ours
+over 10,000 episodes, that of others as they published it. Networks and classifiers differ from row to row: their columns say what is
+compared with what.
 '''
 HOW_TO_READ = '''## How to read the tables
 

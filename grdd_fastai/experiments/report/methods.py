@@ -7,10 +7,10 @@ from ...core.errors import UserError
 from ..store import slug
 from .markdown import CLASSES, SHOTS, accuracy, arxiv_link, differences, distinct, folded, markdown_table, networks_text, picture
 
-__all__ = ['comparison', 'figure_name', 'HOW', 'METHODS_SIDE_BY_SIDE']
+__all__ = ['comparison', 'file_name', 'HOW', 'EXPERIMENTS']
 
 
-METHODS_SIDE_BY_SIDE = 'compare' # the experiment's folder in results/
+EXPERIMENTS = dict(compare='Methods side by side', term_weights='Weights of the terms') # folder in results/ -> title
 HOW = { # the protocols in words, for figures and the report
     'own': 'each method by its own classifier',
     'cosine': 'mean cosine with the support images',
@@ -22,40 +22,39 @@ HOW = { # the protocols in words, for figures and the report
 }
 
 
-def figure_name(protocol, split, images, given=None):
-    "Name of the figure of a protocol, for trainings of so many `images` and the teacher `given`"
-    return '_'.join(['compare', protocol, split, str(images), *([slug(given)] if given else [])])
+def file_name(experiment, protocol, split, images, teacher=None):
+    "Name of the table and the figure of a protocol, for trainings of so many `images` and the network `teacher`"
+    return '_'.join([experiment, protocol, split, str(images), *([slug(teacher)] if teacher else [])])
 
 def comparison(root):
     "Parts of RESULTS.md with the tables of all methods; none if there are no records"
-    # (classes, data, network, --teacher) -> images per training -> protocol -> method -> records by seed
+    # (experiment, classes, data, network, --teacher) -> images per training -> protocol -> method -> records by seed
     groups = defaultdict(lambda: defaultdict(lambda: defaultdict(lambda: defaultdict(list))))
-    read = [json.loads(path.read_text()) for path in (root/'results'/METHODS_SIDE_BY_SIDE).glob('*.json')]
+    read = [json.loads(path.read_text()) for name in EXPERIMENTS for path in (root/'results'/name).glob('*.json')]
     for r in sorted(read, key=lambda r: (r['order'], r['seed'])):
-        key = r['split'], r['data']['name'], r['arch'], r['given'] or ''
+        key = r['experiment'], r['split'], r['data']['name'], r['arch'], r['given']['network'] if r['given'] else ''
         groups[key][r['budget']][r['protocol']][r['method']].append(r)
     parts = []
-    for (split,data,arch,given),lengths in sorted(groups.items()):
-        where = f'{arch}{given and ", teacher "}{given}, {CLASSES[split]} classes of {data}'
+    for (experiment,split,data,arch,teacher),lengths in sorted(groups.items()):
+        where = f'{arch}{teacher and ", teacher "}{teacher}, {CLASSES[split]} classes of {data}'
         for budget in sorted(lengths, reverse=True):
-            parts.append(f'## Methods side by side: {budget:,} images, {where}\n')
-            parts += protocol_tables(root, split, budget, given, lengths[budget])
+            parts.append(f'## {EXPERIMENTS[experiment]}: {budget:,} images, {where}\n')
+            for protocol in sorted(lengths[budget], key=list(HOW).index):
+                figure = picture(root, file_name(experiment, protocol, split, budget, teacher), 'Accuracy and cost')
+                parts += protocol_table(protocol, lengths[budget][protocol], figure)
         if compared := lengths_table({budget:protocols.get('own', {}) for budget,protocols in lengths.items()}):
-            parts += [f'## Methods and the length of their training: {where}\n', compared + '\n']
+            parts += [f'## {EXPERIMENTS[experiment]}, by the length of their training: {where}\n', compared + '\n']
     return parts
 
-def protocol_tables(root, split, budget, given, protocols):
-    "The tables and figures of protocol -> method -> records by seed; those of the methods' own classifiers are shown, the others folded"
-    parts = []
-    for protocol in sorted(protocols, key=list(HOW).index):
-        rows = protocols[protocol]
-        for seeds in rows.values(): check_seeds(seeds)
-        every = [r for seeds in rows.values() for r in seeds]
-        figure = picture(root, figure_name(protocol, split, budget, given), 'Accuracy and cost')
-        shown = [f"Seeds {distinct(r['seed'] for r in every)}; {networks_text(every)}\n", table(rows) + '\n', *figure]
-        title = f'{HOW[protocol][0].upper()}{HOW[protocol][1:]}'
-        parts += folded(title, shown) if protocol != 'own' else [f'{title}.', *shown]
-    return parts
+def protocol_table(protocol, rows, figure):
+    "The table and the figure of method -> records by seed; they are folded, unless the methods have their own classifiers"
+    for seeds in rows.values(): check_seeds(seeds)
+    every = [r for seeds in rows.values() for r in seeds]
+    if len({json.dumps([r['data']['fingerprint'], r['given']]) for r in every}) > 1:
+        raise UserError(f'the records of {", ".join(rows)} have other data or teachers of the same name: remove those that are out of date')
+    shown = [f"Seeds {distinct(r['seed'] for r in every)}; {networks_text(every)}\n", table(rows, protocol != 'own') + '\n', *figure]
+    title = f'{HOW[protocol][0].upper()}{HOW[protocol][1:]}'
+    return [f'{title}.', *shown] if protocol == 'own' else folded(title, shown)
 
 def check_seeds(seeds):
     "Raise UserError unless the records of a method are different seeds of the same training"
@@ -63,26 +62,39 @@ def check_seeds(seeds):
     if len({r['seed'] for r in seeds}) < len(seeds) or len({(r['same'], r['teacher']) for r in seeds}) > 1:
         raise UserError(f'the records {names} are not seeds of one training: remove those that are out of date')
 
-def table(rows):
-    "Table of the methods, method -> records by seed, in the order of their accuracy for the fewest shots"
+def table(rows, merge=False):
+    """Table of the methods, method -> records by seed, in the order of their accuracy for the fewest shots
+
+    With `merge` methods with the same network share a line: they differ in their classifiers alone.
+    """
+    names = defaultdict(list) # of each network
+    for name,seeds in rows.items(): names[seeds[0]['same'] if merge else name].append(name)
     shots = sorted({shot for seeds in rows.values() for r in seeds for shot in r['scores']}, key=lambda k: int(k.partition('-')[0]))
     versus = next((other for seeds in rows.values() for r in seeds for other in r['versus']), None)
-    head = ['method', 'classifier', 'million images, with those of its start and teacher', 'teacher']
+    head = ['method', 'classifier', 'million images; the second number has those of networks trained for it, without the given teacher', 'teacher']
     known = ['published'] if any(r['published'] for seeds in rows.values() for r in seeds) else []
     for shot in shots: head += [shot, *known, *([f'minus `{versus}`'] if versus else [])]
     lines = []
-    for name,seeds in sorted(rows.items(), key=lambda o: -mean(o[1], shots[0])):
+    for first,*others in sorted(names.values(), key=lambda o: -mean(rows[o[0]], shots[0])):
+        seeds = rows[first]
         r = seeds[0]
         paper = f" ({arxiv_link(r['source'])})" if r['source'] else ''
+        also = ''.join(f', `{name}`' for name in others)
         seen = [f"{max(r[k].values())/1e6:.2f}" for k in ('images', 'images_with_others')]
-        cells = [f"`{name}`: {r['title']}{paper}", f"`{r['classifier']}`" if "'" not in r['classifier'] else r['classifier'],
+        cells = [f"`{first}`: {r['title']}{paper}{also}", f"`{r['classifier']}`" if "'" not in r['classifier'] else r['classifier'],
                  seen[0] if seen[0] == seen[1] else f'{seen[0]}, {seen[1]}', taught(r)]
         for shot in shots:
             published = dict(zip(('1-shot', '5-shot'), r['published'] or ())).get(shot, '')
-            cells += [accuracy(seeds, shot), *([str(published)] if known else []), *([differences(seeds, versus, shot)] if versus else [])]
-        links = ' '.join(f"[{r['seed']}](results/{METHODS_SIDE_BY_SIDE}/{r['file']})" for r in seeds)
+            cells += [accuracy(seeds, shot), *([str(published)] if known else []), *([paired(seeds, rows, versus, shot)] if versus else [])]
+        links = ' '.join(f"[{r['seed']}](results/{r['experiment']}/{r['file']})" for r in seeds)
         lines.append([*cells, links])
     return markdown_table([*head, 'records'], lines)
+
+def paired(seeds, rows, versus, shot):
+    "Cell of the difference from `versus`, of the seeds for which it is the difference from the very network that the table shows"
+    shown = {r['seed']:(r['networks'].get(shot) or r['networks']['net'])['weights'][:16] for r in rows.get(versus, ())}
+    same = [r for r in seeds if r['versus'].get(versus, {}).get(shot, {}).get('weights', '') == shown.get(r['seed'])]
+    return differences(same, versus, shot)
 
 def lengths_table(lengths):
     """Table of the methods that were trained for several numbers of images, from images -> method -> records by seed
@@ -97,6 +109,6 @@ def lengths_table(lengths):
 
 def taught(r):
     "Cell of a method's teacher: 'yes' for the network that --teacher names, or the method whose network it is"
-    return '' if r['teacher'] is None else 'yes' if r['teacher'] == r['given'] else f"`{r['teacher']}`"
+    return '' if r['teacher'] is None else 'yes' if r['given'] and r['teacher'] == r['given']['network'] else f"`{r['teacher']}`"
 
 def mean(seeds, shot): return statistics.mean([r['scores'][shot]['accuracy'] for r in seeds if shot in r['scores']] or [0.])

@@ -57,7 +57,7 @@ def published_table(root, found, networks=''):
         rows.append(card_row(f'**`{name}`, ours**', name, network, measured, WEIGHTS))
         if chosen := chosen_on_validation(root/'results', name, measured['sha256']):
             words,accuracies,source = chosen
-            rows.append([f'`{name}`, {CHOSEN}', network, words, *accuracies, f'[record](results/{source})'])
+            rows.append([f'`{name}`, {CHOSEN}', network, words, *accuracies, source])
     if best := best_of_table2(found, 'resnet12'): rows.append(best)
     rows += [[*cells, arxiv_link(number)] for *cells,number in PUBLISHED]
     rows = [cells for cells in rows if cells[1].startswith(networks)]
@@ -77,7 +77,7 @@ def transductive_table(root):
             if not (chosen := chosen_on_validation(root/'results', name, measured['sha256'], (shot,), transductive=True)): continue
             words,accuracies,source = chosen
             cells = [accuracies[0] if k == shot else '' for k in (1, 5)]
-            rows.append([f'`{name}`, {CHOSEN}', network, words, *cells, f'[record](results/{source})'])
+            rows.append([f'`{name}`, {CHOSEN}', network, words, *cells, source])
     if not rows: return ''
     rows += [['GRDD-TIM, the paper', network, 'TIM', *accuracies, arxiv_link('2107.05583')] for network,accuracies in GRDD_TIM.items()]
     return markdown_table(published_head('all queries together, equally many of each class'), rows)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ...stage_one import StageOne
 from .markdown import CLASSES, accuracy, differences, markdown_table
-from .methods import METHODS_SIDE_BY_SIDE
+from .methods import EXPERIMENTS
 
 __all__ = ['records', 'section', 'by_start']
 
@@ -14,7 +14,7 @@ __all__ = ['records', 'section', 'by_start']
 def records(folder):
     "experiment -> split -> (row, settings without the seed) -> list of records by seed, in the order of the experiment's rows"
     found = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    read = [json.loads(path.read_text()) for path in Path(folder).glob('*/*.json') if path.parent.name != METHODS_SIDE_BY_SIDE]
+    read = [json.loads(path.read_text()) for path in Path(folder).glob('*/*.json') if path.parent.name not in EXPERIMENTS]
     for r in sorted(read, key=lambda r: (r['order'], r['same'], r['seed'])):
         found[r['experiment']][r['split']][r['row'], r['same']].append(r)
     return found
