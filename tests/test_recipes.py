@@ -13,6 +13,7 @@ from helpers import ROOT, recipe
 
 from grdd_fastai.experiments.report.classifiers import chosen_on_validation
 from grdd_fastai.experiments.report.photos import trust_table
+from grdd_fastai.stage_two import PRESETS
 
 
 def test_prepare_data_recipe(csv_set, tmp_path, capsys):
@@ -24,6 +25,14 @@ def test_prepare_data_recipe(csv_set, tmp_path, capsys):
 def test_each_experiment_writes_its_table_and_its_figure(small, tmp_path, name, rows, n):
     recipe(name)(out=str(tmp_path), rows=rows, **small)
     assert len(pd.read_csv(tmp_path/f'{name}_val.csv')) == n and (tmp_path/f'{name}_val.png').stat().st_size > 5000
+
+@pytest.mark.parametrize('pairs, groups', [('episode', 20), ('all', 20*(1 + 6))])
+def test_the_whole_matrix_at_matched_weight_has_the_weight_of_all_groups(pairs, groups):
+    "Each group of Eq. 12 is a row of the relatedness: a support image, or any image of the episode"
+    two = PRESETS['best'].but(n_way=20, k_shot=1, n_query=6, pairs=pairs)
+    rows = runpy.run_path(str(ROOT/'recipes'/'ablations.py'))['ablations'](two, 64)
+    alone,matched = (rows[f'w/o RDD{k}']['stage_two']['kl_weight'] for k in ('', ' matched weight'))
+    assert alone == pytest.approx(two.distill.kl_weight/groups) and matched == pytest.approx(two.distill.kl_weight)
 
 def test_a_row_may_use_a_flag_that_has_no_effect_without_what_it_sets(small, tmp_path):
     "`--views` belongs to the known views, which the rows of this recipe ask for"
@@ -146,13 +155,13 @@ def test_the_classifier_that_did_best_on_the_validation_classes_stands_beside_th
     record('val', weights='others', ridge=(90., 90.))
     assert chosen_on_validation(tmp_path, 'net', 'mine') is None
     record('novel', cosine=(65., 75.), ridge=(64., 78.), tim_adm=(75., 85.))
-    record = '[record](results/inference-3.json)'
-    assert chosen_on_validation(tmp_path, 'net', 'mine') == ('`ridge`', ['64.00 ± 0.20', '78.00 ± 0.20'], record)
+    link = '[record](results/inference-3.json)'
+    assert chosen_on_validation(tmp_path, 'net', 'mine') == ('`ridge`', ['64.00 ± 0.20', '78.00 ± 0.20'], link)
     record('val', mirror=True, logistic=(62., 75.))
     record('novel', mirror=True, logistic=(66., 79.))
     assert chosen_on_validation(tmp_path, 'net', 'mine')[0] == '`logistic`, features averaged with those of the mirror image'
     assert chosen_on_validation(tmp_path, 'net', 'unknown') is None
-    assert chosen_on_validation(tmp_path, 'net', 'mine', (5,), transductive=True) == ('`tim_adm`', ['85.00 ± 0.20'], record)
+    assert chosen_on_validation(tmp_path, 'net', 'mine', (5,), transductive=True) == ('`tim_adm`', ['85.00 ± 0.20'], link)
 
 def test_the_table_of_trust_has_the_default_classifier_and_the_others_for_five_photos(tmp_path):
     rows = [dict(classifier=k, way=5, shot=shot, accuracy=80.12, expected=79., covered=95., width=20., ece=2., ece_before=50.)

@@ -20,7 +20,7 @@ from grdd_fastai.experiments.report.methods import HOW, comparison
 from grdd_fastai.experiments.store import NetworkStore, Protocol
 from grdd_fastai.fewshot.embed import embed
 from grdd_fastai.fewshot.evaluate import evaluate
-from grdd_fastai.methods.catalogue import METHODS, Distilled, Episodic, Transfer
+from grdd_fastai.methods.catalogue import METHODS, Distilled, Episodic, Transfer, described
 from grdd_fastai.methods.episodic import ANIL, ProtoNet
 from grdd_fastai.methods.transfer import BornAgain, ManifoldMixup
 from grdd_fastai.models.pretrained import load_network
@@ -39,7 +39,7 @@ def few(*names, **more):
     def short(m):
         taught = isinstance(m, Distilled) and m.teacher
         return replace(m, settings=dict(m.settings) | dict(n_episodes=2) | (dict(views=2) if taught else {}))
-    return {k:m if not hasattr(m, 'shots') else short(m) for k,m in (METHODS | more).items() if k in names or k in more}
+    return {k:m if not hasattr(m, 'of_shot') else short(m) for k,m in (METHODS | more).items() if k in names or k in more}
 
 def test_every_method_trains_and_is_scored(words, tmp_path):
     known = few(*METHODS)
@@ -70,6 +70,8 @@ def test_a_line_that_cannot_be_trained_is_a_sentence_before_anything_is(words, t
     refused('cannot be made', line=Transfer(title='Mine', terms={ManifoldMixup:dict(beta=1)}))
     refused("no setting 'learning_rate'", line=Transfer(title='Mine', settings=dict(learning_rate=1)))
     refused("unknown classifier 'nearest'", line=Transfer(title='Mine', classifier='nearest'))
+    refused('give it a length', line=Transfer(title='Mine', settings=dict(epochs=40)))
+    refused('kd_weight of Mine has no effect', line=Distilled(title='Mine', teacher=None, settings=dict(kd_weight=5.)))
     refused('leave init out', line=Distilled(title='Mine', settings=dict(init='cl')))
     refused('leave start out', line=Distilled(title='Mine', start='cl'))
     words = words | dict(teacher=None)
@@ -80,11 +82,15 @@ def test_settings_of_a_class_and_code_of_ones_own_make_another_network(data, tmp
     def folder(method): return of_class(method)
     assert folder(partial(ANIL, lr=.1)) != folder(partial(ANIL, lr=.5)) and folder(ANIL)['own'] == dict(n_way=5, steps=5, lr=.5)
     assert 'code' not in folder(ANIL) and store.data is data
+    assert described(BornAgain, dict(T=2.)) == vars(BornAgain(T=2.))
     class A(ProtoNet):
         def logits(self, support, support_y, query): return -super().logits(support, support_y, query)
     class B(ProtoNet):
         def logits(self, support, support_y, query): return super().logits(support, support_y, query)
     assert folder(A)['code'] != folder(B)['code']
+    class Mine(BornAgain):
+        def after_loss(self): pass
+    assert described(Mine, {}).keys() == {'code', *vars(BornAgain())}
 
 def test_shots_that_are_scored_one_after_the_other_share_a_record(words, tmp_path):
     known = few('labels', 'protonet')
@@ -103,7 +109,8 @@ def test_shots_that_are_scored_one_after_the_other_share_a_record(words, tmp_pat
 def test_without_versus_the_first_method_is_compared_with_and_a_named_one_is_trained(words, tmp_path):
     known = few('labels', 'protonet')
     compare_methods('labels,protonet', **words | dict(shots='1'), known=known, out=str(tmp_path))
-    assert pd.read_csv(tmp_path/'compare_own_val_200_convnet4.grdd-cifarfs_pairs.csv').versus.tolist() == ['labels']
+    pairs, = tmp_path.glob('compare_own_val_*_pairs.csv')
+    assert pd.read_csv(pairs).versus.tolist() == ['labels']
     t = compare_methods('labels', **words | dict(shots='1'), versus='protonet', known=known, out=str(tmp_path))['own']
     assert list(t.method) == ['labels', 'protonet']
 
@@ -119,11 +126,12 @@ def test_scores_are_those_of_the_saved_networks_on_the_same_episodes(words, tmp_
     h,y = embed(net, plain_dl(data, 'val'))
     want = evaluate(h, y, 5, 2, 15, 40, seed=1, classifier='logistic')
     other = evaluate(h, y, 5, 2, 15, 40, seed=1, classifier='tim_adm')
-    for protocol,e in dict(own=want, logistic=want, transductive=other).items():
+    for protocol,e in dict(logistic=want, transductive=other).items():
         t = tables[protocol].set_index(['method', 'shot'])
         assert t.accuracy['rfs_simple', 2] == pytest.approx(e.accuracy, abs=1e-6), protocol
     views = tables['views'].set_index(['method', 'shot']).accuracy['rfs_simple', 2]
-    assert views != pytest.approx(want.accuracy) and set(tables['views'].classifier) == {'logistic'}
+    assert views != pytest.approx(want.accuracy) and set(tables['views'].classifier) == {'logistic, 5 views'}
+    assert tables['own'].set_index(['method', 'shot']).accuracy['rfs_simple', 2] == views # as in RFS
     # the paired difference in the record is that of the episodes themselves
     mine,its = (lab.store.score(lab.network(k, 0, 2), 'val', 2, 40, Protocol(known[k].classifier)) for k in ('protonet', 'labels'))
     r = next(r for r in records(tmp_path/'r') if (r['method'], r['protocol']) == ('protonet', 'own'))
@@ -232,6 +240,22 @@ def test_the_report_has_a_table_for_each_protocol_and_budget(words, tmp_path):
         clear = {d['clear'] for d in of} in ({1}, {-1})
         assert f"{np.mean([d['difference'] for d in of]):+.2f}" in cells[5] and cells[5].startswith('**') == clear
 
+def test_the_report_mixes_no_networks_and_no_teachers(words, tmp_path):
+    known = few('protonet', 'labels')
+    out = dict(known=known, out=str(tmp_path), results=str(tmp_path/'results'), versus='labels')
+    compare_methods('all', **words | dict(images=200, shots='1'), **out)
+    def lines():
+        text = '\n'.join(comparison(tmp_path))
+        return {line.split('`')[1]:line.split(' | ') for line in text.splitlines() if line.startswith('| `')}
+    assert ' ± ' in lines()['protonet'][5]
+    by_name = {r['method']:r for r in records(tmp_path/'results')}
+    def change(name, **new): (tmp_path/'results'/'compare'/by_name[name]['file']).write_text(json.dumps(by_name[name] | new))
+    other = by_name['labels']['networks']['net'] | dict(weights='f'*64)
+    change('labels', networks=dict(net=other)) # trained anew: the difference from the former one is not shown beside it
+    assert lines()['protonet'][5] == '' and ' ± ' in lines()['protonet'][4]
+    change('labels', given=by_name['labels']['given'] | dict(weights='0'*16))
+    says(lambda: comparison(tmp_path), 'teachers of the same name')
+
 def test_another_weight_is_a_row_of_its_own(words, tmp_path):
     recipe('term_weights')('rkd_12.5', **words | dict(shots='1'), versus='rkd_12.5', out=str(tmp_path))
     run, = tmp_path.glob('gr-*/settings.json')
@@ -242,4 +266,4 @@ def test_a_method_that_fails_leaves_the_others_their_turn(words, tmp_path):
     known = few('labels', 'protonet')
     known['anil'] = replace(METHODS['anil'], settings=dict(n_way=6, n_episodes=2)) # validation is 5-way, and so is its head
     says(lambda: compare_methods('anil,labels', **words, out=str(tmp_path), versus='labels', known=known), '1 of the methods failed')
-    assert np.isfinite(pd.read_csv(tmp_path/'compare_own_val_200_convnet4.grdd-cifarfs.csv').accuracy).all()
+    assert np.isfinite(pd.read_csv(tmp_path/f'compare_own_val_{IMAGES}_convnet4.grdd-cifarfs.csv').accuracy).all()

@@ -71,7 +71,8 @@ def table(rows, merge=False):
     for name,seeds in rows.items(): names[seeds[0]['same'] if merge else name].append(name)
     shots = sorted({shot for seeds in rows.values() for r in seeds for shot in r['scores']}, key=lambda k: int(k.partition('-')[0]))
     versus = next((other for seeds in rows.values() for r in seeds for other in r['versus']), None)
-    head = ['method', 'classifier', 'million images; the second number has those of networks trained for it, without the given teacher', 'teacher']
+    images = 'million images; the second number has those of networks trained for it, without the given teacher'
+    head = ['method', 'classifier', images, 'teacher']
     known = ['published'] if any(r['published'] for seeds in rows.values() for r in seeds) else []
     for shot in shots: head += [shot, *known, *([f'minus `{versus}`'] if versus else [])]
     lines = []
