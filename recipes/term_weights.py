@@ -3,7 +3,7 @@
     python recipes/term_weights.py --data cifar-fs.zip --teacher weights/resnet12_320.grdd_cifarfs --images 115200
     python recipes/term_weights.py --demo --methods kd_5,kd_20 --versus kd_5        # two networks, one minute on two cores, no download
 
-A row is a method of recipes/compare.py with another weight: kd_20 is `kd` with a weight of 20.
+A row is a method of recipes/compare.py with another weight: kd_20 is `kd` with a weight of 20. Rows such as grdd_20_fitnet_20 have two terms.
 """
 from dataclasses import replace
 
@@ -25,11 +25,12 @@ WEIGHTS = { # method -> the setting that is its weight, and the weights that are
     'dist':       ('dist_weight', (1.25, 5., 20.)),
 }
 
-def row(name, setting, weight):
-    method = METHODS[name]
-    return replace(method, title=f'{method.title}, weight {weight:g}', settings=dict(method.settings) | {setting:weight})
+def row(title, name, **weights): return replace(METHODS[name], title=title, settings=dict(METHODS[name].settings) | weights)
 
-ROWS = {f'{name}_{weight:g}':row(name, setting, weight) for name,(setting,weights) in WEIGHTS.items() for weight in weights}
+ROWS = {f'{name}_{weight:g}':row(f'{METHODS[name].title}, weight {weight:g}', name, **{setting:weight})
+        for name,(setting,weights) in WEIGHTS.items() for weight in weights}
+ROWS |= {f'grdd_{weight:g}_fitnet_{other:g}':row(f'GRDD and features, weights {weight:g} and {other:g}', 'grdd', kl_weight=weight,
+                                               regression_weight=other) for weight in (5., 20., 80.) for other in (5., 20.)}
 
 @call_parse
 @exact_flags
