@@ -3,7 +3,8 @@
     python recipes/term_weights.py --data cifar-fs.zip --teacher weights/resnet12_320.grdd_cifarfs --images 115200
     python recipes/term_weights.py --demo --methods kd_5,kd_20 --versus kd_5        # two networks, one minute on two cores, no download
 
-A row is a method of recipes/compare.py with another weight: kd_20 is `kd` with a weight of 20. Rows such as grdd_20_fitnet_20 have two terms.
+A row is a method of recipes/compare.py with another weight: kd_20 is `kd` with a weight of 20. A row such as grdd_20_fitnet_20 has two
+terms.
 """
 from dataclasses import replace
 
