@@ -8,9 +8,9 @@ import torch
 
 from ..core.distributed import from_rank_zero, log, processes, rank_world
 from ..core.errors import UserError
+from ..core.own_file import module_of
 from ..core.storage import digest, read_json, user_path
 from ..data.episodes import check_episode
-from ..fewshot.classifiers import module_of
 from ..fewshot.stats import compare
 from ..methods.catalogue import METHODS, Episodic, Method
 from ..methods.episodic import EpisodicMethod

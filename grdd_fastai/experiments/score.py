@@ -21,7 +21,7 @@ from ..fewshot.stats import compare
 from ..models.create import input_config
 from ..models.pretrained import load_network
 from ..runs.options import DataOptions
-from ..runs.provenance import command, device_name, git_commit, log_line, now, versions
+from ..runs.provenance import git_commit, log_line, now, origin
 from ..settings import at_least, between, checked, from_flags, with_flags
 from .store import EPISODES_SEED, SPLITS
 from .table import check_choice, check_writable, whole_numbers
@@ -96,8 +96,7 @@ def score_networks(
     if len(pairs): log('\n' + pairs.to_string(index=False, float_format='{:.3g}'.format))
 
     record = dict(split=score, queries=query_distribution, support_views=support_views, mirror=mirror, jitter=jitter, seed=seed, px=px,
-                  scores=rows, weights=weights, data=dict(name=data.name, fingerprint=data.fingerprint),
-                  command=command(), commit=git_commit(), device=device_name(), versions=versions(), time=now())
+                  scores=rows, weights=weights, **origin(data))
     asked = [weights, data.fingerprint, score, kinds, names, query_distribution, support_views, jitter, seed, test_episodes]
     if mirror: asked.append('mirror')
     slug = re.sub('[^a-z0-9.]+', '-', '-'.join([*(Path(n).name for n in weights), score, query_distribution]).lower())[:100]

@@ -20,7 +20,7 @@ from ..models.create import input_config
 from ..models.pretrained import load_network
 from ..photos.trust import AUTO, check_inductive, check_share, expected_accuracy, hold_out, similarity, softmax_scale, unknown_below
 from ..runs.options import DataOptions
-from ..runs.provenance import command, device_name, git_commit, now, versions
+from ..runs.provenance import origin
 from ..settings import between, checked, from_flags, positive, with_flags
 from .store import SPLITS
 from .table import check_choice, check_writable, whole_numbers
@@ -72,8 +72,7 @@ def measure_trust(
         rows.append(dict(classifier=name, way=way, shot=shot) | measured)
         log(', '.join(f'{k} {v:.1f}' if isinstance(v, float) else f'{k} {v}' for k,v in rows[-1].items()))
     record = dict(network=Path(network).name, weights=digest(net.state_dict()), split=score, unknown=unknown, supports=supports, seed=seed,
-                  rows=rows, data=dict(name=data.name, fingerprint=data.fingerprint), command=command(), commit=git_commit(),
-                  device=device_name(), versions=versions(), time=now())
+                  rows=rows, **origin(data))
     file = re.sub('[^a-z0-9.]+', '-', f'trust-{Path(network).name}-{data.name}-{score}'.lower()) + '.json'
     for folder in (out, results):
         if folder:

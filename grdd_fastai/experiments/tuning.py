@@ -16,7 +16,7 @@ from ..fewshot.tune import tunable, tune
 from ..models.create import input_config
 from ..models.pretrained import load_network
 from ..runs.options import DataOptions
-from ..runs.provenance import command, device_name, git_commit, now, versions
+from ..runs.provenance import origin
 from ..settings import between, checked, flag_name, from_flags, with_flags
 from .score import write_scores
 from .table import check_choice, check_writable, whole_numbers
@@ -70,8 +70,7 @@ def tune_classifiers(
     tried = tables.round(3).astype(object).where(tables.notna(), None) # a classifier that failed has no accuracy
     record = dict(network=Path(network).name, weights=digest(net.state_dict()), split='val', queries=query_distribution, mirror=mirror,
                   seed=SEED, episodes=episodes, px=px, chosen=[dict(classifier=k, shot=shot, chosen=v) for (k,shot),v in found.items()],
-                  tried=tried.to_dict('records'), data=dict(name=data.name, fingerprint=data.fingerprint),
-                  command=command(), commit=git_commit(), device=device_name(), versions=versions(), time=now())
+                  tried=tried.to_dict('records'), **origin(data))
     asked = [record[k] for k in ('weights', 'queries', 'mirror', 'seed', 'episodes', 'px')] + [names, shots, rounds, data.fingerprint]
     name = f'tuned-{record["network"]}-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:6]}'
     write_scores(out, results, name, tables, pd.DataFrame(), record)

@@ -6,18 +6,16 @@ prediction is the argmax of the logits. Episodes do not influence each other. Ha
 classifier raises UserError for features that are not finite and for a class without support images.
 """
 import ast
-import importlib.util
 import inspect
 import re
-import sys
 from collections.abc import Callable
 from functools import partial, wraps
 
 import torch
 import torch.nn.functional as F
 
-from ..core.errors import UserError, first_line
-from ..core.storage import user_path
+from ..core.errors import UserError
+from ..core.own_file import module_of
 from ..losses import full_precision
 
 __all__ = ['CLASSIFIERS', 'register_classifier', 'check_classifier_settings', 'get_classifier', 'without_settings', 'split_names',
@@ -140,31 +138,17 @@ def split_names(classifiers):
     return names
 
 
-LOADED = {} # path of a file -> its module; a file is run only once
-
-def module_of(file):
-    "The module in a file of one's own; UserError if the file cannot be run"
-    path = user_path(file).resolve()
-    if path not in LOADED:
-        before = dict(CLASSIFIERS)
-        try:
-            spec = importlib.util.spec_from_file_location(f'file_{path.stem}', path)
-            module = sys.modules[spec.name] = importlib.util.module_from_spec(spec) # `inspect` finds its code there
-            spec.loader.exec_module(module)
-        except Exception as e:
-            sys.modules.pop(f'file_{path.stem}', None)
-            CLASSIFIERS.clear()
-            CLASSIFIERS.update(before)
-            raise UserError(f'{file} cannot be used ({type(e).__name__}: {first_line(e)}): mend it, or give another file') from None
-        LOADED[path] = module
-    return LOADED[path]
-
 def from_file(name):
     "Register the function that a text such as 'my_file.py:my_function(scale=2)' names, and return its name with the settings"
     found = re.fullmatch(r'(.+\.py):([A-Za-z_]\w*)(\(.*\))?', name)
     if not found: return name
     file,function,settings = found.groups()
-    f = getattr(module_of(file), function, None)
+    before = dict(CLASSIFIERS)
+    try: f = getattr(module_of(file), function, None)
+    except UserError: # the file may have registered some
+        CLASSIFIERS.clear()
+        CLASSIFIERS.update(before)
+        raise
     if not callable(f): raise UserError(f'{file} has no function {function!r}: give one that takes (support, support_y, query)')
     if CLASSIFIERS.get(function) is not f and getattr(CLASSIFIERS.get(function), '__wrapped__', None) is not f:
         if function in CLASSIFIERS: raise UserError(f'there is a classifier {function!r} already: give the function in {file} another name')

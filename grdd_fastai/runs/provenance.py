@@ -73,6 +73,11 @@ def now():
     "The time in UTC, in ISO format"
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')
 
+def origin(data):
+    "Where a record of numbers on `data` (`FewShotData`) comes from: a dict for JSON"
+    return dict(data=dict(name=data.name, fingerprint=data.fingerprint), command=command(), commit=git_commit(), device=device_name(),
+                versions=versions(), time=now())
+
 def log_line(path, scoring):
     """Append the dict `scoring`, a scoring of the novel classes, to the JSON lines at `path` unless it is there already
 
