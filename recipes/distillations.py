@@ -16,14 +16,15 @@ from grdd_fastai.plots import plot_rows, save_figure
 from grdd_fastai.settings import exact_flags
 
 START = dict(init='random', teacher_view='views', pairs='all')
-RELATEDNESS = ('labels', 'relatedness')
-def instead(weight): return GR | dict(versus=RELATEDNESS, stage_two=START | {'kl_weight':0., weight:WEIGHTS[weight]})
-def also(weight): return GR | dict(versus=('relatedness',), stage_two=START | {weight:WEIGHTS[weight]})
+BOTH = ('labels', 'relatedness')
+RELATEDNESS = START | dict(kl_weight=WEIGHTS['kl_weight'])
+def instead(weight): return GR | dict(versus=BOTH, stage_two=START | {'kl_weight':0., weight:WEIGHTS[weight]})
+def also(weight): return GR | dict(versus=('relatedness',), stage_two=RELATEDNESS | {weight:WEIGHTS[weight]})
 
 ROWS = {
     'labels':                             GR | dict(stage_two=START | dict(kl_weight=0.)),
-    'relatedness':                        GR | dict(versus=('labels',), stage_two=START), # of all pairs
-    'relatedness of support and queries': GR | dict(versus=RELATEDNESS, stage_two=START | dict(pairs='episode')), # as in the paper
+    'relatedness':                        GR | dict(versus=('labels',), stage_two=RELATEDNESS), # of all pairs
+    'relatedness of support and queries': GR | dict(versus=BOTH, stage_two=RELATEDNESS | dict(pairs='episode')), # as in the paper
     'logits':                             instead('kd_weight'),
     'DKD':                                instead('dkd_weight'),
     'DIST':                               instead('dist_weight'),

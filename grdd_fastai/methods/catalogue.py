@@ -153,7 +153,7 @@ class Distilled(OfEpisodes):
 
 # Another term in the place of L_kl in GRDD's stage two, with its episodes, optimiser, views and L_rt. None of them has the cross-entropy of
 # the base classes that its paper has beside it.
-def only(weight): return dict(kl_weight=0., **{weight:WEIGHTS[weight]})
+def only(weight): return {'kl_weight':0., weight:WEIGHTS[weight]}
 
 RFS = dict(classifier='logistic', support_views=5) # the test of RFS, SKD and IER
 EPISODES = dict(n_way=5, n_query=15, lr=.01)
@@ -189,9 +189,9 @@ METHODS = {
     'feat':          Episodic(title='FEAT', source='1812.03664', make=FEAT, **FROM_RFS),
     # they learn from a teacher, whose features of all augmented views are computed beforehand
     'labels':        Distilled(title='episodic labels alone', teacher=None),
-    'grdd':          Distilled(title='GRDD, all pairs', source='2107.05583'),
+    'grdd':          Distilled(title='GRDD, all pairs', source='2107.05583', settings=only('kl_weight')),
     'grdd_paper':    Distilled(title='GRDD, support and queries', source='2107.05583', settings=dict(pairs='episode')),
-    'grdd_features': Distilled(title='GRDD, all pairs, and features', settings=dict(regression_weight=WEIGHTS['regression_weight'])),
+    'grdd_features': Distilled(title='GRDD, all pairs, and features', settings=dict(kl_weight=20., regression_weight=20.)),
     'kd':            Distilled(title='logit distillation, from means of classes', source='1503.02531', settings=only('kd_weight')),
     'fitnet':        Distilled(title='feature regression, as in FitNets', source='1412.6550', settings=only('regression_weight')),
     'crd':           Distilled(title='contrast, as in CRD', source='1910.10699', settings=only('crd_weight')),
