@@ -95,6 +95,7 @@ def described(term, kw):
     own,*code = of_class(partial(term, **kw)).items()
     return own[1] | dict(code)
 
+
 class OfEpisodes(Method):
     "What is common to methods whose batches are episodes"
     def images(self, lab, shot=1):
