@@ -81,7 +81,7 @@ OF_RELATEDNESS = ('T', 'kl_weight', 'decouple', 'T_squared', 'reverse', 'reducti
 # name of the setting of a weight -> the term that it belongs to
 TERMS = dict(rkd_weight=RelationalKD, similarity_weight=SimilarityPreserving, regression_weight=FeatureRegression,
              crd_weight=ContrastiveKD, kd_weight=LogitKD, dkd_weight=DecoupledKD, dist_weight=DIST)
-# weights of the recipes that compare the terms, one at a time beside L_rt: the best in short trainings (recipes/term_weights.py)
+# The recipes that compare the terms give each term this weight. It did best in short trainings (recipes/term_weights.py).
 WEIGHTS = dict(kl_weight=80., rkd_weight=3.125, similarity_weight=3000., regression_weight=20., crd_weight=1., kd_weight=5., dkd_weight=1.,
                dist_weight=5.)
 

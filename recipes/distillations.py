@@ -12,13 +12,14 @@ from fastcore.script import call_parse
 
 from grdd_fastai.distillation import TERMS, WEIGHTS
 from grdd_fastai.experiments.table import GR, table
+from grdd_fastai.methods.catalogue import only
 from grdd_fastai.plots import plot_rows, save_figure
 from grdd_fastai.settings import exact_flags
 
 START = dict(init='random', teacher_view='views', pairs='all')
 BOTH = ('labels', 'relatedness')
-RELATEDNESS = START | dict(kl_weight=WEIGHTS['kl_weight'])
-def instead(weight): return GR | dict(versus=BOTH, stage_two=START | {'kl_weight':0., weight:WEIGHTS[weight]})
+RELATEDNESS = START | only('kl_weight')
+def instead(weight): return GR | dict(versus=BOTH, stage_two=START | only(weight))
 def also(weight): return GR | dict(versus=('relatedness',), stage_two=RELATEDNESS | {weight:WEIGHTS[weight]})
 
 ROWS = {

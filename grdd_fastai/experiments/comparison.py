@@ -115,7 +115,7 @@ def compare_methods(
     max_minutes:Annotated[float, 'minutes after which the program stops with everything saved; the same command goes on', positive]=None,
     demo:bool=False, # small settings, on the embedded data set unless --data is given
     known=METHODS, # name -> method; not a flag
-    name:str='compare', # name of the experiment, which its files and records have; not a flag
+    name:str='compare', # name of the experiment, which begins its files and is in its records; not a flag
 ) -> dict:
     """Train the networks of the methods that do not exist yet, score them on the same episodes, and write CSVs and records
 
@@ -187,6 +187,10 @@ def named_teacher(teacher):
     except UserError as e: raise UserError(f'--teacher is {teacher!r}, which cannot be used: {e}') from None
     return Trained(net, Path(public_word(teacher)), dict(network=Path(public_word(teacher)).name, weights=digest(net.state_dict())[:16]))
 
+def own_protocol(method):
+    "The `Protocol` of a method's own classifier"
+    return Protocol(method.classifier, method.support_views)
+
 def train_and_score(lab, names, seeds, shots, protocols, split, n_episodes):
     """Train each method with each seed, and score it by each of the `protocols` (name -> `Protocol`, None for the method's own)
 
@@ -197,8 +201,8 @@ def train_and_score(lab, names, seeds, shots, protocols, split, n_episodes):
     for seed,name in itertools.product(seeds, names):
         try:
             for shot,(k,p) in itertools.product(shots, protocols.items()):
-                p = p or Protocol(lab.methods[name].classifier, lab.methods[name].support_views)
-                e = scores[k][name, seed, shot] = lab.store.score(lab.network(name, seed, shot), split, shot, n_episodes, p)
+                how = p or own_protocol(lab.methods[name])
+                e = scores[k][name, seed, shot] = lab.store.score(lab.network(name, seed, shot), split, shot, n_episodes, how)
                 log(f'{name}, seed {seed}, {shot}-shot, {k}: {e}')
         except Stopped as stop:
             stop.where = f' at {name}, seed {seed}{stop.where}'
@@ -253,7 +257,7 @@ def published(lab, method, protocol, split):
 
 def classifier(method, protocol):
     "The name of the classifier that scores a method by a protocol"
-    p = PROTOCOLS[protocol] or Protocol(method.classifier, method.support_views)
+    p = PROTOCOLS[protocol] or own_protocol(method)
     if p.classifier: return p.classifier + (f', {p.support_views} views' if p.support_views else '')
     return "the method's own" + (', all queries together' if getattr(method.make, 'func', method.make).transductive else '')
 

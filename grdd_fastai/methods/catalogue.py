@@ -152,8 +152,8 @@ class Distilled(OfEpisodes):
 
 # ---- the methods ------------------------------------------------------------------------------------------------------
 
-# Another term in the place of L_kl in GRDD's stage two, with its episodes, optimiser, views and L_rt. None of them has the cross-entropy of
-# the base classes that its paper has beside it.
+# One term takes the place of L_kl in GRDD's stage two. Episodes, optimiser, views and L_rt stay as they are. The papers of these terms also
+# train with a cross-entropy of the base classes, which is left out here.
 def only(weight): return {'kl_weight':0., weight:WEIGHTS[weight]}
 
 RFS = dict(classifier='logistic', support_views=5) # the test of RFS, SKD and IER

@@ -251,7 +251,7 @@ def test_the_report_mixes_no_networks_and_no_teachers(words, tmp_path):
     by_name = {r['method']:r for r in records(tmp_path/'results')}
     def change(name, **new): (tmp_path/'results'/'compare'/by_name[name]['file']).write_text(json.dumps(by_name[name] | new))
     other = by_name['labels']['networks']['net'] | dict(weights='f'*64)
-    change('labels', networks=dict(net=other)) # trained anew: the difference from the former one is not shown beside it
+    change('labels', networks=dict(net=other)) # a new network; the difference from the former one is not shown
     assert lines()['protonet'][5] == '' and ' ± ' in lines()['protonet'][4]
     change('labels', given=by_name['labels']['given'] | dict(weights='0'*16))
     says(lambda: comparison(tmp_path), 'teachers of the same name')

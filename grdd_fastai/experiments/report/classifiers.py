@@ -37,7 +37,7 @@ def chosen_on_validation(results, name, sha256, shots=(1, 5), transductive=False
     return ', '.join(words),[accuracy_text(score) for score in scores],' '.join(f'[record](results/{source})' for source in sources)
 
 def inference(folder):
-    "Words on networks and episodes -> Markdown of the sources and the tables of their records by recipes/evaluate_weights.py"
+    "The tables of recipes/evaluate_weights.py: a title that names networks and episodes -> the Markdown of its records"
     found = defaultdict(list)
     for path in sorted(Path(folder).glob('inference-*.json')):
         r = json.loads(path.read_text())

@@ -41,7 +41,7 @@ def distinct(values):
 def arxiv_link(number): return f'[{number}](https://arxiv.org/abs/{number})'
 
 def networks_text(records):
-    "Words on the data and the episodes of experiments' records, and on the networks, with the hours and machines of their training"
+    "A sentence on the records of experiments: data, episodes, number of networks, and the hours and machines of their training"
     networks = {n['run']:n for r in records for n in r['networks'].values()}
     def of(k): return distinct(n[k] for n in networks.values())
     data,fingerprint = distinct(r['data']['name'] for r in records),distinct(r['data']['fingerprint'][:8] for r in records)
@@ -52,10 +52,10 @@ def networks_text(records):
             f"threads per training: {of('torch_threads')}, torch {torch}.")
 
 def picture(root, name, title):
-    "The Markdown of a figure in results/figures/ of the checkout `root`, in a list that is empty if it has not been drawn"
+    "A list with the Markdown of a figure in results/figures/ of the checkout `root`; the list is empty if the figure does not exist"
     path = Path('results')/'figures'/f'{name}.png'
     return [f'![{title}]({path})\n'] if (root/path).exists() else []
 
 def folded(title, parts):
-    "The `parts`, texts of Markdown, that a page shows when their title is clicked"
+    "Markdown that hides the `parts`, a list of texts, until the reader clicks on their title"
     return [f'<details markdown="1">\n<summary>{title}</summary>\n', *parts, '</details>\n']

@@ -47,7 +47,7 @@ def comparison(root):
     return parts
 
 def protocol_table(protocol, rows, figure):
-    "The table and the figure of method -> records by seed; they are folded, unless the methods have their own classifiers"
+    "The table and the figure of one protocol, from method -> records by seed; all protocols but `own` are folded"
     for seeds in rows.values(): check_seeds(seeds)
     every = [r for seeds in rows.values() for r in seeds]
     if len({json.dumps([r['data']['fingerprint'], r['given']]) for r in every}) > 1:
@@ -85,14 +85,14 @@ def table(rows, merge=False):
         cells = [f"`{first}`: {r['title']}{paper}{also}", f"`{r['classifier']}`" if "'" not in r['classifier'] else r['classifier'],
                  seen[0] if seen[0] == seen[1] else f'{seen[0]}, {seen[1]}', taught(r)]
         for shot in shots:
-            published = dict(zip(('1-shot', '5-shot'), r['published'] or ())).get(shot, '')
+            published = dict(zip(SHOTS, r['published'] or ())).get(shot, '')
             cells += [accuracy(seeds, shot), *([str(published)] if known else []), *([paired(seeds, rows, versus, shot)] if versus else [])]
         links = ' '.join(f"[{r['seed']}](results/{r['experiment']}/{r['file']})" for r in seeds)
         lines.append([*cells, links])
     return markdown_table([*head, 'records'], lines)
 
 def paired(seeds, rows, versus, shot):
-    "Cell of the difference from `versus`, of the seeds for which it is the difference from the very network that the table shows"
+    "Cell of the difference from `versus`; it leaves out seeds whose recorded difference is from another network than the table shows"
     shown = {r['seed']:(r['networks'].get(shot) or r['networks']['net'])['weights'][:16] for r in rows.get(versus, ())}
     same = [r for r in seeds if r['versus'].get(versus, {}).get(shot, {}).get('weights', '') == shown.get(r['seed'])]
     return differences(same, versus, shot)
